@@ -1,0 +1,58 @@
+# make demo | test | bench | compare: see README.md. Nothing needs to be installed before but Python 3.11
+# or 3.12 and Java 17 or newer.
+
+PYTHON ?= python3.11
+# cpu or cuda: which of requirements/*.txt is installed.
+VARIANT ?= cpu
+# Where pip finds the CPU build of torch when its own configuration does not: the index that
+# PyTorch's install page names for "CPU".
+TORCH_INDEX ?=
+PIP_FLAGS = --quiet --no-deps --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+BIN = .venv/bin
+
+.PHONY: demo test lint java setup setup-dev lock clean
+.DELETE_ON_ERROR:
+
+demo: java setup
+	@$(BIN)/python -m recsys_dist.datasets movielens_100k data
+	@$(BIN)/python jobs/nightly.py --conf conf/movielens_100k.yaml --summary
+
+test: java setup-dev lint
+	@$(BIN)/python -m pytest
+
+lint: setup-dev
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/hadolint Dockerfile
+
+java:
+	@$(PYTHON) recsys_dist/java.py
+
+setup: .venv/$(VARIANT).done
+setup-dev: .venv/dev.done
+
+.venv/bin/python:
+	@echo "setup: making .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+
+.venv/%.done: requirements/%.txt | .venv/bin/python
+	@echo "setup: installing requirements/$*.txt (about 1.5 GB on disk, a few minutes the first time)"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r $<
+	@touch $@
+
+.venv/dev.done: .venv/$(VARIANT).done
+
+# Writes the pinned sets anew from pyproject.toml.
+lock: setup-dev
+	@flags="--quiet --no-emit-index-url --no-emit-find-links --no-header --no-annotate \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)"; \
+	$(BIN)/uv pip compile $$flags pyproject.toml --extra cpu --override requirements/overrides-cpu.txt -o requirements/cpu.txt; \
+	env -u UV_FIND_LINKS $(BIN)/uv pip compile $$flags pyproject.toml --extra cuda -o requirements/cuda.txt; \
+	$(BIN)/uv pip compile $$flags pyproject.toml --extra cpu --extra dev --override requirements/overrides-cpu.txt \
+	  --constraint requirements/cpu.txt -o .venv/dev.txt; \
+	grep -vxFf requirements/cpu.txt .venv/dev.txt > requirements/dev.txt
+
+clean:
+	rm -rf .venv

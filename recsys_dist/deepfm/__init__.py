@@ -1,0 +1,1 @@
+"""DeepFM on TorchRec tables. torch, and ray in train."""

@@ -1,0 +1,1 @@
+"""Models and held-out events to metrics and a report."""

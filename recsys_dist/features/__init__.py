@@ -1,0 +1,1 @@
+"""Raw logs to point-in-time features. pyspark only."""

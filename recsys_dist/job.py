@@ -1,0 +1,119 @@
+"""What every job does around its stage: arguments, configuration, run, errors and exit code."""
+
+import argparse
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from recsys_dist import java
+from recsys_dist.config import DEFAULT_CONF, Config, load
+from recsys_dist.errors import ConfigError, RecsysError, RetryableError
+from recsys_dist.workspace import STAGES, OpenRun, Run, Workspace
+
+EXIT_CODES = "exit codes: 0 done, 64 bad usage or config, 65 bad data or a missing input run, 75 try again"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        self.print_usage(sys.stderr)
+        self.exit(ConfigError.exit_code, f"error: {message}\n")
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments that all jobs share."""
+    made = _Parser(description=doc, epilog=EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument(
+        "--conf", metavar="FILE", help=f"path or URI of a conf file (default: {DEFAULT_CONF.name})"
+    )
+    made.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        dest="overrides",
+        help="set one key of the configuration; may be given again, later ones win",
+    )
+    return made
+
+
+def stage_parser(doc: str) -> argparse.ArgumentParser:
+    """The arguments of the jobs that make a run."""
+    made = parser(doc)
+    made.add_argument("--force", action="store_true", help="make a new run even where an equal one exists")
+    return made
+
+
+def guard(action: Callable[[], None]) -> int:
+    """Run an action; print the error it ends with, if any, and return the exit code."""
+    try:
+        action()
+    except RecsysError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def require_java() -> None:
+    """Raise a ConfigError where Spark would not start."""
+    problem = java.problem()
+    if problem:
+        raise ConfigError(problem)
+
+
+def run_stage(
+    stage: str, arguments: argparse.Namespace, make: Callable[[Config, OpenRun], dict[str, Any]]
+) -> int:
+    """Make one run of a stage, unless an equal one exists, and return the exit code.
+
+    Args:
+        stage: a key of STAGES.
+        arguments: of `stage_parser`.
+        make: writes the run's files and returns its figures.
+    """
+    return guard(lambda: _run_stage(stage, arguments, make))
+
+
+def _run_stage(
+    stage: str, arguments: argparse.Namespace, make: Callable[[Config, OpenRun], dict[str, Any]]
+) -> None:
+    config = load(arguments.conf, arguments.overrides)
+    workspace = Workspace(config)
+    if not STAGES[stage].reads and config.data.events is None:
+        raise ConfigError("data.events is not set: give a conf file that names your log, --conf FILE")
+    inputs = workspace.inputs(stage)
+    key = workspace.key(stage, config, inputs)
+    done = None if arguments.force else workspace.find(stage, key)
+    if done:
+        print(f"{stage}: done before, {done.uri}")
+        return
+    run = workspace.new(stage, key, inputs)
+    start = time.perf_counter()
+    try:
+        committed = _make(config, run, make)
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, RecsysError) else 1
+        kind = type(error).__name__
+        text = str(error) if isinstance(error, RecsysError) else traceback.format_exc()
+        try:
+            run.write_json("error.json", {"class": kind, "exit_code": code, "error": text})
+        except OSError:
+            print(f"{stage}: error.json could not be written to {run.uri}", file=sys.stderr)
+        raise
+    print(f"{stage}: {time.perf_counter() - start:.1f} s, {committed.uri}")
+
+
+def _make(config: Config, run: OpenRun, make: Callable[[Config, OpenRun], dict[str, Any]]) -> Run:
+    try:
+        return run.commit(config, make(config, run))
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise RetryableError(f"{run.uri}: {error}") from error
+
+
+def dump(value: Any) -> str:
+    """JSON for people."""
+    return json.dumps(value, indent=1, default=str)

@@ -1,0 +1,162 @@
+"""What the stages exchange: the FeatureSpec that featurize writes, and the Arrow schemas of the tables.
+
+Index 0 of every vocabulary stands for "unknown": a missing value, a value that the train part does not
+have, or padding. Items and users count from 1.
+"""
+
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.fs
+from pydantic import BaseModel, ConfigDict
+
+TIMESTAMP = pa.timestamp("us", tz="UTC")
+UNKNOWN = 0
+
+
+class FieldSpec(BaseModel):
+    """One field as the model sees it, and the only description of it anywhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    name: str
+    """Also the column's name in examples/, users/ or items/."""
+    kind: Literal["id", "categorical", "time", "history", "count"]
+    """What it was made from; `id` for the user and item themselves."""
+    side: Literal["user", "item", "context"]
+    """user: as of the event (examples/, users/); item: in items/; context: of the event (examples/)."""
+    type: Literal["index", "indices", "value"]
+    """index: int32; indices: list<int32>, possibly empty; value: float32."""
+    cardinality: int
+    """Rows of the embedding table, the unknown one included; 1 for a value."""
+    vocab: str | None = None
+    """The vocabulary (vocab/<name>) that the indices point into."""
+    pooling: Literal["mean", "sum"] | None = None
+    """How several embeddings become one."""
+    last: int | None = None
+    """history: the greatest length; the most recent item comes last."""
+    transform: Literal["log1p_standardise"] | None = None
+    """What was done to the value: (log(1 + x) - mean) / stddev."""
+    mean: float | None = None
+    """Fitted on the train part."""
+    stddev: float | None = None
+    """Fitted on the train part."""
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        """The column's type in Parquet."""
+        return {"index": pa.int32(), "indices": pa.list_(pa.int32()), "value": pa.float32()}[self.type]
+
+
+class FeatureSpec(BaseModel):
+    """features.json of a features run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    fields: tuple[FieldSpec, ...]
+    """The model's fields in order: user, item, then as declared in conf."""
+    n_users: int
+    """Users in vocab/user; their indices are 1 to n_users."""
+    n_items: int
+    """Items in vocab/item; their indices are 1 to n_items."""
+    rows: dict[str, int]
+    """Examples by split."""
+    positives: dict[str, int]
+    """Positive examples by split."""
+    date: str
+    """The day that users/as_of=date stands for: every event before it is known."""
+    hour: int
+    """The log's most frequent hour, UTC: the default context of published lists."""
+
+    def side(self, *sides: str) -> tuple[FieldSpec, ...]:
+        """The fields of these sides, in order."""
+        return tuple(field for field in self.fields if field.side in sides)
+
+    def field(self, name: str) -> FieldSpec:
+        """The field of that name."""
+        return next(field for field in self.fields if field.name == name)
+
+    def examples_schema(self) -> pa.Schema:
+        """examples/: an event, with its user's state before it. Partitioned by split (train, valid, test)."""
+        base = [
+            ("user", pa.int32()),
+            ("item", pa.int32()),
+            ("timestamp", TIMESTAMP),
+            ("value", pa.float32()),
+            ("label", pa.float32()),
+        ]
+        return pa.schema(base + _columns(self.side("user", "context"), "user"))
+
+    def users_schema(self) -> pa.Schema:
+        """users/: a user's state as of a cut, ascending by user. Partitioned by as_of (valid, test, date).
+
+        `seen` holds the ascending indices of the user's items before the cut, `liked` those of the
+        positive events; users without an event before the cut are there too, with empty lists.
+        """
+        base = [
+            ("user", pa.int32()),
+            ("user_id", pa.string()),
+            ("seen", pa.list_(pa.int32())),
+            ("liked", pa.list_(pa.int32())),
+        ]
+        return pa.schema(base + _columns(self.side("user"), "user"))
+
+    def items_schema(self) -> pa.Schema:
+        """items/: an item, ascending by index; `count` is its number of positive train examples."""
+        base = [("item", pa.int32()), ("item_id", pa.string()), ("title", pa.string()), ("count", pa.int64())]
+        return pa.schema(base + _columns(self.side("item"), "item"))
+
+
+VOCAB = pa.schema([("index", pa.int32()), ("token", pa.string()), ("count", pa.int64())])
+"""vocab/<name>/: ascending by index from 1; `count` is the token's number of train events (ids) or rows."""
+
+QUARANTINE = pa.schema([("source", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
+"""quarantine/: a row of the log that was set aside, with the file it came from."""
+
+FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
+"""als/user_factors/ and als/item_factors/."""
+
+REASON = pa.struct(
+    [
+        ("kind", pa.string()),
+        ("item_ids", pa.list_(pa.string())),
+        ("contributions", pa.list_(pa.float32())),
+    ]
+)
+"""Why an item is in a list. kind `history`: because of these items of the user's history, each with its
+contribution to the score; `popular`: the user has no history that speaks for it."""
+
+TOPK = pa.schema(
+    [
+        ("date", pa.date32()),
+        ("user_id", pa.string()),
+        ("rank", pa.int32()),
+        ("item_id", pa.string()),
+        ("score", pa.float32()),
+        ("sources", pa.list_(pa.string())),
+        ("reason", REASON),
+        ("run_id", pa.string()),
+    ]
+)
+"""The product: the Delta table <root>/topk, partitioned by date; ids are the raw log's, ranks from 1."""
+
+LISTS = pa.schema(
+    [
+        ("model", pa.string()),
+        ("user", pa.int32()),
+        ("rank", pa.int32()),
+        ("item", pa.int32()),
+        ("score", pa.float32()),
+    ]
+)
+"""evaluation/lists/: each model's top-K for each test user, as of the test cut."""
+
+
+def read_spec(filesystem: pyarrow.fs.FileSystem, path: str) -> FeatureSpec:
+    """Read the features.json of the features run at `path`."""
+    with filesystem.open_input_stream(f"{path}/features.json") as stream:
+        return FeatureSpec.model_validate_json(stream.read())
+
+
+def _columns(fields: tuple[FieldSpec, ...], but: str) -> list[tuple[str, pa.DataType]]:
+    return [(field.name, field.arrow_type) for field in fields if field.name != but]

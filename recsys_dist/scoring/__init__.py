@@ -1,0 +1,1 @@
+"""Models to top-K lists, published."""

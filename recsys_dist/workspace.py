@@ -1,0 +1,320 @@
+"""Runs: immutable folders `<root>/<stage>/<run_id>/`, each finished by its manifest.json.
+
+A folder without a manifest does not exist for any reader, so a stage that dies leaves nothing behind that
+could be taken for finished. Nothing is ever written into a committed run.
+"""
+
+import datetime as dt
+import functools
+import hashlib
+import json
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset
+import pyarrow.fs
+import pyarrow.parquet as pq
+
+from recsys_dist import __version__
+from recsys_dist.config import PACKAGE, Config, absolute
+from recsys_dist.errors import ConfigError, DataError, RetryableError
+from recsys_dist.schema import FeatureSpec, read_spec
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a stage depends on: with the same of all three, its run need not be made again."""
+
+    job: str
+    """The file in jobs/ that makes its runs."""
+    reads: tuple[str, ...]
+    """Stages whose runs it reads, in the order of the pipeline."""
+    sections: tuple[str, ...]
+    """Parts of the configuration that its result depends on."""
+
+
+STAGES = {
+    "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
+    "als": Stage("train_als.py", ("features",), ("seed", "als")),
+    "deepfm": Stage("train_deepfm.py", ("features",), ("seed", "deepfm")),
+    "evaluation": Stage("evaluate.py", ("features", "als", "deepfm"), ("seed", "evaluation", "score")),
+    "score": Stage("score.py", ("features", "als", "deepfm", "evaluation"), ("score",)),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A committed run: read only."""
+
+    filesystem: pyarrow.fs.FileSystem
+    path: str
+    """Path within the filesystem."""
+    uri: str
+    """The same place for Spark and for people."""
+    manifest: dict[str, Any]
+
+    @property
+    def run_id(self) -> str:
+        """Sorts by the time the run was started."""
+        return str(self.manifest["run_id"])
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Stage to run id of everything it was made from."""
+        return dict(self.manifest["inputs"])
+
+    def dataset(self, name: str) -> pyarrow.dataset.Dataset:
+        """One of the run's tables, such as `items` or `examples`, with its partition columns."""
+        return pa.dataset.dataset(
+            f"{self.path}/{name}",
+            filesystem=self.filesystem,
+            format="parquet",
+            partitioning="hive",
+            exclude_invalid_files=False,
+        )
+
+    def table(self, name: str, **scan: Any) -> pa.Table:
+        """The rows of one of the run's tables; `scan` goes to pyarrow's Dataset.to_table."""
+        return self.dataset(name).to_table(**scan)
+
+    def json(self, name: str) -> Any:
+        """A JSON file of the run."""
+        with self.filesystem.open_input_stream(f"{self.path}/{name}") as stream:
+            return json.loads(stream.read())
+
+    def spec(self) -> FeatureSpec:
+        """The FeatureSpec of a features run."""
+        return read_spec(self.filesystem, self.path)
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that is being made. It becomes visible by `commit`, and only by it."""
+
+    workspace: "Workspace"
+    stage: str
+    run_id: str
+    inputs: dict[str, Run]
+    key: dict[str, Any]
+    started: dt.datetime
+
+    @property
+    def filesystem(self) -> pyarrow.fs.FileSystem:
+        """Where the run lives."""
+        return self.workspace.filesystem
+
+    @property
+    def path(self) -> str:
+        """Path within the filesystem."""
+        return f"{self.workspace.path}/{self.stage}/{self.run_id}"
+
+    @property
+    def uri(self) -> str:
+        """The same place for Spark and for people."""
+        return f"{self.workspace.uri}/{self.stage}/{self.run_id}"
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        _write(self.filesystem, f"{self.path}/{name}", json.dumps(value, indent=1) + "\n")
+
+    def write_table(self, name: str, table: pa.Table, part: int = 0) -> None:
+        """Write part of one of the run's tables."""
+        folder = f"{self.path}/{name}"
+        self.filesystem.create_dir(folder, recursive=True)
+        pq.write_table(table, f"{folder}/part-{part:05d}.parquet", filesystem=self.filesystem)
+
+    def commit(self, config: Config, figures: dict[str, Any]) -> Run:
+        """Write the manifest, the run's last file: from now on readers see the run.
+
+        Args:
+            config: stored resolved, for whoever asks later how the run was made.
+            figures: the stage's numbers, JSON types.
+        """
+        files, schemas = self._files()
+        manifest = {
+            "stage": self.stage,
+            "run_id": self.run_id,
+            "inputs": {name: run.run_id for name, run in self.inputs.items()},
+            "key": self.key,
+            "config": config.model_dump(mode="json"),
+            "code": code_version(),
+            "started": self.started.isoformat(timespec="milliseconds"),
+            "ended": dt.datetime.now(dt.UTC).isoformat(timespec="milliseconds"),
+            "figures": figures,
+            "schema": schemas,
+            "files": files,
+        }
+        self.write_json(MANIFEST, manifest)
+        return Run(self.filesystem, self.path, self.uri, json.loads(json.dumps(manifest)))
+
+    def _files(self) -> tuple[list[dict[str, Any]], dict[str, dict[str, str]]]:
+        files, schemas = [], {}
+        found = self.filesystem.get_file_info(pyarrow.fs.FileSelector(self.path, recursive=True))
+        for info in sorted(found, key=lambda info: info.path):
+            if not info.is_file:
+                continue
+            name = info.path[len(self.path) + 1 :]
+            entry: dict[str, Any] = {"path": name, "bytes": info.size}
+            if name.endswith(".parquet"):
+                with self.filesystem.open_input_file(info.path) as file:
+                    parquet = pq.ParquetFile(file)
+                    entry["rows"] = parquet.metadata.num_rows
+                    schemas[name.split("/")[0] if "vocab/" not in name else "/".join(name.split("/")[:2])] = {
+                        column.name: str(column.type) for column in parquet.schema_arrow
+                    }
+            if name.startswith(("model/", "checkpoint/")):
+                with self.filesystem.open_input_stream(info.path) as stream:
+                    digest = hashlib.sha256()
+                    while chunk := stream.read(1 << 20):
+                        digest.update(chunk)
+                entry["sha256"] = digest.hexdigest()
+            files.append(entry)
+        return files, schemas
+
+
+class Workspace:
+    """The root folder with the runs of all stages."""
+
+    def __init__(self, config: Config) -> None:
+        root = config.storage.root
+        if "://" not in root and not Path(root).is_absolute() and _uploaded_by_ray(PACKAGE):
+            raise ConfigError(
+                f"storage.root is the relative path {root!r}, and this code runs from a folder that Ray "
+                f"uploaded ({PACKAGE.parent}): whatever is written there is lost with the job. Give an "
+                f"absolute path or a URI that all nodes share: --set storage.root=/shared/recsys"
+            )
+        self.uri = absolute(root).rstrip("/")
+        self.pins = config.storage.pin
+        try:
+            self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ConfigError(f"storage.root={root!r} cannot be opened: {error}") from None
+
+    def runs(self, stage: str) -> list[Run]:
+        """The committed runs of a stage, oldest first."""
+        selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
+        folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
+        manifests = self.filesystem.get_file_info([f"{folder}/{MANIFEST}" for folder in folders])
+        runs = []
+        for folder, info in zip(folders, manifests, strict=True):
+            if info.is_file:
+                with self.filesystem.open_input_stream(info.path) as stream:
+                    manifest = json.loads(stream.read())
+                uri = f"{self.uri}/{stage}/{manifest['run_id']}"
+                runs.append(Run(self.filesystem, folder, uri, manifest))
+        return runs
+
+    def inputs(self, stage: str) -> dict[str, Run]:
+        """The runs that a new run of `stage` reads: pinned or latest, all made from the same runs upstream.
+
+        Raises:
+            DataError: there is none; names the job to run first.
+        """
+        chosen: dict[str, Run] = {}
+        for name in reversed(STAGES[stage].reads):
+            known = {up: run_id for run in chosen.values() for up, run_id in run.inputs.items()}
+            known |= {other: run.run_id for other, run in chosen.items()}
+            wanted = known.get(name) or self.pins.get(name)
+            runs = self.runs(name)
+            fitting = [
+                run
+                for run in runs
+                if wanted in (None, run.run_id)
+                and all(known.get(up, run_id) == run_id for up, run_id in run.inputs.items())
+            ]
+            if not fitting:
+                which = f" {wanted}" if wanted else ""
+                also = f" that reads {known}" if runs and known else ""
+                raise DataError(
+                    f"{stage} needs a finished {name} run{which}{also} under {self.uri}/{name}, and there is "
+                    f"none. Run jobs/{STAGES[name].job} first, with the same --conf."
+                )
+            chosen[name] = fitting[-1]
+        return {name: chosen[name] for name in STAGES[stage].reads}
+
+    def key(self, stage: str, config: Config, inputs: dict[str, Run]) -> dict[str, Any]:
+        """All that a run's content depends on. Two runs with equal keys are interchangeable."""
+        return {
+            "inputs": {name: run.run_id for name, run in inputs.items()} if inputs else _raw_files(config),
+            "config": {path: config.section(path) for path in STAGES[stage].sections},
+            "code": code_version(),
+        }
+
+    def find(self, stage: str, key: dict[str, Any]) -> Run | None:
+        """The newest committed run with this key."""
+        key = json.loads(json.dumps(key))
+        return next((run for run in reversed(self.runs(stage)) if run.manifest["key"] == key), None)
+
+    def new(self, stage: str, key: dict[str, Any], inputs: dict[str, Run]) -> OpenRun:
+        """Start a run in a fresh folder.
+
+        Raises:
+            RetryableError: the root cannot be written.
+        """
+        started = dt.datetime.now(dt.UTC)
+        run_id = f"{started:%Y%m%dT%H%M%S.%f}-{secrets.token_hex(3)}"
+        run = OpenRun(self, stage, run_id, inputs, key, started)
+        try:
+            self.filesystem.create_dir(run.path, recursive=True)
+            _write(self.filesystem, f"{run.path}/key.json", json.dumps(key, indent=1))
+        except OSError as error:
+            raise RetryableError(
+                f"storage.root={self.uri} cannot be written: {error}. Free or unlock it, or give another: "
+                f"--set storage.root=PATH"
+            ) from None
+        return run
+
+
+@functools.cache
+def code_version() -> str:
+    """The package's version and a hash of its source, so that changed code makes new runs."""
+    digest = hashlib.sha256()
+    jobs = (PACKAGE / "jobs") if (PACKAGE / "jobs").is_dir() else PACKAGE.parent / "jobs"
+    for folder in (PACKAGE, jobs):
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def raw_files(path: str) -> list[pyarrow.fs.FileInfo]:
+    """The files of a raw input: a file, all files of a folder, or those that a glob in the path matches.
+
+    Hidden files and those whose name begins with an underscore are left out, as Spark does.
+    """
+    filesystem, inner = pyarrow.fs.FileSystem.from_uri(absolute(path).partition("*")[0].rpartition("/")[0])
+    full = absolute(path)
+    pattern = inner + full[len(full.partition("*")[0].rpartition("/")[0]) :]
+    if "*" not in pattern:
+        info = filesystem.get_file_info(pattern)
+        if info.is_file:
+            return [info]
+        selector = pyarrow.fs.FileSelector(pattern, recursive=True, allow_not_found=True)
+        found = filesystem.get_file_info(selector)
+    else:
+        selector = pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True)
+        found = [info for info in filesystem.get_file_info(selector) if Path(info.path).match(pattern)]
+    visible = [info for info in found if info.is_file and not info.base_name.startswith((".", "_"))]
+    return sorted(visible, key=lambda info: info.path)
+
+
+def _raw_files(config: Config) -> dict[str, list[int]]:
+    """Path to bytes and time of change of every raw file: what a features run depends on."""
+    sources = [source for source in (config.data.events, config.data.items, config.data.users) if source]
+    return {
+        info.path: [info.size, info.mtime_ns or 0] for source in sources for info in raw_files(source.path)
+    }
+
+
+def _write(filesystem: pyarrow.fs.FileSystem, path: str, text: str) -> None:
+    with filesystem.open_output_stream(f"{path}.tmp") as stream:
+        stream.write(text.encode())
+    filesystem.move(f"{path}.tmp", path)
+
+
+def _uploaded_by_ray(path: Path) -> bool:
+    return {"runtime_resources", "working_dir_files"} <= set(path.parts)
