@@ -6,6 +6,7 @@ have, or padding. Items and users count from 1.
 
 from typing import Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.fs
 from pydantic import BaseModel, ConfigDict
@@ -35,6 +36,8 @@ class FieldSpec(BaseModel):
     """How several embeddings become one."""
     last: int | None = None
     """history: the greatest length; the most recent item comes last."""
+    part: Literal["hour", "weekday"] | None = None
+    """time: which part; the index is 1 + hour (0 to 23) or 1 + weekday (0, Monday, to 6)."""
     transform: Literal["log1p_standardise"] | None = None
     """What was done to the value: (log(1 + x) - mean) / stddev."""
     mean: float | None = None
@@ -75,6 +78,23 @@ class FeatureSpec(BaseModel):
     def field(self, name: str) -> FieldSpec:
         """The field of that name."""
         return next(field for field in self.fields if field.name == name)
+
+    def context(self, weekday: np.ndarray) -> dict[str, pa.Array]:
+        """The context columns of lists made ahead of time: the given weekdays, the log's most frequent hour.
+
+        Args:
+            weekday: [N] int, 0 (Monday) to 6, of the day that each row's list is for.
+
+        Other context fields, such as the device, are not known the night before, and so unknown.
+        """
+        columns = {}
+        for field in self.side("context"):
+            known = {"weekday": weekday + 1, "hour": np.full(len(weekday), self.hour + 1)}
+            indices = known.get(field.part or "", np.full(len(weekday), UNKNOWN))
+            columns[field.name] = pa.array(indices.astype(np.int32))
+            if field.type == "indices":
+                columns[field.name] = pa.array([[]] * len(weekday), field.arrow_type)
+        return columns
 
     def examples_schema(self) -> pa.Schema:
         """examples/: an event, with its user's state before it. Partitioned by split (train, valid, test)."""
