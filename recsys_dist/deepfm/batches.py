@@ -1,0 +1,143 @@
+"""Arrow columns as the tensors that DeepFM reads.
+
+Legend: N rows, F fields of indices, V fields of values, B positives, J items drawn for each positive.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from recsys_dist.errors import DataError
+from recsys_dist.schema import UNKNOWN, FieldSpec
+
+
+@dataclass
+class SideBatch(Pipelineable):
+    """N rows of one side's fields."""
+
+    indices: KeyedJaggedTensor
+    """Keys: the fields of type `index` and `indices` in the spec's order; int32 values."""
+    values: Tensor
+    """[N, V] float32: the fields of type `value` in the spec's order."""
+
+    def __len__(self) -> int:
+        return int(self.values.shape[0])
+
+    def take(self, rows: Tensor) -> "SideBatch":
+        """The rows at these positions, in this order; positions may repeat.
+
+        Args:
+            rows: [M] int64.
+        """
+        keys, offsets = self.indices.keys(), self.indices.offsets().to(torch.int64)
+        starts = torch.arange(len(keys), device=rows.device).unsqueeze(1) * len(self)
+        bags = (starts + rows).flatten()
+        lengths = offsets[bags + 1] - offsets[bags]
+        ends = lengths.cumsum(0)
+        shift = torch.repeat_interleave(offsets[bags] - ends + lengths, lengths)
+        taken = self.indices.values()[shift + torch.arange(shift.numel(), device=rows.device)]
+        indices = KeyedJaggedTensor(keys=keys, values=taken, lengths=lengths.to(torch.int32))
+        return SideBatch(indices, self.values[rows])
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "SideBatch":
+        """The same on a device."""
+        return SideBatch(
+            self.indices.to(device, non_blocking=non_blocking),
+            self.values.to(device, non_blocking=non_blocking),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until the stream has used it (CUDA)."""
+        self.indices.record_stream(stream)
+        self.values.record_stream(stream)
+
+
+@dataclass
+class Batch(Pipelineable):
+    """A training step's share of one worker: B positives, each with J drawn items."""
+
+    user: SideBatch
+    """B rows."""
+    item: SideBatch
+    """B * (1 + J) rows: each positive, followed by its drawn items."""
+    log_probability: Tensor
+    """[B, J] float32: log of the probability with which each item was drawn."""
+    weight: Tensor
+    """[B] float32: each positive's weight in the loss; 0 for a row that only fills the batch."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+        """The same on a device."""
+        return Batch(
+            self.user.to(device, non_blocking),
+            self.item.to(device, non_blocking),
+            self.log_probability.to(device, non_blocking=non_blocking),
+            self.weight.to(device, non_blocking=non_blocking),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory until the stream has used it (CUDA)."""
+        for part in (self.user, self.item, self.log_probability, self.weight):
+            part.record_stream(stream)
+
+
+def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSpec, ...]) -> SideBatch:
+    """Turn the columns of one side into tensors.
+
+    Missing values and null elements count as unknown, a missing value field as 0 (the mean of what was
+    standardised), a null list as an empty one.
+
+    Args:
+        columns: holds a column for each field; other columns are ignored.
+        fields: of one side, in the spec's order.
+
+    Raises:
+        DataError: a column is missing or an index is outside its field's table.
+    """
+    names = columns.column_names if isinstance(columns, pa.Table) else list(columns)
+    missing = [field.name for field in fields if field.name not in names]
+    if missing:
+        raise DataError(
+            f"The model's fields {', '.join(missing)} are not among the columns {', '.join(names)}. "
+            f"Use the features run that the model was trained on."
+        )
+    indexed = [field for field in fields if field.type != "value"]
+    parts = [_indices(_array(columns[field.name]), field) for field in indexed]
+    indices = KeyedJaggedTensor(
+        keys=[field.name for field in indexed],
+        values=torch.from_numpy(np.concatenate([values for values, _ in parts])),
+        lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in parts])),
+    )
+    rows = len(parts[0][1])
+    values = np.zeros((rows, len(fields) - len(indexed)), dtype=np.float32)
+    for column, field in enumerate(field for field in fields if field.type == "value"):
+        values[:, column] = pc.fill_null(_array(columns[field.name]), 0).to_numpy(zero_copy_only=False)
+    return SideBatch(indices, torch.from_numpy(values))
+
+
+def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    if not isinstance(column, pa.ChunkedArray):
+        return column
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+
+
+def _indices(column: pa.Array, field: FieldSpec) -> tuple[np.ndarray, np.ndarray]:
+    """The values [sum of lengths] and lengths [N] of a field's bags, both int32."""
+    if field.type == "indices":
+        lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False)
+        column = column.flatten()  # leaves out what lies outside a slice or under a null
+    else:
+        lengths = np.ones(len(column), dtype=np.int32)
+    values = pc.fill_null(column, UNKNOWN).to_numpy(zero_copy_only=False).astype(np.int32)
+    if len(values) and not 0 <= values.min() <= values.max() < field.cardinality:
+        raise DataError(
+            f"{field.name} has indices from {values.min()} to {values.max()}, and its table has "
+            f"{field.cardinality} rows. Use the features run that the model was trained on."
+        )
+    return values, lengths.astype(np.int32)

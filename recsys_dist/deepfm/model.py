@@ -1,0 +1,289 @@
+"""DeepFM (Guo et al. 2017, https://arxiv.org/abs/1703.04247) in two halves, one for each side.
+
+logit = bias + first order + second order + MLP, where the second order of the factorisation machine and
+the MLP share the fields' embeddings. Everything that depends on one side only is computed once per row of
+that side, so that scoring U users against I items costs U + I lookups and first layers.
+
+Legend: N rows, D embedding_dim, F fields of a side, V value fields, H width of the first hidden layer,
+B positives, J items drawn for each positive.
+"""
+
+import io
+import itertools
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from recsys_dist import config
+from recsys_dist.deepfm.batches import Batch, SideBatch
+from recsys_dist.errors import DataError
+from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
+from recsys_dist.workspace import OpenRun, Run
+
+PADDING = 4
+"""Columns of a table beyond the factors: the first-order weight and three unused ones, since fused
+tables need a multiple of 4."""
+
+BLOCK = 1024
+"""Rows of a table that are drawn from one random stream."""
+
+POOLING = {None: PoolingType.SUM, "sum": PoolingType.SUM, "mean": PoolingType.MEAN}
+
+
+class Side(NamedTuple):
+    """All that the logit needs to know of a row of one side; leading dimensions broadcast."""
+
+    first: Tensor
+    """[N] first order: the sum of the fields' weights."""
+    sum: Tensor
+    """[N, D] sum of the fields' embeddings."""
+    pair: Tensor
+    """[N] second order within the side: (|sum|^2 - sum of squares) / 2."""
+    hidden: Tensor
+    """[N, H] the side's share of the first hidden layer, before activation."""
+
+    def leading(self, *shape: int) -> "Side":
+        """The same rows under another leading shape: `leading(-1, 1)` makes [N, 1], [N, 1, D], ..."""
+        return Side(
+            self.first.reshape(shape),
+            self.sum.reshape(*shape, self.sum.shape[-1]),
+            self.pair.reshape(shape),
+            self.hidden.reshape(*shape, self.hidden.shape[-1]),
+        )
+
+    def rows(self, start: int, stop: int) -> "Side":
+        """The rows from `start` to before `stop`."""
+        return Side(*(part[start:stop] for part in self))
+
+
+class DeepFM(nn.Module):
+    """The model over the fields of a FeatureSpec.
+
+    Args:
+        spec: the fields.
+        settings: sizes, dropout and objective.
+        device: of the dense part, and of the tables where `tables` says nothing else.
+        tables: device of the tables; `meta` for a model that is going to be sharded.
+        seed: of the initial values.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        settings: config.DeepFM,
+        device: torch.device | str = "cpu",
+        tables: torch.device | str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.settings = settings
+        self.user_fields = spec.side("user", "context")
+        self.item_fields = spec.side("item")
+        dim, widths = settings.embedding_dim, settings.hidden
+        self.user_tables = _tables(self.user_fields, dim, tables or device)
+        self.item_tables = _tables(self.item_fields, dim, tables or device)
+        self.user_values = _value_weights(self.user_fields, dim, device)
+        self.item_values = _value_weights(self.item_fields, dim, device)
+        self.bias = nn.Parameter(torch.zeros((), device=device))
+        # One Linear over the concatenation of all fields, cut into the columns of either side.
+        self.user_hidden = nn.Linear(len(self.user_fields) * dim, widths[0], device=device)
+        self.item_hidden = nn.Linear(len(self.item_fields) * dim, widths[0], bias=False, device=device)
+        layers: list[nn.Module] = [nn.ReLU(), nn.Dropout(settings.dropout)]
+        for inputs, outputs in itertools.pairwise(widths):
+            layers += [nn.Linear(inputs, outputs, device=device), nn.ReLU(), nn.Dropout(settings.dropout)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
+        self._initialise(seed)
+
+    def user_side(self, batch: SideBatch) -> Side:
+        """The user and context fields' part."""
+        return self._side(
+            self.user_tables(batch.indices), batch, self.user_fields, self.user_values, self.user_hidden
+        )
+
+    def item_side(self, batch: SideBatch) -> Side:
+        """The item fields' part."""
+        return self._side(
+            self.item_tables(batch.indices), batch, self.item_fields, self.item_values, self.item_hidden
+        )
+
+    def fm(self, user: Side, item: Side) -> Tensor:
+        """Bias, first and second order; leading shapes broadcast (Rendle 2010, lemma 3.1)."""
+        across = torch.einsum("...d,...d->...", user.sum, item.sum)
+        return self.bias + user.first + item.first + user.pair + item.pair + across
+
+    def mlp(self, user: Side, item: Side) -> Tensor:
+        """The deep part; leading shapes broadcast."""
+        return self.layers(user.hidden + item.hidden).squeeze(-1)
+
+    def logits(self, user: Side, item: Side) -> Tensor:
+        """The whole model; leading shapes broadcast: [U, 1] users and [1, I] items make [U, I]."""
+        return self.fm(user, item) + self.mlp(user, item)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss, summed with the batch's weights, and the logits [B, 1 + J], positives first."""
+        user = self.user_side(batch.user).leading(-1, 1)
+        item = self.item_side(batch.item).leading(len(batch.user), -1)
+        logits = self.logits(user, item)
+        return (self.loss(logits, batch.log_probability) * batch.weight).sum(), logits
+
+    def loss(self, logits: Tensor, log_probability: Tensor) -> Tensor:
+        """The loss [B] of each positive with its drawn items.
+
+        logistic: the mean binary cross entropy of the 1 + J labels.
+        softmax: the cross entropy of the positive among all items, whose normaliser is estimated from the
+        drawn ones: exp(s_positive) + mean over them of exp(s) / probability (Bengio and Senécal 2003).
+
+        Args:
+            logits: [B, 1 + J], positives first.
+            log_probability: [B, J] of the drawn items.
+        """
+        if self.settings.objective == "logistic":
+            target = torch.zeros_like(logits)
+            target[:, 0] = 1
+            return F.binary_cross_entropy_with_logits(logits, target, reduction="none").mean(1)
+        drawn = logits[:, 1:] - log_probability - float(np.log(log_probability.shape[1]))
+        return torch.cat([logits[:, :1], drawn], dim=1).logsumexp(1) - logits[:, 0]
+
+    def _side(
+        self,
+        pooled: KeyedTensor,
+        batch: SideBatch,
+        fields: tuple[FieldSpec, ...],
+        weights: Tensor | None,
+        linear: nn.Linear,
+    ) -> Side:
+        dim = self.settings.embedding_dim
+        # By name: the order of a KeyedTensor's columns follows the sharding, not the fields.
+        by_name = pooled.to_dict()
+        scaled = iter(() if weights is None else (batch.values.unsqueeze(-1) * weights).unbind(1))
+        columns = [next(scaled) if f.type == "value" else by_name[f.name][:, : dim + 1] for f in fields]
+        embeddings = torch.stack(columns, dim=1)  # [N, F, D + 1]
+        factors = embeddings[..., :dim]
+        total = factors.sum(1)
+        pair = 0.5 * (total.square() - factors.square().sum(1)).sum(-1)
+        return Side(embeddings[..., dim].sum(1), total, pair, linear(factors.flatten(1)))
+
+    @torch.no_grad()
+    def _initialise(self, seed: int) -> None:
+        """Set the initial values, which depend on nothing but the seed and the fields."""
+        dim, scale = self.settings.embedding_dim, self.settings.init_scale
+        for collection in (self.user_tables, self.item_tables):
+            for table in collection.embedding_bag_configs():
+                weight = collection.embedding_bags[table.name].weight
+                if not weight.is_meta:
+                    weight.copy_(initial_rows(seed, table.name, 0, table.num_embeddings, dim, scale))
+        generator = torch.Generator().manual_seed(seed)
+        fan_in = self.user_hidden.in_features + self.item_hidden.in_features
+        for layer in [self.user_hidden, self.item_hidden, *self.layers]:
+            if isinstance(layer, nn.Linear):
+                first = layer in (self.user_hidden, self.item_hidden)
+                deviation = (2 / (fan_in if first else layer.in_features)) ** 0.5  # He et al. 2015, for ReLU
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
+                if layer.bias is not None:
+                    layer.bias.zero_()
+        for values in (self.user_values, self.item_values):
+            if values is not None:
+                values.copy_(torch.randn(values.shape, generator=generator) * scale)
+
+
+def initial_rows(seed: int, table: str, start: int, stop: int, dim: int, scale: float) -> Tensor:
+    """Rows `start` to before `stop` of a table's initial values: [stop - start, dim + PADDING] float32.
+
+    Factors and first-order weights are normal with standard deviation `scale`, drawn in blocks of rows, so
+    that a row's value does not depend on how the table is cut over workers. The unknown row is zero.
+    """
+    rows = np.zeros((stop - start, dim + PADDING), dtype=np.float32)
+    for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
+        generator = np.random.default_rng([seed, zlib.crc32(table.encode()), block])
+        drawn = generator.standard_normal((BLOCK, dim + 1), dtype=np.float32) * np.float32(scale)
+        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        rows[first - start : last - start, : dim + 1] = drawn[first - block * BLOCK : last - block * BLOCK]
+    if start <= UNKNOWN < stop:
+        rows[UNKNOWN - start] = 0
+    return torch.from_numpy(rows)
+
+
+def publish(run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: dict[str, Tensor]) -> None:
+    """Write model/ of a deepfm run: the weights as safetensors and a description, nothing pickled.
+
+    Args:
+        run: the open run.
+        spec: the fields that the model was made for.
+        settings: its sizes.
+        state: the unsharded DeepFM's state_dict.
+    """
+    run.filesystem.create_dir(f"{run.path}/model", recursive=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with run.filesystem.open_output_stream(f"{run.path}/model/model.safetensors") as stream:
+        stream.write(safetensors.torch.save(tensors))
+    description = {
+        "model": "deepfm",
+        "settings": settings.model_dump(mode="json"),
+        "fields": [field.model_dump(mode="json") for field in spec.fields],
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+    }
+    run.write_json("model/model.json", description)
+
+
+def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> DeepFM:
+    """The published model of a deepfm run: unsharded, in eval mode.
+
+    Raises:
+        DataError: the model was made for other fields than `spec` has, or its files do not fit together.
+    """
+    description: dict[str, Any] = run.json("model/model.json")
+    fields = tuple(FieldSpec.model_validate(field) for field in description["fields"])
+    if fields != spec.fields:
+        raise DataError(
+            f"The model of {run.uri} was trained on the fields {_names(fields)}, and the features run has "
+            f"{_names(spec.fields)}, or the same ones with other vocabularies. Use the features run "
+            f"{run.inputs.get('features')} that its manifest names."
+        )
+    with run.filesystem.open_input_stream(f"{run.path}/model/model.safetensors") as stream:
+        content = io.BytesIO(stream.read())
+    try:
+        state = safetensors.torch.load(content.getvalue())
+        model = DeepFM(spec, config.DeepFM.model_validate(description["settings"]), tables="meta")
+        model.load_state_dict(state, assign=True)
+    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
+        raise DataError(
+            f"{run.uri}/model cannot be read: {error}. Restore it or train again with --force."
+        ) from None
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _tables(fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str) -> EmbeddingBagCollection:
+    tables = [
+        EmbeddingBagConfig(
+            # Not the bare name: `type` or `half` would clash with a method of torch.nn.Module.
+            name=f"table_{field.name}",
+            embedding_dim=dim + PADDING,
+            num_embeddings=field.cardinality,
+            feature_names=[field.name],
+            pooling=POOLING[field.pooling],
+        )
+        for field in fields
+        if field.type != "value"
+    ]
+    return EmbeddingBagCollection(tables=tables, device=torch.device(device))
+
+
+def _value_weights(
+    fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str
+) -> nn.Parameter | None:
+    """[V, D + 1]: each value field's embedding and first-order weight; None where there is no such field."""
+    count = sum(field.type == "value" for field in fields)
+    # Not an empty parameter: it would never get a gradient, for which data parallel workers wait.
+    return nn.Parameter(torch.empty(count, dim + 1, device=device)) if count else None
+
+
+def _names(fields: tuple[FieldSpec, ...]) -> str:
+    return ", ".join(field.name for field in fields)
