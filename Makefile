@@ -15,7 +15,7 @@ BIN = .venv/bin
 
 demo: java setup
 	@$(BIN)/python -m recsys_dist.datasets movielens_100k data
-	@$(BIN)/python jobs/nightly.py --conf conf/movielens_100k.yaml --summary
+	@$(BIN)/python jobs/nightly.py --conf conf/movielens_100k.yaml --samples 3
 
 test: java setup-dev lint
 	@$(BIN)/python -m pytest

@@ -1,0 +1,156 @@
+"""Models and held-out events to lists, metrics and a report.
+
+Every model ranks the whole catalogue, or its candidates from it, for every user who has a positive event in
+the test part, from what was known before that user's test part.
+
+Legend: U users, K list length, I items.
+"""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from recsys_dist.config import Config
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.evaluation.metrics import METRICS, coverage, novelty
+from recsys_dist.evaluation.report import write_report
+from recsys_dist.evaluation.significance import bootstrap, coverage_interval
+from recsys_dist.schema import LISTS, UNKNOWN
+from recsys_dist.scoring.models import load_models
+from recsys_dist.scoring.partitions import batches
+from recsys_dist.scoring.scorers import Scorer
+from recsys_dist.scoring.users import with_context
+from recsys_dist.workspace import OpenRun, Run
+
+USERS_AT_ONCE = 4096
+
+
+def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
+    """Write lists/, metrics.json and report.html, and return the run's figures with the verdict.
+
+    Raises:
+        ConfigError: evaluation.metric is none that is computed.
+        DataError: no user has a positive event in the test part.
+    """
+    names = [f"{name}@{k}" for name in (*METRICS, "coverage", "novelty") for k in config.evaluation.k]
+    if config.evaluation.metric not in names:
+        raise ConfigError(
+            f"evaluation.metric={config.evaluation.metric!r}, expected one of {', '.join(names)}"
+        )
+    models = load_models(run.inputs, config.score)
+    users, truth = _test_users(run.inputs["features"])
+    results = {}
+    tables = []
+    for name, scorer in models.all().items():
+        items_UK, scores_UK = _rank(config, models.spec, scorer, users)
+        results[name] = _measure(config, items_UK, truth, users, models.items)
+        tables.append(_lists(name, users, items_UK, scores_UK))
+    run.write_table("lists", pa.concat_tables(tables))
+    metrics = {
+        "protocol": {
+            "split": config.section("split"),
+            "users": "every user with a positive event in the test part",
+            "relevant": "the user's positive events of the test part",
+            "candidates": f"all items but the user's own before the test part (filter_seen: "
+            f"{config.score.filter_seen})",
+            "fitted_on": "train",
+            "intervals": f"95%, over users, {config.evaluation.bootstrap} resamplings",
+        },
+        "users": len(users),
+        "models": results,
+    }
+    run.write_json("metrics.json", metrics)
+    verdict = _verdict(config, results)
+    write_report(run, metrics, verdict)
+    return {"users": len(users), "verdict": verdict, "models": results}
+
+
+def _test_users(features: Run) -> tuple[pa.Table, np.ndarray]:
+    """Users of users/as_of=test who have test positives, with `weekday` of their first one, and the truth.
+
+    The truth is [N, 2]: (row of the user, relevant item), distinct.
+    """
+    events = features.table(
+        "examples",
+        columns=["user", "item", "timestamp"],
+        filter=(pc.field("split") == "test") & (pc.field("label") > 0),
+    )
+    if not events.num_rows:
+        raise DataError(
+            f"{features.uri}: no positive event in the test part, so nothing can be evaluated. Check "
+            f"label.positive_when and split.fractions."
+        )
+    first = events.group_by("user").aggregate([("timestamp", "min")])
+    weekday = pc.day_of_week(first["timestamp_min"])
+    first = pa.table({"user": first["user"], "test_weekday": weekday})
+    users = features.table("users/as_of=test").join(first, "user", join_type="inner").sort_by("user")
+    row_of = np.full(pc.max(users["user"]).as_py() + 1, -1)
+    row_of[users["user"].to_numpy()] = np.arange(len(users))
+    truth = np.stack([row_of[events["user"].to_numpy()], events["item"].to_numpy()], axis=1)
+    return users, np.unique(truth, axis=0)
+
+
+@torch.inference_mode()
+def _rank(config: Config, spec: Any, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    """[U, K] items and scores at the greatest K asked for."""
+    k = max(*config.evaluation.k, config.score.k)
+    items, scores = [], []
+    for rows in batches(users, USERS_AT_ONCE):
+        weekday = rows["test_weekday"].to_numpy()
+        batch = with_context(spec, rows.drop(["test_weekday"]), weekday, config.score.filter_seen)
+        lists = scorer.top_k(batch, k)
+        items.append(lists.items.numpy())
+        scores.append(lists.scores.numpy())
+    return np.concatenate(items), np.concatenate(scores)
+
+
+def _measure(
+    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, items: pa.Table
+) -> dict[str, dict[str, float]]:
+    relevant_U = np.bincount(truth[:, 0], minlength=len(users))
+    width = items.num_rows + 1
+    wanted = truth[:, 0] * width + truth[:, 1]
+    hits_UK = np.isin(np.arange(len(users))[:, None] * width + items_UK, wanted)
+    per_user = {
+        f"{name}@{k}": metric(hits_UK[:, :k], relevant_U)
+        for name, metric in METRICS.items()
+        for k in config.evaluation.k
+    }
+    intervals = bootstrap(np.stack(list(per_user.values()), axis=1), config.evaluation.bootstrap, config.seed)
+    figures = {
+        name: {"value": float(values.mean()), "low": float(low), "high": float(high)}
+        for (name, values), (low, high) in zip(per_user.items(), intervals, strict=True)
+    }
+    train_I = items["count"].to_numpy()
+    for k in config.evaluation.k:
+        listed_I = np.bincount(items_UK[:, :k].ravel(), minlength=width)[1:]
+        low, high = coverage_interval(listed_I, len(users))
+        figures[f"coverage@{k}"] = {"value": coverage(listed_I), "low": low, "high": high}
+        figures[f"novelty@{k}"] = {"value": novelty(listed_I, train_I)}
+    return figures
+
+
+def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
+    rows, places = np.nonzero(items_UK != UNKNOWN)
+    return pa.table(
+        {
+            "model": pa.array([model] * len(rows)),
+            "user": users["user"].take(pa.array(rows)),
+            "rank": pa.array(places + 1, pa.int32()),
+            "item": pa.array(items_UK[rows, places].astype(np.int32)),
+            "score": pa.array(scores_UK[rows, places]),
+        },
+        schema=LISTS,
+    )
+
+
+def _verdict(config: Config, results: dict[str, Any]) -> dict[str, Any]:
+    """May the two-stage lists be published? They must be better than the declared model."""
+    metric, rival = config.evaluation.metric, config.evaluation.must_beat
+    ours, theirs = results["two_stage"][metric]["value"], results[rival][metric]["value"]
+    passed = ours > theirs
+    text = f"two_stage {metric} {ours:.4f} is {'above' if passed else 'not above'} {rival}'s {theirs:.4f}"
+    return {"passed": passed, "text": text}

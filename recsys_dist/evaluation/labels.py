@@ -1,0 +1,13 @@
+"""How models and figures are named where people read them."""
+
+COLUMNS = ("ndcg@10", "recall@10", "recall@20", "coverage@10")
+"""The metrics that summaries show."""
+
+LABELS = {
+    "popularity": "popularity",
+    "als": "ALS",
+    "fm": "FM part",
+    "deepfm": "DeepFM, all items",
+    "two_stage": "two-stage",
+}
+"""Model in metrics.json to its name for people."""

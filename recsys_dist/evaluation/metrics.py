@@ -1,0 +1,87 @@
+"""Ranking metrics: one small function each, from who was hit where.
+
+Legend: U users, K list length. `hits_UK` [U, K] bool: the item at that place is relevant (a short list ends
+in False). `relevant_U` [U] int: how many distinct relevant items the user has, at least 1. Every user with a
+relevant item counts, one without a list with 0. Each function returns [U] float64; the figure is its mean.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+Hits = NDArray[np.bool_]
+Counts = NDArray[np.int64]
+Values = NDArray[np.float64]
+
+
+def precision(hits_UK: Hits, relevant_U: Counts) -> Values:
+    """hits / K (Herlocker et al. 2004); a list shorter than K is still divided by K."""
+    return np.asarray(hits_UK.mean(axis=1))
+
+
+def recall(hits_UK: Hits, relevant_U: Counts) -> Values:
+    """hits / relevant (Herlocker et al. 2004)."""
+    return np.asarray(hits_UK.sum(axis=1) / relevant_U)
+
+
+def hit_rate(hits_UK: Hits, relevant_U: Counts) -> Values:
+    """1 where at least one item is hit (Deshpande and Karypis 2004)."""
+    return np.asarray(hits_UK.any(axis=1), np.float64)
+
+
+def mrr(hits_UK: Hits, relevant_U: Counts) -> Values:
+    """1 / rank of the first hit, 0 without one (Voorhees 1999)."""
+    first_U = hits_UK.argmax(axis=1)
+    return np.where(hits_UK.any(axis=1), 1 / (first_U + 1), 0.0)
+
+
+def average_precision(hits_UK: Hits, relevant_U: Counts) -> Values:
+    """Sum of precision@rank over the hits, divided by min(K, relevant), as Spark and RePlay do.
+
+    trec_eval and ranx divide by `relevant`; the two differ for users with more than K relevant items.
+    """
+    ranks_K = np.arange(1, hits_UK.shape[1] + 1)
+    precisions_UK = np.cumsum(hits_UK, axis=1) / ranks_K
+    return (precisions_UK * hits_UK).sum(axis=1) / np.minimum(relevant_U, hits_UK.shape[1])
+
+
+def ndcg(hits_UK: Hits, relevant_U: Counts) -> Values:
+    """DCG / ideal DCG with gain 1 and discount 1 / log2(rank + 1) (Järvelin and Kekäläinen 2002).
+
+    The ideal list has min(K, relevant) hits at its top.
+    """
+    discount_K = 1 / np.log2(np.arange(2, hits_UK.shape[1] + 2))
+    ideal_K = np.cumsum(discount_K)
+    return (hits_UK * discount_K).sum(axis=1) / ideal_K[np.minimum(relevant_U, hits_UK.shape[1]) - 1]
+
+
+METRICS: dict[str, Callable[[Hits, Counts], Values]] = {
+    "ndcg": ndcg,
+    "recall": recall,
+    "precision": precision,
+    "map": average_precision,
+    "mrr": mrr,
+    "hit_rate": hit_rate,
+}
+"""Name in metrics.json (before the @) to function."""
+
+
+def coverage(listed_I: NDArray[np.int64]) -> float:
+    """Share of the catalogue that is in at least one list (Ge et al. 2010).
+
+    Args:
+        listed_I: [I] number of lists that each item of the catalogue is in.
+    """
+    return float((listed_I > 0).mean())
+
+
+def novelty(listed_I: NDArray[np.int64], train_I: NDArray[np.int64]) -> float:
+    """Mean self-information of a listed item in bits, -log2(share of train events) (Zhou et al. 2010).
+
+    Args:
+        listed_I: [I] number of lists that each item of the catalogue is in.
+        train_I: [I] its number of train events; an item without one counts as having half an event.
+    """
+    information_I = -np.log2(np.maximum(train_I, 0.5) / max(train_I.sum(), 1))
+    return float((listed_I * information_I).sum() / max(listed_I.sum(), 1))

@@ -1,0 +1,75 @@
+"""report.html: one page that says how good tonight's models are, and shows some of their lists."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow.compute as pc
+
+from recsys_dist.evaluation.labels import COLUMNS, LABELS
+from recsys_dist.schema import UNKNOWN
+from recsys_dist.workspace import OpenRun
+
+SAMPLE_USERS = 20
+
+
+def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any]) -> None:
+    """Write the page from the evaluation run's own files and the manifests of the runs it reads."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    features, deepfm = run.inputs["features"], run.inputs["deepfm"]
+    columns = [name for name in COLUMNS if name in metrics["models"]["two_stage"]]
+    with deepfm.filesystem.open_input_stream(f"{deepfm.path}/history.jsonl") as stream:
+        history = [json.loads(line) for line in stream.read().decode().splitlines()]
+    page = environment.get_template("report.html.j2").render(
+        run_id=run.run_id,
+        metrics=metrics,
+        columns=columns,
+        labels=LABELS,
+        verdict=verdict,
+        best=max(figures[columns[0]]["high"] for figures in metrics["models"].values()),
+        history=[line for line in history if "ndcg@10" in line],
+        figures=features.manifest["figures"],
+        runs={name: other.run_id for name, other in run.inputs.items()},
+        users=_sample(run),
+    )
+    with run.filesystem.open_output_stream(f"{run.path}/report.html") as stream:
+        stream.write(page.encode())
+
+
+def _sample(run: OpenRun) -> list[dict[str, Any]]:
+    """Some test users: raw id, titles of the latest liked items, titles of the two-stage list."""
+    features = run.inputs["features"]
+    items = features.table("items").sort_by("item")
+    titles = ["", *(title or item for title, item in zip(*_columns(items, "title", "item_id"), strict=True))]
+    lists = pc.field("model") == "two_stage"
+    rows = _dataset(run, "lists").to_table(filter=lists & (pc.field("rank") <= 10)).sort_by("rank")
+    users = sorted(set(rows["user"].to_pylist()))
+    chosen = users[:: max(1, len(users) // SAMPLE_USERS)]
+    state = features.table("users/as_of=test", filter=pc.field("user").isin(chosen))
+    history = next((field.name for field in features.spec().fields if field.kind == "history"), "liked")
+    sample = []
+    for user in state.sort_by("user").to_pylist():
+        listed = rows.filter(pc.equal(rows["user"], user["user"]))
+        sample.append(
+            {
+                "id": user["user_id"],
+                "history": [titles[item] for item in reversed(user[history]) if item != UNKNOWN][:10],
+                "list": [titles[item] for item in listed["item"].to_pylist()],
+            }
+        )
+    return sample[:SAMPLE_USERS]
+
+
+def _columns(table: Any, *names: str) -> list[list[Any]]:
+    return [table[name].to_pylist() for name in names]
+
+
+def _dataset(run: OpenRun, name: str) -> Any:
+    import pyarrow.dataset
+
+    return pyarrow.dataset.dataset(f"{run.path}/{name}", filesystem=run.filesystem, format="parquet")

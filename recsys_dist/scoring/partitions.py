@@ -1,0 +1,115 @@
+"""Scoring users in partitions, each a Ray task that reads its own users and writes its own file."""
+
+import datetime as dt
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import torch
+
+from recsys_dist.config import Config
+from recsys_dist.schema import REASON, TOPK, UNKNOWN
+from recsys_dist.scoring.models import Models, load_models
+from recsys_dist.scoring.reasons import reasons
+from recsys_dist.scoring.users import Users, with_context
+from recsys_dist.workspace import OpenRun, Run
+
+LISTS = "lists"
+"""The run's folder with the partitions' files."""
+
+
+def score_partitions(config: Config, run: OpenRun, date: dt.date) -> list[dict[str, Any]]:
+    """Write every user's list to the run's lists/ and return each partition's figures.
+
+    A task takes `score.partition_users` consecutive user indices, so that its memory does not depend on
+    the number of users.
+    """
+    spec = run.inputs["features"].spec()
+    starts = range(1, spec.n_users + 1, config.score.partition_users)
+    runs, settings = ray.put(run.inputs), ray.put(config)
+    task = ray.remote(num_cpus=1, max_retries=3)(_score_partition)
+    done = [
+        task.remote(settings, runs, run, date, part, start, start + config.score.partition_users)
+        for part, start in enumerate(starts)
+    ]
+    return list(ray.get(done))
+
+
+def _score_partition(
+    config: Config, inputs: dict[str, Run], run: OpenRun, date: dt.date, part: int, start: int, end: int
+) -> dict[str, Any]:
+    models = _models(config, tuple(inputs.items()))
+    wanted = (pc.field("user") >= start) & (pc.field("user") < end)
+    users = inputs["features"].dataset("users/as_of=date")
+    rows = users.to_table(filter=wanted).sort_by("user")
+    weekday = np.full(len(rows), date.weekday())
+    batch = with_context(models.spec, rows, weekday, config.score.filter_seen)
+    table, figures = published_rows(models, batch, config.score.k, date, run.run_id)
+    run.write_table(LISTS, table, part)
+    return figures
+
+
+@functools.lru_cache(maxsize=1)
+def _models(config: Config, inputs: tuple[tuple[str, Run], ...]) -> Models:
+    """Load once in a worker process, not once a partition."""
+    return load_models(dict(inputs), config.score)
+
+
+@torch.inference_mode()
+def published_rows(
+    models: Models, users: Users, k: int, date: dt.date, run_id: str
+) -> tuple[pa.Table, dict[str, Any]]:
+    """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
+    lists, proposed_BKS = models.two_stage.rank(users, k)
+    why = reasons(models.ranker, users, lists)
+    names = np.array(list(models.two_stage.sources))
+    item_ids = np.append([""], models.items["item_id"].to_numpy(zero_copy_only=False))
+    rows, places = np.nonzero(lists.items.numpy() != UNKNOWN)
+    listed = lists.items.numpy()[rows, places]
+    spoken = why.items[rows, places]
+    n = len(rows)
+    table = pa.table(
+        {
+            "date": pa.array([date] * n, pa.date32()),
+            "user_id": users.table["user_id"].take(pa.array(rows)),
+            "rank": pa.array(places + 1, pa.int32()),
+            "item_id": pa.array(item_ids[listed], pa.string()),
+            "score": pa.array(lists.scores.numpy()[rows, places]),
+            "sources": _lists(np.broadcast_to(names, (n, len(names))), proposed_BKS.numpy()[rows, places]),
+            "reason": pa.StructArray.from_arrays(
+                [
+                    pa.array(np.where((spoken != UNKNOWN).any(axis=1), "history", "popular"), pa.string()),
+                    _lists(item_ids[spoken], spoken != UNKNOWN).cast(pa.list_(pa.string())),
+                    _lists(why.contributions[rows, places], spoken != UNKNOWN),
+                ],
+                fields=list(REASON),
+            ),
+            "run_id": pa.array([run_id] * n, pa.string()),
+        },
+        schema=TOPK,
+    )
+    by_source = proposed_BKS.sum(dim=(0, 1)).tolist()
+    figures = {
+        "users": len(users),
+        "served": len(np.unique(rows)),
+        "rows": n,
+        "proposed": dict(zip(names.tolist(), by_source, strict=True)),
+        "explained": int((spoken != UNKNOWN).any(axis=1).sum()),
+    }
+    return table, figures
+
+
+def batches(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    """A table in consecutive parts of at most `size` rows."""
+    for start in range(0, table.num_rows, size):
+        yield table.slice(start, size)
+
+
+def _lists(values: np.ndarray, chosen: np.ndarray) -> pa.ListArray:
+    """Each row's chosen values as an Arrow list: both [N, M]."""
+    offsets = np.append([0], np.cumsum(chosen.sum(axis=1))).astype(np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[chosen]))

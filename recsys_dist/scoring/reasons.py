@@ -1,0 +1,74 @@
+"""Why an item is in a user's list, computed from the model that ranked it.
+
+Legend: B users, K list length, H history positions, D factors.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from recsys_dist.recall.inner_product import Lists
+from recsys_dist.schema import UNKNOWN
+from recsys_dist.scoring.scorers import Ranker
+from recsys_dist.scoring.users import Users, pairs
+
+ITEMS = 3
+"""At most so many items of the history are named."""
+
+
+@dataclass(frozen=True)
+class Reasons:
+    """For each place of each list, the items of the user's history that speak for it."""
+
+    items: np.ndarray
+    """[B, K, 3] int64, strongest first, 0 where there are fewer."""
+    contributions: np.ndarray
+    """[B, K, 3] float32, each item's share of the logit's second-order term; above 0 where there is one."""
+
+
+@torch.inference_mode()
+def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
+    """Attribute the interaction of history and listed item to the items of the history.
+
+    A history field enters the FM as the mean (or sum) of its items' embeddings, so that its second-order
+    term with the listed item, <mean_j e_j, sum_i>, is a sum over j of <e_j, sum_i> / n: j's contribution.
+    An item that occurs in several history fields adds up.
+    """
+    listed_BKD = ranker.items.sum[lists.items]
+    places, contributions = [], []
+    for field in ranker.spec.fields:
+        if field.kind != "history":
+            continue
+        history_BH = torch.zeros(len(users), field.last or 1, dtype=torch.int64)
+        rows, items = pairs(users.table[field.name])
+        length_B = torch.bincount(rows, minlength=len(users))
+        start_B = torch.cumsum(length_B, 0) - length_B
+        history_BH[rows, torch.arange(len(rows)) - start_B[rows]] = items
+        table = ranker.model.user_tables.embedding_bags[f"table_{field.name}"].weight
+        embedded_BHD = table[history_BH][..., : listed_BKD.shape[-1]]
+        if field.pooling == "mean":
+            embedded_BHD = embedded_BHD / length_B.clamp(min=1)[:, None, None]
+        share_BKH = torch.einsum("bkd,bhd->bkh", listed_BKD, embedded_BHD)
+        share_BKH = share_BKH.masked_fill((history_BH == UNKNOWN)[:, None], 0)
+        places.append(history_BH[:, None].expand_as(share_BKH))
+        contributions.append(share_BKH)
+    shape = (*lists.items.shape, ITEMS)
+    if not places:
+        return Reasons(np.zeros(shape, np.int64), np.zeros(shape, np.float32))
+    items_BKH, order = torch.sort(torch.cat(places, dim=2), dim=2, stable=True)
+    share_BKH = torch.cat(contributions, dim=2).gather(2, order)
+    first = torch.ones_like(items_BKH, dtype=torch.bool)
+    first[..., 1:] = items_BKH[..., 1:] != items_BKH[..., :-1]
+    slot = torch.cumsum(first, dim=2) - 1
+    total_BKH = torch.zeros_like(share_BKH).scatter_add_(2, slot, share_BKH)
+    distinct_BKH = torch.zeros_like(items_BKH).scatter_(2, slot, items_BKH)
+    best = torch.sort(total_BKH, dim=2, descending=True, stable=True)
+    best_items = distinct_BKH.gather(2, best.indices)
+    speaks = (best.values > 0) & (best_items != UNKNOWN) & (lists.items != UNKNOWN)[..., None]
+    short = max(0, ITEMS - speaks.shape[2])
+    kept = [
+        torch.nn.functional.pad(torch.where(speaks, part, torch.zeros_like(part)), (0, short))[..., :ITEMS]
+        for part in (best_items, best.values)
+    ]
+    return Reasons(kept[0].numpy(), kept[1].numpy())

@@ -1,0 +1,58 @@
+"""A batch of users as a Scorer sees them: their state as of a cut, the context, and what not to list."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from recsys_dist.schema import FeatureSpec
+
+
+@dataclass(frozen=True)
+class Users:
+    """B rows of a features run's users/, with the context columns added."""
+
+    table: pa.Table
+    """Every user and context field of the FeatureSpec, and the lists `seen` and `liked`."""
+    excluded: tuple[Tensor, Tensor]
+    """(row, item) pairs that must not be listed, two [E] int64 tensors."""
+
+    def __len__(self) -> int:
+        return self.table.num_rows
+
+    @property
+    def indices(self) -> Tensor:
+        """[B] int64, the users' indices."""
+        return torch.from_numpy(self.table["user"].to_numpy().astype(np.int64))
+
+
+def with_context(
+    spec: FeatureSpec,
+    rows: pa.Table,
+    weekday: np.ndarray,
+    filter_seen: Literal["all", "positives", "none"],
+) -> Users:
+    """Make a batch of rows of users/.
+
+    Args:
+        spec: of the features run that the rows come from.
+        rows: B rows.
+        weekday: [B] int, 0 (Monday) to 6, of the day that each list is for.
+        filter_seen: which items of the user's are excluded.
+    """
+    for name, column in spec.context(weekday).items():
+        rows = rows.append_column(name, column)
+    column = {"all": "seen", "positives": "liked", "none": None}[filter_seen]
+    empty = torch.empty(0, dtype=torch.int64)
+    return Users(rows.combine_chunks(), pairs(rows[column]) if column else (empty, empty))
+
+
+def pairs(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
+    """A list column as (row, value) pairs, two [E] int64 tensors."""
+    lists = column.combine_chunks()
+    rows = pa.compute.list_parent_indices(lists).to_numpy().astype(np.int64)
+    values = pa.compute.list_flatten(lists).to_numpy().astype(np.int64)
+    return torch.from_numpy(rows), torch.from_numpy(values)
