@@ -1,0 +1,109 @@
+"""The Spark session that the stages run in: quiet, in UTC, sized for the data."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pyarrow as pa
+import pyarrow.fs
+from pyspark.sql import DataFrame, SparkSession
+
+from recsys_dist.config import Config
+from recsys_dist.job import require_java
+
+MEBIBYTE = 1 << 20
+
+STARTED_WITH = {
+    "spark.ui.showConsoleProgress": "false",
+    "spark.log.level": "ERROR",
+}
+"""Properties that only count when the session is started."""
+
+RUNTIME = {
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.adaptive.enabled": "true",
+    "spark.sql.parquet.compression.codec": "zstd",
+    # What Arrow calls timestamp[us, UTC]; Spark's own default is INT96.
+    "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # A row of a csv file counts as broken by its number of columns, whichever of them are used.
+    "spark.sql.csv.parser.columnPruning.enabled": "false",
+    # Zero-byte _SUCCESS files would break readers that take every file of a folder.
+    "mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
+}
+
+_TYPES = {
+    pa.int32(): "int",
+    pa.int64(): "bigint",
+    pa.float32(): "float",
+    pa.string(): "string",
+    pa.timestamp("us", tz="UTC"): "timestamp",
+    pa.list_(pa.int32()): "array<int>",
+    pa.list_(pa.float32()): "array<float>",
+}
+
+
+@contextmanager
+def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]:
+    """Yield a session, the running one where there is one; a session started here is stopped at the end.
+
+    The master is spark-submit's, or else all cores of this machine. `spark.conf` of the configuration is
+    applied last.
+
+    Args:
+        name: shown in Spark's UI.
+        config: `spark.conf` is used.
+        input_bytes: size of the input, which decides the number of shuffle partitions.
+
+    Raises:
+        ConfigError: Spark would not start, because of Java.
+    """
+    require_java()
+    running = SparkSession.getActiveSession()
+    builder = SparkSession.builder.appName(f"recsys_dist {name}")
+    for key, value in {**STARTED_WITH, **RUNTIME, **config.spark.conf}.items():
+        builder = builder.config(key, value)
+    spark = running or builder.getOrCreate()
+    try:
+        if "spark.sql.shuffle.partitions" not in config.spark.conf:
+            cores = spark.sparkContext.defaultParallelism
+            # A task for every 32 MiB of input; of a small input one for every MiB, while there are cores.
+            partitions = max(
+                min(cores, math.ceil(input_bytes / MEBIBYTE)), math.ceil(input_bytes / (32 * MEBIBYTE)), 1
+            )
+            spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
+        for key, value in RUNTIME.items():
+            if key not in config.spark.conf:
+                spark.conf.set(key, value)
+        yield spark
+    finally:
+        if running is None:
+            spark.stop()
+
+
+def spark_uri(uri: str) -> str:
+    """The name that Spark has for a path or URI: `s3://` is `s3a://` there, a plain path a local file."""
+    if "://" not in uri:
+        return f"file://{uri}"
+    return f"s3a://{uri.removeprefix('s3://')}" if uri.startswith("s3://") else uri
+
+
+def write(frame: DataFrame, uri: str, schema: pa.Schema, partition_by: str | None = None) -> None:
+    """Write a new Parquet folder with exactly the columns and types of `schema`.
+
+    Raises:
+        pyspark.errors.AnalysisException: the folder exists already.
+    """
+    columns = [frame[column.name].cast(_TYPES[column.type]).alias(column.name) for column in schema]
+    if partition_by:
+        columns.append(frame[partition_by])
+    writer = frame.select(*columns).write
+    (writer.partitionBy(partition_by) if partition_by else writer).parquet(spark_uri(uri))
+
+
+def remove_checksums(filesystem: pyarrow.fs.FileSystem, path: str) -> None:
+    """Remove the hidden .crc files that Hadoop writes beside every file of a local folder."""
+    if not isinstance(filesystem, pyarrow.fs.LocalFileSystem):
+        return
+    for info in filesystem.get_file_info(pyarrow.fs.FileSelector(path, recursive=True)):
+        if info.base_name.startswith(".") and info.base_name.endswith(".crc"):
+            filesystem.delete_file(info.path)
