@@ -161,6 +161,7 @@ class History(Section):
     name: Name
     side: Literal["user"] = "user"
     of: Literal["item"] = "item"
+    """What is remembered of an event."""
     when: Literal["positive", "any"] = "positive"
     """Which events enter."""
     last: int = Field(20, ge=1, le=1000)
