@@ -1,0 +1,178 @@
+"""The training loop that every worker runs.
+
+Worker 0 writes, beside the checkpoints: `history.jsonl`, a line an evaluation; `plan.json`, how the tables
+are sharded; `now.json`, where it stands between evaluations; `workers.json`, host and process of each.
+"""
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys_dist.config import Config
+from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, complete
+from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.optimizer import dense_optimizer
+from recsys_dist.deepfm.sharding import shard
+from recsys_dist.deepfm.validation import Validation
+from recsys_dist.workspace import Run
+
+HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
+EVERY_SECONDS = 10
+"""Time between two writes of now.json."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the workers are to do."""
+
+    config: Config
+    features: Run
+    folder: Path
+    """Where checkpoints and progress go; all workers see it."""
+
+
+def train(task: Task, device: torch.device) -> Progress:
+    """Train until the epochs are done or the metric stops improving, from the newest checkpoint if any.
+
+    The default process group must be there. On return the checkpoint of `Progress.best_step` is the result.
+
+    Args:
+        task: the same for all workers.
+        device: of this worker.
+    """
+    settings, seed = task.config.deepfm, task.config.seed
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    newest, attempt = _resume_point(task.folder)
+    spec = task.features.spec()
+    examples = Examples(task.features, spec, task.config)
+    validation = Validation(task.features, spec, task.config)
+    model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)
+    assert dist.group.WORLD
+    sharded, plan = shard(model, dist.group.WORLD, device, seed)
+    dense = dense_optimizer(sharded, settings)
+    checkpoints = Checkpoints(task.folder, attempt)
+    progress = checkpoints.load(sharded, dense, newest) if newest else Progress()
+    log = _Log(task, attempt, progress.step)
+    log.write(PLAN, plan)
+    workers: list[Any] = [None] * world_size
+    dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
+    log.write(WORKERS, workers)
+
+    last = settings.epochs * examples.steps
+    while progress.step < last and progress.stale < settings.patience:
+        epoch, step = divmod(progress.step, examples.steps)
+        # Dropout is the one thing left to chance; seeded by the step, a resumed training repeats it.
+        torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)[0]))
+        batch = examples.batch(epoch, step, rank, world_size).to(device)
+        dense.zero_grad()
+        loss, _ = sharded(batch)
+        loss.backward()
+        dense.step()
+        progress.step += 1
+        log.step(progress.step, loss.detach(), examples.rows(step))
+        epoch_ends = step + 1 == examples.steps
+        if epoch_ends:
+            mean = log.mean_loss()
+            metric = validation.ndcg(model, device)
+            better = metric > progress.best
+            progress.stale = 0 if better else progress.stale + 1
+            if better:
+                progress.best, progress.best_step = metric, progress.step
+            log.evaluation(epoch, progress, mean, metric)
+        if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
+            checkpoints.save(sharded, dense, progress)
+    return progress
+
+
+def _resume_point(folder: Path) -> tuple[Path | None, int]:
+    """The newest complete checkpoint, and the number of this attempt from 0, as worker 0 sees them."""
+    answer: list[Any] = [None, 0]
+    if dist.get_rank() == 0:
+        file = folder / ATTEMPT
+        attempt = int(file.read_text()) + 1 if file.exists() else 0
+        file.write_text(str(attempt))
+        whole = complete(folder)
+        answer = [whole[-1][2] if whole else None, attempt]
+    dist.broadcast_object_list(answer)
+    return answer[0], answer[1]
+
+
+class _Log:
+    """What worker 0 tells the driver. The other workers' write nothing."""
+
+    def __init__(self, task: Task, attempt: int, resumed_from: int) -> None:
+        self.folder, self.attempt, self.resumed_from = task.folder, attempt, resumed_from
+        self.negatives = task.config.deepfm.negatives
+        self.active = dist.get_rank() == 0
+        self.history = task.folder / HISTORY
+        self.told = time.monotonic()
+        self._restart()
+        if self.active and self.history.exists():
+            # What came after the checkpoint is done, and told, again.
+            lines = [line for line in self.history.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= resumed_from]
+            self.history.write_text("".join(f"{line}\n" for line in kept))
+
+    def _restart(self) -> None:
+        self.steps, self.positives, self.seconds = 0, 0, 0.0
+        self.losses: Tensor | float = 0.0
+        self.start = time.monotonic()
+
+    def step(self, step: int, loss: Tensor, positives: int) -> None:
+        """Count a step."""
+        self.steps += 1
+        self.positives += positives
+        self.losses = self.losses + loss
+        now = time.monotonic()
+        self.seconds = now - self.start
+        if self.active and now - self.told > EVERY_SECONDS:
+            self.told = now
+            self.write(NOW, {"step": step, "loss": float(self.losses) / self.steps, **self._speed()})
+
+    def mean_loss(self) -> float:
+        """The steps' mean loss since the last evaluation. Collective."""
+        assert isinstance(self.losses, Tensor)
+        mean = self.losses / self.steps
+        dist.all_reduce(mean)
+        return float(mean) / dist.get_world_size()
+
+    def evaluation(self, epoch: int, progress: Progress, loss: float, metric: float) -> None:
+        """Append an evaluation's line."""
+        line = {
+            "epoch": epoch + 1,
+            "step": progress.step,
+            "loss": round(loss, 6),
+            "ndcg@10": round(metric, 6),
+            "best": progress.stale == 0,
+            **self._speed(),
+            "train_seconds": round(self.seconds, 3),
+            "evaluation_seconds": round(time.monotonic() - self.start - self.seconds, 3),
+            "attempt": self.attempt,
+            "resumed_from": self.resumed_from,
+        }
+        if self.active:
+            with self.history.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+        self.told = time.monotonic()
+        self._restart()
+
+    def write(self, name: str, value: Any) -> None:
+        """Write a JSON file, whole or not at all."""
+        if self.active:
+            new = self.folder / f"{name}.new"
+            new.write_text(json.dumps(value))
+            new.replace(self.folder / name)
+
+    def _speed(self) -> dict[str, int]:
+        rate = self.positives / max(self.seconds, 1e-9)
+        return {"positives_per_s": round(rate), "pairs_per_s": round(rate * (1 + self.negatives))}

@@ -1,0 +1,102 @@
+"""Where each table lives: large ones cut by rows over all workers, small ones whole on one worker each."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed.types import ShardingEnv, ShardingPlan
+
+from recsys_dist import config
+from recsys_dist.deepfm.model import DeepFM, initial_rows
+from recsys_dist.deepfm.optimizer import fuse
+
+COLLECTIONS = ("user_tables", "item_tables")
+
+
+def make_plan(
+    model: DeepFM, world_size: int, device: torch.device
+) -> tuple[ShardingPlan, list[dict[str, Any]]]:
+    """TorchRec's plan, and the same as rows for people: name, rows, dim, sharding, ranks."""
+    sharder = EmbeddingBagCollectionSharder()
+    turns = itertools.cycle(range(world_size))
+    plan, described = {}, []
+    for name in COLLECTIONS:
+        collection = getattr(model, name)
+        by_table = {}
+        for table in collection.embedding_bag_configs():
+            large = table.num_embeddings >= model.settings.row_wise_from
+            ranks = list(range(world_size)) if large else [next(turns)]
+            by_table[table.name] = row_wise() if large else table_wise(rank=ranks[0])
+            described.append(
+                {
+                    "table": table.name,
+                    "rows": table.num_embeddings,
+                    "dim": table.embedding_dim,
+                    "sharding": "row_wise" if large else "table_wise",
+                    "ranks": ranks,
+                }
+            )
+        plan[name] = construct_module_sharding_plan(
+            collection,
+            by_table,
+            sharder=sharder,
+            local_size=world_size,
+            world_size=world_size,
+            device_type=device.type,
+        )
+    return ShardingPlan(plan), described
+
+
+def shard(
+    model: DeepFM, process_group: torch.distributed.ProcessGroup, device: torch.device, seed: int
+) -> tuple[DistributedModelParallel, list[dict[str, Any]]]:
+    """The model with its tables sharded over the process group, each row as the seed says.
+
+    Args:
+        model: with its tables on the meta device.
+        process_group: of all workers.
+        device: of this worker.
+        seed: of the initial values.
+    """
+    fuse(model)  # before the plan, which chooses the kernels by it
+    plan, described = make_plan(model, process_group.size(), device)
+    sharded = DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(process_group),
+        device=device,
+        plan=plan,
+        sharders=[EmbeddingBagCollectionSharder()],
+    )
+    _initialise(sharded, model.settings, seed)
+    return sharded, described
+
+
+def table_of(described: list[dict[str, Any]]) -> str:
+    """The plan as text, a line a table."""
+    lines = [("table", "rows", "dim", "sharding", "ranks")]
+    for row in described:
+        ranks = ",".join(str(rank) for rank in row["ranks"])
+        lines.append((row["table"], f"{row['rows']:,}", str(row["dim"]), row["sharding"], ranks))
+    widths = [max(len(line[column]) for line in lines) for column in range(5)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+@torch.no_grad()
+def _initialise(model: DistributedModelParallel, settings: config.DeepFM, seed: int) -> None:
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, ShardedTensor):
+            continue
+        table = name.split(".")[-2]
+        for part in tensor.local_shards():
+            start, rows = part.metadata.shard_offsets[0], part.metadata.shard_sizes[0]
+            values = initial_rows(
+                seed, table, start, start + rows, settings.embedding_dim, settings.init_scale
+            )
+            part.tensor.copy_(values)

@@ -1,0 +1,136 @@
+"""NDCG@10 of the validation part, which decides when training stops.
+
+Legend: U users of a chunk, I items, H width of the first hidden layer.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from recsys_dist.config import Config
+from recsys_dist.deepfm.batches import SideBatch, side_batch
+from recsys_dist.deepfm.examples import item_batch, positives
+from recsys_dist.deepfm.model import DeepFM, Side
+from recsys_dist.schema import FeatureSpec
+from recsys_dist.workspace import Run
+
+K = 10
+CHUNK = 1 << 24
+"""Numbers of the widest array [U, I, H] that a chunk of users makes: 64 MiB of float32."""
+
+
+class Validation:
+    """A fixed sample of the users with positives in a part, each to be ranked all items but the seen ones.
+
+    A user's fields are as of the part's start, the context that of the user's first event in it.
+
+    Args:
+        run: the features run.
+        spec: its fields.
+        config: seed and size of the sample.
+        split: `valid` or `test`.
+    """
+
+    def __init__(self, run: Run, spec: FeatureSpec, config: Config, split: str = "valid") -> None:
+        truth = positives(run, spec, split)
+        users = np.unique(truth["user"].to_numpy())
+        if len(users) > config.deepfm.valid_users:
+            generator = np.random.default_rng([config.seed, 1])
+            users = np.sort(generator.choice(users, config.deepfm.valid_users, replace=False))
+        chosen = pa.array(users)
+        state = run.table(
+            "users", filter=(pc.field("as_of") == split) & pc.field("user").isin(chosen)
+        ).sort_by("user")
+        events = run.table(
+            "examples", filter=(pc.field("split") == split) & pc.field("user").isin(chosen)
+        ).sort_by([("user", "ascending"), ("timestamp", "ascending")])
+        first = np.unique(events["user"].to_numpy(), return_index=True)[1]
+        columns = {field.name: state[field.name] for field in spec.side("user")}
+        columns |= {field.name: events[field.name].take(pa.array(first)) for field in spec.side("context")}
+        self.user = side_batch(columns, spec.side("user", "context"))
+        self.item = item_batch(run, spec)[0]
+        self.seen = _pairs(users, np.repeat(state["user"].to_numpy(), _lengths(state["seen"])), state["seen"])
+        self.truth = _pairs(users, truth["user"].to_numpy(), truth["item"])
+        self.k = min(K, spec.n_items)
+
+    def __len__(self) -> int:
+        return len(self.user)
+
+    @torch.no_grad()
+    def ndcg(self, model: DeepFM, device: torch.device) -> float:
+        """The mean NDCG@10 of the sample's users. Collective: every worker ranks its share of the users."""
+        training = model.training
+        model.eval()
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        items = _gather(model.item_side(_share(self.item, rank, world_size).to(device)), len(self.item))
+        # Lookups are collective too, so each worker looks up equally many rows.
+        mine = model.user_side(_share(self.user, rank, world_size).to(device))
+        per_worker = len(mine.first)
+        start = min(rank * per_worker, len(self.user))
+        stop = min(start + per_worker, len(self.user))
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        size = max(1, CHUNK // (len(self.item) * items.hidden.shape[1]))
+        for chunk in range(start, stop, size):
+            end = min(chunk + size, stop)
+            users = mine.rows(chunk - start, end - start)
+            logits = model.logits(users.leading(-1, 1), items.leading(1, -1))
+            total += self._ndcg(logits, chunk, end).sum()
+        dist.all_reduce(total)
+        model.train(training)
+        return float(total) / len(self.user)
+
+    def _ndcg(self, logits: Tensor, start: int, stop: int) -> Tensor:
+        """NDCG@10 [U], ideal min(10, relevant), of the users `start` to before `stop` (Järvelin 2002)."""
+        relevant = torch.zeros_like(logits, dtype=torch.bool)
+        rows, items = (part.to(logits.device) for part in _within(self.truth, start, stop))
+        relevant[rows, items - 1] = True
+        rows, items = (part.to(logits.device) for part in _within(self.seen, start, stop))
+        logits[rows, items - 1] = -torch.inf
+        hits = relevant.gather(1, logits.topk(self.k).indices)
+        discount = 1 / torch.log2(torch.arange(2, self.k + 2, device=logits.device))
+        ideal = discount.cumsum(0)[relevant.sum(1).clamp(max=self.k) - 1]
+        return (hits * discount).sum(1) / ideal
+
+
+def _share(batch: SideBatch, rank: int, world_size: int) -> SideBatch:
+    """A worker's equal share of the rows; the last ones repeat the first row where there are too few."""
+    size = -(-len(batch) // world_size)
+    rows = torch.arange(rank * size, (rank + 1) * size)
+    return batch.take(torch.where(rows < len(batch), rows, 0))
+
+
+def _gather(side: Side, rows: int) -> Side:
+    """All workers' shares, without the rows that only fill the last."""
+    world_size = dist.get_world_size()
+    if world_size == 1:
+        return side
+    parts = []
+    for part in side:
+        gathered = part.new_empty((len(part) * world_size, *part.shape[1:]))
+        dist.all_gather_into_tensor(gathered, part.contiguous())
+        parts.append(gathered[:rows])
+    return Side(*parts)
+
+
+def _lengths(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.list_value_length(column).fill_null(0).to_numpy()
+
+
+def _pairs(users: np.ndarray, owners: np.ndarray, items: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """(row of the user, item), ascending by row."""
+    if pa.types.is_list(items.type):
+        items = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
+    values = items.to_numpy()
+    rows = np.searchsorted(users, owners)
+    order = np.argsort(rows, kind="stable")
+    known = values[order] > 0
+    return rows[order][known], values[order][known]
+
+
+def _within(pairs: tuple[np.ndarray, np.ndarray], start: int, stop: int) -> tuple[Tensor, Tensor]:
+    first, last = np.searchsorted(pairs[0], [start, stop])
+    rows, items = pairs[0][first:last] - start, pairs[1][first:last].astype(np.int64)
+    return torch.from_numpy(rows), torch.from_numpy(items)
