@@ -86,7 +86,7 @@ def require_few(name: str, rows: int, reasons: Counter[str], checked: DataFrame,
     raise DataError(
         f"data.{name}: {bad} of {rows} rows are unusable, more than data.max_bad_rows={limit}:\n  "
         + "\n  ".join(examples)
-        + f"\nCheck data.{name}'s format, delimiter, columns and timestamp_format, or raise data.max_bad_rows."
+        + f"\nCheck data.{name}'s format, delimiter, columns and timestamp_format, or raise max_bad_rows."
     )
 
 

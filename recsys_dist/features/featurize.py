@@ -1,11 +1,9 @@
 """Raw logs to a features run: read, check, split, encode, look back, write."""
 
 import datetime as dt
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -28,7 +26,7 @@ from recsys_dist.features.check import (
 )
 from recsys_dist.features.encode import Vocabularies, encode, tokens_of
 from recsys_dist.features.read import Opened, open_source, read
-from recsys_dist.features.session import remove_checksums, start, write
+from recsys_dist.features.session import Steps, remove_checksums, start, write
 from recsys_dist.features.split import SPLITS, arrange
 from recsys_dist.schema import QUARANTINE, VOCAB, FeatureSpec, FieldSpec
 from recsys_dist.workspace import OpenRun
@@ -67,20 +65,6 @@ def featurize(config: Config, run: OpenRun) -> dict[str, Any]:
         raise
     finally:
         session.__exit__(None, None, None)
-
-
-class Steps:
-    """Seconds a step, in the order they ended."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Time the block."""
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - begin, 2)
 
 
 @dataclass(frozen=True)

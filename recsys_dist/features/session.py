@@ -1,6 +1,7 @@
 """The Spark session that the stages run in: quiet, in UTC, sized for the data."""
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -40,6 +41,20 @@ _TYPES = {
     pa.list_(pa.int32()): "array<int>",
     pa.list_(pa.float32()): "array<float>",
 }
+
+
+class Steps:
+    """Seconds a step, in the order they ended."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Time the block."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - begin, 2)
 
 
 @contextmanager
