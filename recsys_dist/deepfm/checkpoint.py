@@ -6,6 +6,7 @@ unpickles, so checkpoints are read from the own run only; what is published is s
 
 import re
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,9 @@ def complete(folder: Path) -> list[tuple[int, int, Path]]:
 
 def load_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Read a checkpoint's model into the tensors of an unsharded state_dict, in one process."""
-    dcp.load({"model": state}, checkpoint_id=str(path), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
+        dcp.load({"model": state}, checkpoint_id=str(path), no_dist=True)
 
 
 def _state(model: DistributedModelParallel, dense: KeyedOptimizerWrapper) -> dict[str, Any]:

@@ -1,0 +1,219 @@
+"""A deepfm run: Ray Train starts the workers, watches them, and the best checkpoint is published."""
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+# Read when Ray is imported and by its processes: no report of use, no prefix or colour before a line.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import pyarrow.fs
+import ray
+import ray.train
+from ray.exceptions import RayError
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+
+from recsys_dist.config import PACKAGE, Config
+from recsys_dist.errors import ConfigError, RetryableError
+from recsys_dist.workspace import OpenRun
+
+OBJECT_STORE_BYTES = 100_000_000
+"""Of a local Ray: nothing big passes through it."""
+
+
+def make(config: Config, run: OpenRun) -> dict[str, Any]:
+    """Train on the features run that `run` reads, and write checkpoint/, model/ and history.jsonl.
+
+    Returns:
+        The run's figures.
+
+    Raises:
+        ConfigError: the Ray cluster is too small.
+        RetryableError: it cannot be reached, or the training failed more often than allowed.
+    """
+    start = time.perf_counter()
+    local = isinstance(run.filesystem, pyarrow.fs.LocalFileSystem)
+    # Checkpoints need a folder that all workers see: with another kind of root, all must be on this machine.
+    folder = Path(run.path if local else tempfile.mkdtemp(prefix="deepfm-")) / "training"
+    folder.mkdir()
+    try:
+        _train(config, run, folder)
+        figures = _publish(config, run, folder)
+    finally:
+        if not local:
+            shutil.rmtree(folder.parent)
+    shutil.rmtree(folder, ignore_errors=True)
+    return figures | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _train(config: Config, run: OpenRun, folder: Path) -> None:
+    gpus = _connect(config)
+    task = {"config": config, "features": run.inputs["features"], "folder": folder}
+    stop = threading.Event()
+    printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
+    trainer = TorchTrainer(
+        _worker,
+        train_loop_config=task,
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=config.deepfm.num_workers, use_gpu=gpus),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=config.deepfm.max_failures),
+            logging_config=LoggingConfig("ERROR"),
+        ),
+    )
+    printer.start()
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        failures = config.deepfm.max_failures + 1
+        raise RetryableError(
+            f"The training failed {failures} times, the last time with: {error}. Its checkpoints are in "
+            f"{folder}. If this is not the data's or the settings' fault, run the job again."
+        ) from error
+    finally:
+        stop.set()
+        printer.join()
+        ray.shutdown()
+
+
+def _connect(config: Config) -> bool:
+    """Connect to the cluster of RAY_ADDRESS, or start a local Ray; whether there is a GPU for each worker."""
+    workers = config.deepfm.num_workers
+    # The workers import this very package, wherever the driver found it.
+    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *_python_path()])}}
+    address = os.environ.get("RAY_ADDRESS")
+    try:
+        if address:
+            ray.init(runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(
+                address="local",
+                num_cpus=max(workers, os.cpu_count() or 1),
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                runtime_env=environment,
+                log_to_driver=False,
+                logging_level="ERROR",
+            )
+    except (ConnectionError, RuntimeError, RayError) as error:
+        where = f"The Ray cluster at RAY_ADDRESS={address}" if address else "A local Ray"
+        raise RetryableError(f"{where} cannot be used: {error}") from error
+    resources = ray.cluster_resources()
+    if resources.get("CPU", 0) < workers:
+        found = int(resources.get("CPU", 0))
+        ray.shutdown()
+        raise ConfigError(
+            f"deepfm.num_workers={workers} needs as many CPUs, and the Ray cluster at {address} has {found}. "
+            f"Add nodes, or give --set deepfm.num_workers={max(found, 1)}."
+        )
+    return resources.get("GPU", 0) >= workers
+
+
+def _python_path() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+
+
+def _worker(task: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    import logging
+    import warnings
+
+    # Before torchrec is imported: Ray opens the root logger at INFO, and fbgemm and torch.fx write there.
+    for name in (None, "torch", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
+
+    import torch
+
+    from recsys_dist.deepfm.loop import Task, train
+
+    device = ray.train.torch.get_device()
+    on_this_node = ray.train.get_context().get_local_world_size()
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_node))
+    train(Task(task["config"], task["features"], task["folder"]), device)
+
+
+def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
+    """Move the best checkpoint to its place and write model/ from it."""
+    from recsys_dist.deepfm.checkpoint import complete, load_weights
+    from recsys_dist.deepfm.loop import HISTORY, PLAN
+    from recsys_dist.deepfm.model import DeepFM, publish
+    from recsys_dist.deepfm.sharding import table_of
+
+    spec = run.inputs["features"].spec()
+    history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+    best = max(history, key=lambda line: (line["ndcg@10"], -line["step"]))
+    path = next(path for step, _, path in complete(folder) if step == best["step"])
+    state = DeepFM(spec, config.deepfm).state_dict()
+    load_weights(path, state)
+    publish(run, spec, config.deepfm, state)
+    run.filesystem.create_dir(f"{run.path}/checkpoint")
+    pyarrow.fs.copy_files(str(path), f"{run.path}/checkpoint", destination_filesystem=run.filesystem)
+    pyarrow.fs.copy_files(
+        str(folder / HISTORY), f"{run.path}/{HISTORY}", destination_filesystem=run.filesystem
+    )
+    plan = json.loads((folder / PLAN).read_text())
+    print(table_of(plan))
+    return {
+        "ndcg@10": best["ndcg@10"],
+        "best_epoch": best["epoch"],
+        "epochs": history[-1]["epoch"],
+        "steps": history[-1]["step"],
+        "attempts": history[-1]["attempt"] + 1,
+        "positives_per_s": round(sum(line["positives_per_s"] for line in history) / len(history)),
+        "pairs_per_s": round(sum(line["pairs_per_s"] for line in history) / len(history)),
+        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "plan": plan,
+    }
+
+
+def _print_progress(folder: Path, stop: threading.Event) -> None:
+    """Print each evaluation and, between distant ones, where the training stands."""
+    printed, attempt = 0, 0
+    while True:
+        last = stop.wait(0.5)
+        for line in _lines(folder / "history.jsonl"):
+            if line["step"] > printed:
+                if line["attempt"] > attempt:
+                    attempt = line["attempt"]
+                    print(f"  a worker failed: went on from step {line['resumed_from']:,}", flush=True)
+                mark = " *" if line["best"] else ""
+                print(
+                    f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
+                    f"{line['positives_per_s']:>7,} positives/s  {line['pairs_per_s']:>9,} pairs/s  "
+                    f"valid NDCG@10 {line['ndcg@10']:.4f}{mark}",
+                    flush=True,
+                )
+                printed = line["step"]
+        for line in _lines(folder / "now.json"):
+            if line["step"] > printed:
+                print(
+                    f"             step {line['step']:>7,}  loss {line['loss']:.4f}  "
+                    f"{line['positives_per_s']:>7,} positives/s",
+                    flush=True,
+                )
+                printed = line["step"]
+        if last:
+            return
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    except OSError:
+        return []
