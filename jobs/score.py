@@ -7,14 +7,21 @@ python jobs/score.py --conf conf/movielens_100k.yaml --user 196
 
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if (ROOT / "recsys_dist").is_dir():  # a checkout; an installed wheel is importable already
     sys.path.insert(0, str(ROOT))
 
 from recsys_dist import job
-from recsys_dist.config import load
-from recsys_dist.workspace import Workspace
+from recsys_dist.config import Config, load
+from recsys_dist.workspace import OpenRun, Workspace
+
+
+def make(config: Config, run: OpenRun) -> dict[str, Any]:
+    from recsys_dist.scoring.score import score  # after the arguments: torch takes seconds
+
+    return score(config, run)
 
 
 def main() -> int:
@@ -27,9 +34,7 @@ def main() -> int:
         return job.guard(
             lambda: print(show_user(Workspace(load(arguments.conf, arguments.overrides)), arguments.user))
         )
-    from recsys_dist.scoring.score import score
-
-    return job.run_stage("score", arguments, score)
+    return job.run_stage("score", arguments, make)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The night: every stage in order, each its own process, skipping what is done, and a summary at the end."""
 
+import importlib.util
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import pyarrow.compute as pc
 
 from recsys_dist import job
 from recsys_dist.config import PACKAGE, Config, load
-from recsys_dist.errors import RecsysError
+from recsys_dist.errors import ConfigError, RecsysError
 from recsys_dist.evaluation.labels import COLUMNS, LABELS
 from recsys_dist.scoring.show import show_user
 from recsys_dist.workspace import STAGES, Run, Workspace
@@ -72,14 +74,29 @@ def command(stage: str, config: Config, conf: str | None, overrides: Sequence[st
     settings = [word for override in overrides for word in ("--set", override)]
     arguments = [script, *(["--conf", conf] if conf else []), *settings]
     if stage in SPARK_STAGES:
-        return [str(Path(sys.executable).parent / "spark-submit"), *config.spark.submit, *arguments]
+        return [str(spark_home() / "bin" / "spark-submit"), *config.spark.submit, *arguments]
     return [sys.executable, *arguments]
 
 
+def spark_home() -> Path:
+    """The Spark named by SPARK_HOME, as on a cluster, else the one inside the pyspark package."""
+    home = os.environ.get("SPARK_HOME")
+    if home:
+        return Path(home)
+    pyspark = importlib.util.find_spec("pyspark")
+    if pyspark is None or pyspark.origin is None:
+        raise ConfigError("pyspark is not installed and SPARK_HOME is not set: `make setup` installs it")
+    return Path(pyspark.origin).parent
+
+
 def _run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> None:
+    environment = dict(os.environ)
     if stage in SPARK_STAGES:
         job.require_java()
-    code = subprocess.run(command(stage, config, conf, overrides), check=False).returncode
+        environment |= {"SPARK_HOME": str(spark_home())}
+        environment |= dict.fromkeys(("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON"), sys.executable)
+    line = command(stage, config, conf, overrides)
+    code = subprocess.run(line, check=False, env=environment).returncode
     if code:
         raise StageFailed(stage, code if code > 0 else 128 - code)
 

@@ -83,10 +83,9 @@ def _test_users(features: Run) -> tuple[pa.Table, np.ndarray]:
             f"{features.uri}: no positive event in the test part, so nothing can be evaluated. Check "
             f"label.positive_when and split.fractions."
         )
-    first = events.group_by("user").aggregate([("timestamp", "min")])
-    weekday = pc.day_of_week(first["timestamp_min"])
-    first = pa.table({"user": first["user"], "test_weekday": weekday})
-    users = features.table("users/as_of=test").join(first, "user", join_type="inner").sort_by("user")
+    first = events.group_by("user").aggregate([("timestamp", "min")]).sort_by("user")
+    users = features.table("users/as_of=test", filter=pc.field("user").isin(first["user"])).sort_by("user")
+    users = users.append_column("test_weekday", pc.day_of_week(first["timestamp_min"]))
     row_of = np.full(pc.max(users["user"]).as_py() + 1, -1)
     row_of[users["user"].to_numpy()] = np.arange(len(users))
     truth = np.stack([row_of[events["user"].to_numpy()], events["item"].to_numpy()], axis=1)

@@ -1,7 +1,6 @@
 """Scoring users in partitions, each a Ray task that reads its own users and writes its own file."""
 
 import datetime as dt
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,13 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import torch
+from ray.util import ActorPool
 
 from recsys_dist.config import Config
 from recsys_dist.schema import REASON, TOPK, UNKNOWN
 from recsys_dist.scoring.models import Models, load_models
 from recsys_dist.scoring.reasons import reasons
 from recsys_dist.scoring.users import Users, with_context
-from recsys_dist.workspace import OpenRun, Run
+from recsys_dist.workspace import OpenRun
 
 LISTS = "lists"
 """The run's folder with the partitions' files."""
@@ -28,35 +28,32 @@ def score_partitions(config: Config, run: OpenRun, date: dt.date) -> list[dict[s
     A task takes `score.partition_users` consecutive user indices, so that its memory does not depend on
     the number of users.
     """
-    spec = run.inputs["features"].spec()
-    starts = range(1, spec.n_users + 1, config.score.partition_users)
-    runs, settings = ray.put(run.inputs), ray.put(config)
-    task = ray.remote(num_cpus=1, max_retries=3)(_score_partition)
-    done = [
-        task.remote(settings, runs, run, date, part, start, start + config.score.partition_users)
-        for part, start in enumerate(starts)
-    ]
-    return list(ray.get(done))
+    n_users = run.inputs["features"].spec().n_users
+    parts = list(enumerate(range(1, n_users + 1, config.score.partition_users)))
+    workers = min(len(parts), int(ray.cluster_resources().get("CPU", 1)))
+    actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(PartitionScorer)
+    pool = ActorPool([actor.remote(config, run, date) for _ in range(workers)])
+    return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
 
 
-def _score_partition(
-    config: Config, inputs: dict[str, Run], run: OpenRun, date: dt.date, part: int, start: int, end: int
-) -> dict[str, Any]:
-    models = _models(config, tuple(inputs.items()))
-    wanted = (pc.field("user") >= start) & (pc.field("user") < end)
-    users = inputs["features"].dataset("users/as_of=date")
-    rows = users.to_table(filter=wanted).sort_by("user")
-    weekday = np.full(len(rows), date.weekday())
-    batch = with_context(models.spec, rows, weekday, config.score.filter_seen)
-    table, figures = published_rows(models, batch, config.score.k, date, run.run_id)
-    run.write_table(LISTS, table, part)
-    return figures
+class PartitionScorer:
+    """A worker: loads the models once, then scores one partition after another."""
 
+    def __init__(self, config: Config, run: OpenRun, date: dt.date) -> None:
+        self.config, self.run, self.date = config, run, date
+        self.models = load_models(run.inputs, config.score)
+        self.users = run.inputs["features"].dataset("users/as_of=date")
 
-@functools.lru_cache(maxsize=1)
-def _models(config: Config, inputs: tuple[tuple[str, Run], ...]) -> Models:
-    """Load once in a worker process, not once a partition."""
-    return load_models(dict(inputs), config.score)
+    def score(self, part: int, start: int) -> dict[str, Any]:
+        """Score the users from index `start`, write the partition's file, return its figures."""
+        settings = self.config.score
+        wanted = (pc.field("user") >= start) & (pc.field("user") < start + settings.partition_users)
+        rows = self.users.to_table(filter=wanted).sort_by("user")
+        weekday = np.full(len(rows), self.date.weekday())
+        batch = with_context(self.models.spec, rows, weekday, settings.filter_seen)
+        table, figures = published_rows(self.models, batch, settings.k, self.date, self.run.run_id)
+        self.run.write_table(LISTS, table, part)
+        return figures
 
 
 @torch.inference_mode()

@@ -1,0 +1,131 @@
+"""evaluate.py and score.py as their users start them, on synthetic features and untrained models."""
+
+import datetime as dt
+import json
+import subprocess
+import sys
+
+import duckdb
+import pytest
+from deltalake import DeltaTable
+
+from recsys_dist.config import REPOSITORY
+from recsys_dist.workspace import Workspace
+from tests.models import untrained_night
+from tests.synthetic import synthetic_config
+
+
+def run_job(name, root, *arguments, code=0):
+    """Run jobs/<name> as a process, check its exit code, return what it printed."""
+    words = [sys.executable, str(REPOSITORY / "jobs" / name), "--set", f"storage.root={root}", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    config = synthetic_config(root)
+    runs = untrained_night(config)
+    # The models are untrained: whether they beat popularity is chance, and not what is tested here.
+    printed = run_job("evaluate.py", root, "--set", "evaluation.bootstrap=100")
+    return root, config, runs, printed
+
+
+def passed_night(root, config):
+    """Let the evaluation pass, whatever it found."""
+    (run,) = Workspace(config).runs("evaluation")
+    manifest = {**run.manifest, "figures": {**run.manifest["figures"]}}
+    manifest["figures"]["verdict"] = {"passed": True, "text": "forced by the test"}
+    with open(f"{run.path}/manifest.json", "w") as file:  # noqa: PTH123
+        json.dump(manifest, file)
+
+
+def test_metrics_can_be_recomputed_from_the_lists(night):
+    _, config, runs, _ = night
+    (run,) = Workspace(config).runs("evaluation")
+    metrics = run.json("metrics.json")
+    lists = run.table("lists").to_pylist()
+    truth = {}
+    for event in runs["features"].table("examples").to_pylist():
+        if event["split"] == "test" and event["label"]:
+            truth.setdefault(event["user"], set()).add(event["item"])
+    assert metrics["users"] == len(truth)
+    for model, figures in metrics["models"].items():
+        recall = dict.fromkeys(truth, 0.0)
+        for row in lists:
+            if row["model"] == model and row["rank"] <= 10 and row["item"] in truth[row["user"]]:
+                recall[row["user"]] += 1 / len(truth[row["user"]])
+        assert figures["recall@10"]["value"] == pytest.approx(sum(recall.values()) / len(truth))
+        assert figures["recall@10"]["low"] <= figures["recall@10"]["value"] <= figures["recall@10"]["high"]
+    assert "<!doctype html>" in (run.filesystem.open_input_stream(f"{run.path}/report.html").read().decode())
+
+
+def test_score_publishes_what_the_evaluation_passed(night):
+    root, config, runs, _ = night
+    (evaluation,) = Workspace(config).runs("evaluation")
+    if not evaluation.manifest["figures"]["verdict"]["passed"]:
+        refused = run_job("score.py", root, code=65)
+        assert "did not pass" in refused
+        assert not (root / "topk").exists()
+        passed_night(root, config)
+    # Small partitions: several Ray tasks, each with its own file.
+    run_job("score.py", root, "--set", "score.partition_users=25")
+    (scored,) = Workspace(config).runs("score")
+    figures = scored.manifest["figures"]
+    spec = runs["features"].spec()
+    assert figures["served"] == figures["users"] == spec.n_users == 60
+    assert len([file for file in scored.manifest["files"] if file["path"].startswith("lists/")]) == 3
+    table = DeltaTable(root / "topk")
+    published = table.to_pyarrow_table()
+    assert published.num_rows == figures["rows"]
+    assert set(published["date"].to_pylist()) == {dt.date.fromisoformat(spec.date)}
+    seen = {
+        row["user_id"]: {f"i{item}" for item in row["seen"]}
+        for row in runs["features"].table("users/as_of=date").to_pylist()
+    }
+    for row in published.to_pylist():
+        assert row["item_id"] not in seen[row["user_id"]]
+        assert row["sources"]
+        assert (row["reason"]["kind"] == "history") == bool(row["reason"]["item_ids"])
+        assert set(row["reason"]["item_ids"]) <= seen[row["user_id"]]
+
+    dataset = table.to_pyarrow_dataset()  # noqa: F841 (DuckDB reads it by name)
+    counted = duckdb.sql("select count(*), count(distinct user_id), max(rank) from dataset").fetchall()
+    assert counted == [(figures["rows"], 60, 10)]
+
+    again = run_job("score.py", root, "--set", "score.partition_users=25")
+    assert "done before" in again
+    assert DeltaTable(root / "topk").version() == 0
+
+    shown = run_job("score.py", root, "--user", "u5")
+    assert "Recommended" in shown
+    assert "found by" in shown
+    best = next(row for row in published.to_pylist() if row["user_id"] == "u5" and row["rank"] == 1)
+    assert f" 1. Item {best['item_id'][1:]}" in shown
+    assert "'nobody'" in run_job("score.py", root, "--user", "nobody", code=65)
+
+
+def test_a_stage_without_its_input_names_the_job_to_run(tmp_path):
+    for name, first in (("train_deepfm.py", "featurize.py"), ("evaluate.py", "train_deepfm.py")):
+        printed = run_job(name, tmp_path, code=65)
+        assert f"Run jobs/{first} first" in printed
+    assert "Run jobs/score.py first" in run_job("score.py", tmp_path, "--user", "1", code=65)
+
+
+@pytest.mark.parametrize(
+    "name", ["featurize.py", "train_als.py", "train_deepfm.py", "evaluate.py", "score.py", "nightly.py"]
+)
+def test_help_is_complete_and_bad_usage_exits_64(name, tmp_path):
+    printed = run_job(name, tmp_path, "--help")
+    for word in (f"jobs/{name}", "--conf", "--set", "exit codes"):
+        assert word in printed
+    assert "unrecognized arguments: --nonsense" in run_job(name, tmp_path, "--nonsense", code=64)
+    assert "nearest valid key: epochs" in run_job(name, tmp_path, "--set", "deepfm.epoch=1", code=64)
+
+
+def test_root_that_cannot_be_written_exits_75(night, tmp_path):
+    (tmp_path / "file").write_text("")
+    printed = run_job("nightly.py", tmp_path / "file" / "root", "--conf", "conf/movielens_100k.yaml", code=75)
+    assert "cannot be written" in printed
