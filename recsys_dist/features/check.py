@@ -72,13 +72,21 @@ def quarantine(*checked: DataFrame) -> DataFrame:
     return whole
 
 
-def require_few(name: str, rows: int, reasons: Counter[str], checked: DataFrame, limit: float) -> None:
-    """Raise a DataError when more than `limit` of a source's rows are set aside, with examples."""
-    bad = reasons.total()
+def require_few(name: str, reasons: Counter[str], checked: DataFrame, limit: float) -> None:
+    """Raise a DataError when more than `limit` of a source's rows are set aside, with examples.
+
+    Args:
+        name: the source's key under `data`.
+        reasons: rows by reason; usable ones under the empty reason.
+        checked: the rows with `_reason`, `_source` and `_raw`.
+        limit: `data.max_bad_rows`.
+    """
+    rows, bad = reasons.total(), reasons.total() - reasons[""]
     if bad <= limit * rows:
         return
+    frequent = [(reason, count) for reason, count in reasons.most_common(4) if reason][:3]
     examples = []
-    for reason, count in reasons.most_common(3):
+    for reason, count in frequent:
         row = checked.where(F.col("_reason") == reason).select("_source", "_raw").orderBy("_source", "_raw")
         found = row.first()
         assert found is not None

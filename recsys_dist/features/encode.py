@@ -3,29 +3,28 @@
 Indices are assigned from sorted partitions and their offsets: no step sees a whole vocabulary at once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
+COUNTS = ("count", "positives", "tested")
+"""Of a token: train events (ids) or rows; positive train events; test events."""
 ROW_BITS = 33
 """monotonically_increasing_id holds a row's place in its partition in its lower 33 bits."""
 
 
 class Vocabularies:
-    """The vocabularies of all fields in one cached frame: field, token, count, positives, index.
+    """The vocabularies of all fields in one cached frame.
 
     Args:
-        tokens: field, token, count and positives (bigint), a token any number of times; a token whose
-            count is 0 enters too.
+        tokens: of `tokens_of`, a token any number of times; a token whose count is 0 enters too.
         fields: names of the fields.
     """
 
     def __init__(self, tokens: DataFrame, fields: Sequence[str]) -> None:
-        counted = tokens.groupBy("field", "token").agg(
-            F.sum("count").alias("count"), F.sum("positives").alias("positives")
-        )
+        counted = tokens.groupBy("field", "token").agg(*(F.sum(name).alias(name) for name in COUNTS))
         ordered = counted.orderBy("field", F.desc("count"), "token").select(
             "*",
             F.spark_partition_id().alias("_partition"),
@@ -33,12 +32,17 @@ class Vocabularies:
         )
         # Cached, so that the partitions that are counted are those that are numbered.
         self._ordered = ordered.cache()
-        rows = {
-            (str(row[0]), int(row[1])): int(row[2])
-            for row in self._ordered.groupBy("field", "_partition").count().collect()
-        }
+        is_cold = (F.col("count") == 0) & (F.col("tested") > 0)
+        found = (
+            self._ordered.groupBy("field", "_partition")
+            .agg(F.count("*").alias("rows"), F.count_if(is_cold).alias("cold"))
+            .collect()
+        )
+        rows = {(str(row["field"]), int(row["_partition"])): int(row["rows"]) for row in found}
         self.sizes = {name: sum(n for (field, _), n in rows.items() if field == name) for name in fields}
         """Number of tokens of each field."""
+        self.cold = {name: sum(row["cold"] for row in found if row["field"] == name) for name in fields}
+        """Number of tokens of each field that the test part has and the train part has not."""
         last = max((partition for _, partition in rows), default=0)
         of_partition = [
             sum(n for (_, p), n in rows.items() if p == partition) for partition in range(last + 1)
@@ -96,30 +100,28 @@ def encode(rows: DataFrame, column: str, vocabulary: DataFrame, delimiter: str |
 
 
 def tokens_of(
-    rows: DataFrame, fields: Sequence[tuple[str, str, str | None]], count: Column, positives: Column
+    rows: DataFrame, fields: Sequence[tuple[str, str, str | None]], counts: Mapping[str, Column]
 ) -> Iterator[DataFrame]:
     """The tokens of several columns, read in one pass.
 
     Args:
         rows: any frame.
         fields: (field, column, delimiter).
-        count: what a row counts for, bigint.
-        positives: what a row counts for among the positives, bigint.
+        counts: name in COUNTS to what a row adds to it; others get nothing.
 
     Yields:
-        at most one frame of field, token, count, positives.
+        at most one frame of field, token and COUNTS.
     """
     if fields:
         arrays = [
             F.transform(values(column, delimiter), _named(field)) for field, column, delimiter in fields
         ]
-        exploded = rows.select(
-            F.explode(F.concat(*arrays)).alias("_value"), count.alias("count"), positives.alias("positives")
-        )
-        yield exploded.select("_value.field", "_value.token", "count", "positives")
+        numbers = [counts.get(name, F.lit(0)).cast("bigint").alias(name) for name in COUNTS]
+        exploded = rows.select(F.explode(F.concat(*arrays)).alias("_value"), *numbers)
+        yield exploded.select("_value.field", "_value.token", *COUNTS)
 
 
-def _named(field: str):  # type: ignore[no-untyped-def]
+def _named(field: str) -> Callable[[Column], Column]:
     return lambda token: F.struct(F.lit(field).alias("field"), token.alias("token"))
 
 

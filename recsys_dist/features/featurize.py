@@ -118,10 +118,10 @@ def _featurize(
                 rows = read(spark, opened[side])
                 rows = _sampled(rows, config.data.sample_users) if side == "users" else rows
                 tables[side] = check_table(rows, key).cache()
-        log = _look(config, arranged)
-        reasons = {"events": _reasons("events", config, arranged)} | {
-            name: _reasons(name, config, frame) for name, frame in tables.items()
-        }
+        reasons = _reasons({"events": arranged, **tables})
+        for name, frame in {"events": arranged, **tables}.items():
+            require_few(name, reasons[name], frame, config.data.max_bad_rows)
+        log = _look(arranged)
         _require_usable(config, opened["events"], log)
         events = arranged.where(F.col("_reason").isNull())
         usable = {name: frame.where(F.col("_reason").isNull()) for name, frame in tables.items()}
@@ -191,13 +191,6 @@ def _featurize(
         run.write_json("features.json", spec.model_dump(mode="json"))
         remove_checksums(run.filesystem, run.path)
 
-    cold = {
-        kind: events.groupBy(kind)
-        .agg(F.max(F.col("split") == "train").alias("known"), F.max(F.col("split") == "test").alias("tested"))
-        .where("tested AND NOT known")
-        .count()
-        for kind in ("user", "item")
-    }
     for frame in (arranged, *tables.values(), *ids.values()):
         frame.unpersist()
     vocabularies.unpersist()
@@ -211,7 +204,7 @@ def _featurize(
         "items": spec.n_items,
         "examples": spec.rows,
         "positives": spec.positives,
-        "cold_in_test": {"users": cold["user"], "items": cold["item"]},
+        "cold_in_test": {"users": vocabularies.cold["user"], "items": vocabularies.cold["item"]},
         "spark": pyspark.__version__,
         "seconds": steps.seconds,
     }
@@ -230,18 +223,22 @@ def _sampled(rows: DataFrame, share: float) -> DataFrame:
     return rows.where(bucket < share * HASH_BUCKETS)
 
 
-def _reasons(name: str, config: Config, checked: DataFrame) -> Counter[str]:
-    """Rows by the reason for which they were set aside; usable rows under the empty reason."""
-    counted = checked.groupBy(F.coalesce("_reason", F.lit(""))).count().collect()
-    found = Counter({str(row[0]): int(row[1]) for row in counted})
-    bad = Counter({reason: n for reason, n in found.items() if reason})
-    require_few(name, found.total(), bad, checked, config.data.max_bad_rows)
+def _reasons(checked: dict[str, DataFrame]) -> dict[str, Counter[str]]:
+    """Rows of each source by the reason for which they are set aside; usable rows under the empty reason."""
+    frames = [
+        frame.select(F.lit(name).alias("name"), F.coalesce("_reason", F.lit("")).alias("reason"))
+        for name, frame in checked.items()
+    ]
+    counted = reduce(DataFrame.union, frames).groupBy("name", "reason").count().collect()
+    found: dict[str, Counter[str]] = {name: Counter() for name in checked}
+    for row in counted:
+        found[row["name"]][row["reason"]] += row["count"]
     return found
 
 
-def _look(config: Config, arranged: DataFrame) -> Log:
+def _look(events: DataFrame) -> Log:
     counted = (
-        arranged.where(F.col("_reason").isNull())
+        events.where(F.col("_reason").isNull())
         .groupBy("split", "positive", F.hour(F.timestamp_micros("micros")).alias("hour"))
         .agg(F.count("*").alias("rows"), F.max("micros").alias("last"))
         .collect()
@@ -272,21 +269,25 @@ def _require_usable(config: Config, opened: Opened, log: Log) -> None:
 
 
 def _tokens(events: DataFrame, tables: dict[str, DataFrame], fields: list[Categorical]) -> DataFrame:
-    """field, token, count, positives of all vocabularies."""
+    """The tokens of all vocabularies."""
     is_train = F.col("split") == "train"
-    counts, positives = is_train.cast("bigint"), (is_train & F.col("positive")).cast("bigint")
-    frames = list(tokens_of(events, [("user", "user", None), ("item", "item", None)], counts, positives))
+    of_events = {
+        "count": is_train,
+        "positives": is_train & F.col("positive"),
+        "tested": F.col("split") == "test",
+    }
+    frames = list(tokens_of(events, [("user", "user", None), ("item", "item", None)], of_events))
     of_side = {
         side: [(field.name, _raw(field.name), field.delimiter) for field in fields if field.side == side]
         for side in SOURCES
     }
-    zero, one = F.lit(0).cast("bigint"), F.lit(1).cast("bigint")
-    frames += tokens_of(events.where(is_train), of_side["context"], one, zero)
+    each_row = {"count": F.lit(1)}
+    frames += tokens_of(events.where(is_train), of_side["context"], each_row)
     if "items" in tables:
-        frames += tokens_of(tables["items"], [("item", "item", None)], zero, zero)
-        frames += tokens_of(tables["items"], of_side["item"], one, zero)
+        frames += tokens_of(tables["items"], [("item", "item", None)], {})
+        frames += tokens_of(tables["items"], of_side["item"], each_row)
     if "users" in tables:
-        frames += tokens_of(tables["users"], of_side["user"], one, zero)
+        frames += tokens_of(tables["users"], of_side["user"], each_row)
     return reduce(DataFrame.union, frames)
 
 

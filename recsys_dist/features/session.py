@@ -1,6 +1,8 @@
 """The Spark session that the stages run in: quiet, in UTC, sized for the data."""
 
 import math
+import os
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,16 +11,12 @@ import pyarrow as pa
 import pyarrow.fs
 from pyspark.sql import DataFrame, SparkSession
 
+from recsys_dist import java
 from recsys_dist.config import Config
 from recsys_dist.job import require_java
 
 MEBIBYTE = 1 << 20
 
-STARTED_WITH = {
-    "spark.ui.showConsoleProgress": "false",
-    "spark.log.level": "ERROR",
-}
-"""Properties that only count when the session is started."""
 
 RUNTIME = {
     "spark.sql.session.timeZone": "UTC",
@@ -61,12 +59,12 @@ class Steps:
 def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]:
     """Yield a session, the running one where there is one; a session started here is stopped at the end.
 
-    The master is spark-submit's, or else all cores of this machine. `spark.conf` of the configuration is
-    applied last.
+    In a plain Python process Spark starts with `spark.submit` of the configuration, as if by spark-submit.
+    `spark.conf` is applied last.
 
     Args:
         name: shown in Spark's UI.
-        config: `spark.conf` is used.
+        config: its section `spark` is used.
         input_bytes: size of the input, which decides the number of shuffle partitions.
 
     Raises:
@@ -74,10 +72,7 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
     """
     require_java()
     running = SparkSession.getActiveSession()
-    builder = SparkSession.builder.appName(f"recsys_dist {name}")
-    for key, value in {**STARTED_WITH, **RUNTIME, **config.spark.conf}.items():
-        builder = builder.config(key, value)
-    spark = running or builder.getOrCreate()
+    spark = running or _new(name, config)
     try:
         if "spark.sql.shuffle.partitions" not in config.spark.conf:
             cores = spark.sparkContext.defaultParallelism
@@ -93,6 +88,19 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
     finally:
         if running is None:
             spark.stop()
+
+
+def _new(name: str, config: Config) -> SparkSession:
+    if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
+        os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*config.spark.submit, "pyspark-shell"])
+        os.environ.setdefault("SPARK_SUBMIT_OPTS", java.QUIET)
+    properties = {"spark.ui.showConsoleProgress": "false", **RUNTIME, **config.spark.conf}
+    if java.QUIET not in os.environ.get("SPARK_SUBMIT_OPTS", ""):
+        properties.setdefault("spark.log.level", "ERROR")
+    builder = SparkSession.builder.appName(f"recsys_dist {name}")
+    for key, value in properties.items():
+        builder = builder.config(key, value)
+    return builder.getOrCreate()
 
 
 def spark_uri(uri: str) -> str:
