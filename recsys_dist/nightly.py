@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from recsys_dist import job
-from recsys_dist.config import PACKAGE, Config, load
+from recsys_dist.config import DEFAULT_CONF, PACKAGE, Config, load
 from recsys_dist.errors import ConfigError, RecsysError
 from recsys_dist.evaluation.labels import COLUMNS, LABELS
 from recsys_dist.scoring.show import show_user
@@ -56,9 +56,7 @@ def run_night(conf: str | None, overrides: Sequence[str], samples: int) -> None:
             start = time.perf_counter()
             _run_stage(stage, config, conf, [*overrides, *pins])
             seconds[stage] = time.perf_counter() - start
-            found = _find(workspace, stage, config)
-            if found is None:
-                raise StageFailed(stage, 1)
+            found = workspace.runs(stage)[-1]
         done[stage] = found
     print(_summary(done, seconds))
     for user_id in _sample(done["features"], samples):
@@ -89,12 +87,21 @@ def spark_home() -> Path:
     return Path(pyspark.origin).parent
 
 
+def spark_environment() -> dict[str, str]:
+    """What spark-submit needs to know of this installation; the user's own environment goes before it."""
+    environment = {"SPARK_HOME": str(spark_home())}
+    environment |= dict.fromkeys(("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON"), sys.executable)
+    if "SPARK_HOME" not in os.environ:
+        environment["SPARK_CONF_DIR"] = str(DEFAULT_CONF.parent / "spark")
+        environment["SPARK_LOCAL_IP"] = "127.0.0.1"
+    return environment
+
+
 def _run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> None:
     environment = dict(os.environ)
     if stage in SPARK_STAGES:
         job.require_java()
-        environment |= {"SPARK_HOME": str(spark_home())}
-        environment |= dict.fromkeys(("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON"), sys.executable)
+        environment = spark_environment() | environment
     line = command(stage, config, conf, overrides)
     code = subprocess.run(line, check=False, env=environment).returncode
     if code:

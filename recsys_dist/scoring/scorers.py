@@ -61,14 +61,14 @@ class Ranker:
         """Take a published model and items/ of the features run it was trained on."""
         self.spec = spec
         self.model = model
-        unknown = pa.table(
-            {
-                field.name: pa.array([[] if field.type == "indices" else 0], field.arrow_type)
-                for field in spec.side("item")
-            }
+        fields = spec.side("item")
+        schema = pa.schema([(field.name, field.arrow_type) for field in fields])
+        unknown = {field.name: [] if field.type == "indices" else 0 for field in fields}
+        # Not concat_tables at once: the files' columns may be declared as never null.
+        rows = pa.concat_tables(
+            [pa.Table.from_pylist([unknown], schema), items.select(schema.names).cast(schema)]
         )
-        columns = pa.concat_tables([unknown, items.select(unknown.column_names)])
-        self.items: Side = model.item_side(side_batch(columns, spec.side("item")))
+        self.items: Side = model.item_side(side_batch(rows, fields))
 
     def users(self, users: Users) -> Side:
         """The user side of a batch."""
