@@ -12,8 +12,6 @@ import subprocess
 import sys
 
 OLDEST = 17
-QUIET = "-Dlog4j2.configurationFile=file://" + os.path.join(os.path.dirname(__file__), "log4j2.properties")  # noqa: PTH118, PTH120
-"""For SPARK_SUBMIT_OPTS: the driver logs errors alone, without Spark's start-up lines."""
 
 
 def problem() -> str | None:

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.fs
 from pyspark.sql import DataFrame, SparkSession
 
-from recsys_dist import java
-from recsys_dist.config import Config
+from recsys_dist.config import DEFAULT_CONF, Config
 from recsys_dist.job import require_java
 
 MEBIBYTE = 1 << 20
+LAPTOP = DEFAULT_CONF.parent / "spark"
+"""Spark's own configuration where no installed Spark has one: how it logs."""
 
 
 RUNTIME = {
@@ -93,9 +94,11 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
 def _new(name: str, config: Config) -> SparkSession:
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
         os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*config.spark.submit, "pyspark-shell"])
-        os.environ.setdefault("SPARK_SUBMIT_OPTS", java.QUIET)
-    properties = {"spark.ui.showConsoleProgress": "false", **RUNTIME, **config.spark.conf}
-    if java.QUIET not in os.environ.get("SPARK_SUBMIT_OPTS", ""):
+        if "SPARK_HOME" not in os.environ:
+            os.environ.setdefault("SPARK_CONF_DIR", str(LAPTOP))
+            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+    properties = {"spark.ui.showConsoleProgress": "false", **config.spark.conf}
+    if os.environ.get("SPARK_CONF_DIR") != str(LAPTOP):
         properties.setdefault("spark.log.level", "ERROR")
     builder = SparkSession.builder.appName(f"recsys_dist {name}")
     for key, value in properties.items():
