@@ -1,0 +1,85 @@
+import pyarrow as pa
+import pytest
+import torch
+
+from recsys_dist.deepfm.batches import side_batch
+from recsys_dist.errors import DataError
+from recsys_dist.schema import FieldSpec
+
+FIELDS = (
+    FieldSpec(name="user", kind="id", side="user", type="index", cardinality=10),
+    FieldSpec(
+        name="recent", kind="history", side="user", type="indices", cardinality=10, pooling="mean", last=3
+    ),
+    FieldSpec(name="activity", kind="count", side="user", type="value", cardinality=1),
+)
+ROWS = [
+    {"user": 3, "recent": [1, 2], "activity": 0.5},
+    {"user": None, "recent": [], "activity": None},
+    {"user": 9, "recent": None, "activity": -1.0},
+    {"user": 1, "recent": [4, None, 5], "activity": 2.0},
+]
+SCHEMA = pa.schema([(field.name, field.arrow_type) for field in FIELDS])
+EXPECTED = {"user": [[3], [0], [9], [1]], "recent": [[1, 2], [], [], [4, 0, 5]]}
+VALUES = [[0.5], [0.0], [-1.0], [2.0]]
+
+
+def bags(batch):
+    return {
+        name: [bag.tolist() for bag in torch.split(jagged.values(), jagged.lengths().tolist())]
+        for name, jagged in batch.indices.to_dict().items()
+    }
+
+
+@pytest.fixture
+def table():
+    return pa.Table.from_pylist(ROWS, schema=SCHEMA)
+
+
+def test_missing_values_are_unknown_and_missing_lists_empty(table):
+    batch = side_batch(table, FIELDS)
+    assert bags(batch) == EXPECTED
+    assert batch.values.tolist() == VALUES
+    assert batch.indices.keys() == ["user", "recent"]
+    assert batch.values.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, 2), (1, 2), (2, 2), (3, 1)])
+def test_a_slice_holds_only_its_rows(table, start, length):
+    part = table.slice(start, length)
+    for columns in (part, {name: part[name].combine_chunks() for name in part.column_names}):
+        batch = side_batch(columns, FIELDS)
+        assert bags(batch) == {name: rows[start : start + length] for name, rows in EXPECTED.items()}
+        assert batch.values.tolist() == VALUES[start : start + length]
+
+
+def test_sliced_arrays_under_a_null_list():
+    lists = pa.array([[7, 8], None, [9]], SCHEMA.field("recent").type)
+    columns = {"user": pa.array([1, 2], pa.int32()), "recent": lists[1:], "activity": pa.array([0.0, 1.0])}
+    assert bags(side_batch(columns, FIELDS))["recent"] == [[], [9]]
+
+
+def test_several_chunks(table):
+    batch = side_batch(pa.concat_tables([table.slice(2), table.slice(0, 2)]), FIELDS)
+    assert bags(batch)["recent"] == EXPECTED["recent"][2:] + EXPECTED["recent"][:2]
+
+
+def test_take_repeats_and_reorders(table):
+    rows = [3, 0, 3, 1]
+    taken = side_batch(table, FIELDS).take(torch.tensor(rows))
+    assert bags(taken) == {name: [bag[row] for row in rows] for name, bag in EXPECTED.items()}
+    assert taken.values.tolist() == [VALUES[row] for row in rows]
+
+
+def test_a_missing_column_is_named(table):
+    with pytest.raises(DataError, match="recent are not among the columns user, activity"):
+        side_batch(table.drop(["recent"]), FIELDS)
+
+
+@pytest.mark.parametrize("index", [10, -1])
+def test_an_index_outside_the_table_is_refused(table, index):
+    columns = {name: table[name] for name in table.column_names} | {
+        "recent": pa.array([[index]] * 4, pa.list_(pa.int32()))
+    }
+    with pytest.raises(DataError, match=f"recent has indices from {index} to {index}, and its table has 10"):
+        side_batch(columns, FIELDS)

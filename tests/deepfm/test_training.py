@@ -1,0 +1,265 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from recsys_dist.deepfm.checkpoint import complete, load_weights
+from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.validation import Validation
+from tests.deepfm.workers import one_step, run_workers, train_in
+from tests.synthetic import synthetic_config, synthetic_features
+
+LARGE = {"table_user", "table_item", "table_recent"}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return synthetic_config(
+        tmp_path_factory.mktemp("root"),
+        init_scale=0.1,
+        dropout=0.1,
+        epochs=3,
+        batch_size=100,
+        checkpoint_every_steps=4,
+    )
+
+
+@pytest.fixture(scope="module")
+def features(config):
+    return synthetic_features(config)
+
+
+@pytest.fixture(scope="module")
+def plain(config):
+    """Without dropout, which differs between workers."""
+    return config.model_copy(update={"deepfm": config.deepfm.model_copy(update={"dropout": 0.0})})
+
+
+@pytest.fixture(scope="module")
+def two(plain, features, tmp_path_factory):
+    return run_workers(2, one_step, tmp_path_factory.mktemp("two"), plain, features)
+
+
+@pytest.fixture(scope="module")
+def one(plain, features, tmp_path_factory):
+    return run_workers(1, one_step, tmp_path_factory.mktemp("one"), plain, features)
+
+
+@pytest.fixture(scope="module")
+def unsharded(plain, features):
+    """The plain model after its first backward, and that step's batch."""
+    spec = features.spec()
+    model = DeepFM(spec, plain.deepfm, seed=plain.seed)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loss, logits = model(Examples(features, spec, plain).batch(0, 0, rank=0, world_size=1))
+    loss.backward()
+    return model, start, loss.item(), logits.detach()
+
+
+def test_tables_are_really_sharded(two, features):
+    spec = features.spec()
+    rows = {f"table_{f.name}": f.cardinality for f in spec.fields if f.type != "value"}
+    assert {name.split(".")[-2] for name in two[0]["shards"]} == set(rows)
+    owners = []
+    for name, shards in two[0]["shards"].items():
+        table = name.split(".")[-2]
+        assert sum(size for _, size, _ in shards["all"]) == rows[table]
+        assert {rank for *_, rank in shards["all"]} == {0, 1} if table in LARGE else len(shards["all"]) == 1
+        for rank in (0, 1):  # each process holds its part, and nothing else
+            mine = [[offset, size] for offset, size, owner in shards["all"] if owner == rank]
+            assert two[rank]["shards"][name]["held"] == mine
+        owners += [owner for *_, owner in shards["all"] if table not in LARGE]
+    assert set(owners) == {0, 1}
+    assert {row["table"] for row in two[0]["plan"] if row["sharding"] == "row_wise"} == LARGE
+
+
+def test_start_is_bit_equal_for_any_world_size(one, two, unsharded):
+    _, start, *_ = unsharded
+    for answer in (one[0], two[0]):
+        assert set(answer["start"]) == set(start)
+        for name, tensor in start.items():
+            assert torch.equal(answer["start"][name], tensor), name
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_forward_and_gradients_equal_the_unsharded_models(workers, one, two, unsharded):
+    model, _, loss, logits = unsharded
+    answers = one if workers == 1 else two
+    assert sum(answer["loss"] for answer in answers) / workers == pytest.approx(loss, abs=1e-6)
+    torch.testing.assert_close(torch.cat([answer["logits"] for answer in answers]), logits)
+    for answer in answers:
+        assert "user_hidden.weight" in answer["gradients"]
+        for name, gradient in answer["gradients"].items():
+            torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, msg=name)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_step_equals_the_unsharded_models(workers, one, two, unsharded, plain):
+    """Row-wise Adagrad (one accumulator a row, of the mean squared gradient) and Adam, written out."""
+    model, start, *_ = unsharded
+    answers = one if workers == 1 else two
+    settings = plain.deepfm
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if ".embedding_bags." in name:
+            accumulated = gradient.square().mean(1)
+            parts = [part for answer in answers for part in answer["fused"].get(name, [])]
+            found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+            torch.testing.assert_close(found, accumulated, rtol=1e-4, atol=1e-12, msg=name)
+            moved = start[name] - settings.embedding_learning_rate * gradient / (
+                accumulated.sqrt()[:, None] + 1e-8
+            )
+            assert (moved != start[name]).any()
+        else:
+            moved = start[name] - settings.learning_rate * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(answers[0]["after"][name], moved, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_workers_shares_make_up_the_step(plain, features):
+    examples = Examples(features, features.spec(), plain)
+    for step in (0, examples.steps - 1):
+        whole = examples.batch(1, step, rank=0, world_size=1)
+        parts = [examples.batch(1, step, rank, world_size=3) for rank in range(3)]
+        assert len({len(part.weight) for part in parts}) == 1
+        real = torch.cat([part.weight for part in parts]) > 0
+        assert int(real.sum()) == examples.rows(step) == int((whole.weight > 0).sum())
+        users = torch.cat([part.user.indices.to_dict()["user"].values() for part in parts])[real]
+        assert torch.equal(users, whole.user.indices.to_dict()["user"].values()[whole.weight > 0])
+        weights = torch.cat([part.weight for part in parts])
+        assert weights.sum().item() / 3 == pytest.approx(1)
+    assert 0 < examples.rows(examples.steps - 1) < plain.deepfm.batch_size
+    again = examples.batch(1, 0, rank=0, world_size=1)
+    other = examples.batch(1, 1, rank=0, world_size=1)
+    assert torch.equal(again.log_probability, examples.batch(1, 0, 0, 1).log_probability)
+    assert not torch.equal(again.item.indices.values(), other.item.indices.values())
+
+
+def test_an_epoch_visits_every_positive_once(plain, features):
+    examples = Examples(features, features.spec(), plain)
+    width = 1 + plain.deepfm.negatives
+    visited = []
+    for step in range(examples.steps):
+        batch = examples.batch(0, step, rank=0, world_size=1)
+        items = batch.item.indices.to_dict()["item"].values().view(-1, width)
+        assert not (items[:, 1:] == items[:, :1]).any()
+        users = batch.user.indices.to_dict()["user"].values()
+        visited += torch.stack([users, items[:, 0]], 1)[batch.weight > 0].tolist()
+    rows = features.table("examples").to_pylist()
+    assert sorted(visited) == sorted(
+        [row["user"], row["item"]] for row in rows if row["split"] == "train" and row["label"]
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_training(config, features, tmp_path_factory):
+    """A training in one go on two workers: its folder and progress."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, run_workers(2, train_in, folder, config, features, folder)[0]
+
+
+def weights(features, config, path):
+    state = DeepFM(features.spec(), config.deepfm).state_dict()
+    load_weights(path, state)
+    return state
+
+
+@pytest.mark.parametrize("workers", [2, 1])
+def test_a_resumed_training_goes_on_as_if_nothing_had_been(
+    whole_training, config, plain, features, tmp_path, workers
+):
+    """From a checkpoint within an epoch: bit-equal on two workers; on one it goes on from the same place."""
+    folder, progress = whole_training
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for step, _, path in complete(copy):
+        if step == progress["step"]:
+            (path / ".metadata").unlink()  # as if killed while it was written
+    left = complete(copy)[-1][0]
+    assert 0 < left < progress["step"]
+    assert run_workers(workers, train_in, copy, config, features, copy)[0]["step"] == progress["step"]
+    lines, expected = (
+        [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
+        for place in (copy, folder)
+    )
+    assert [line["step"] for line in lines] == [line["step"] for line in expected]
+    assert lines[-1]["resumed_from"] == left
+    assert lines[-1]["attempt"] == 1
+    last = next(path for step, attempt, path in complete(copy) if step == progress["step"] and attempt == 1)
+    state = weights(features, config, last)
+    original = weights(features, config, complete(folder)[-1][2])
+    if workers == 2:
+        assert all(torch.equal(state[name], original[name]) for name in original)
+        assert lines[-1]["ndcg@10"] == expected[-1]["ndcg@10"]
+
+
+def test_only_the_newest_two_and_the_best_checkpoint_are_kept(whole_training):
+    folder, progress = whole_training
+    steps = [step for step, _, _ in complete(folder)]
+    assert progress["step"] == steps[-1]
+    assert progress["best_step"] in steps
+    assert len(steps) <= 3
+
+
+def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp_path):
+    patient = config.deepfm.model_copy(
+        update={"epochs": 50, "patience": 2, "learning_rate": 0.5, "embedding_learning_rate": 1.0}
+    )
+    changed = config.model_copy(update={"deepfm": patient})
+    progress = run_workers(1, train_in, tmp_path, changed, features, tmp_path)[0]
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    metrics = [line["ndcg@10"] for line in lines]
+    best = int(np.argmax(metrics))
+    assert len(lines) == best + 1 + patient.patience < 50
+    assert progress["best_step"] == lines[best]["step"]
+    assert [line["best"] for line in lines][best:] == [True, False, False]
+    # What is kept as the best is the model of that evaluation, not the last one.
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
+    try:
+        spec, validation = features.spec(), Validation(features, features.spec(), changed)
+        for line, path in ((lines[best], progress["best_step"]), (lines[-1], progress["step"])):
+            model = DeepFM(spec, patient)
+            found = next(place for step, _, place in complete(tmp_path) if step == path)
+            model.load_state_dict(weights(features, changed, found))
+            assert validation.ndcg(model, torch.device("cpu")) == pytest.approx(line["ndcg@10"], abs=1e-5)
+    finally:
+        dist.destroy_process_group()
+    assert metrics[best] != metrics[-1]
+
+
+def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path):
+    spec = features.spec()
+    model = DeepFM(spec, config.deepfm.model_copy(update={"init_scale": 0.5})).eval()
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
+    try:
+        validation = Validation(features, spec, config)
+        found = validation.ndcg(model, torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()
+    rows = [row for row in features.table("examples").to_pylist() if row["split"] == "valid"]
+    states = {row["user"]: row for row in features.table("users/as_of=valid").to_pylist()}
+    truth = {}
+    for row in sorted(rows, key=lambda row: row["timestamp"]):
+        if row["label"]:
+            truth.setdefault(row["user"], set()).add(row["item"])
+    users = validation.user.indices.to_dict()["user"].values().tolist()
+    assert users == sorted(truth)
+    with torch.no_grad():
+        logits = model.logits(
+            model.user_side(validation.user).leading(-1, 1), model.item_side(validation.item).leading(1, -1)
+        )
+    total = 0.0
+    for row, user in enumerate(users):
+        ranked = [int(i) + 1 for i in logits[row].argsort(descending=True)]
+        ranked = [item for item in ranked if item not in states[user]["seen"]][:10]
+        gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranked) if item in truth[user])
+        total += gain / sum(1 / np.log2(place + 2) for place in range(min(10, len(truth[user]))))
+    assert found == pytest.approx(total / len(users), abs=1e-6)
+    context = validation.user.indices.to_dict()["hour"].values().tolist()
+    first = {}
+    for row in sorted(rows, key=lambda row: row["timestamp"]):
+        first.setdefault(row["user"], row["hour"])
+    assert context == [first[user] for user in users]

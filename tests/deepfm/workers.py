@@ -1,0 +1,93 @@
+"""Training on 1 or 2 processes without Ray, for the tests beside this file."""
+
+import logging
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+
+def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> list[Any]:
+    """Call `action(*arguments)` in `world_size` processes that form a gloo group; what each returned."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.multiprocessing.spawn(_start, (world_size, action, folder, arguments), nprocs=world_size)
+    return [torch.load(folder / f"answer-{rank}", weights_only=True) for rank in range(world_size)]
+
+
+def one_step(config: Any, features: Any) -> dict[str, Any]:
+    """Shard, take the first step, and return what changed. Tables come whole from rank 0, None elsewhere."""
+    from recsys_dist.deepfm.examples import Examples
+    from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.optimizer import dense_optimizer
+    from recsys_dist.deepfm.sharding import shard
+
+    spec, device = features.spec(), torch.device("cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
+    sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
+    dense = dense_optimizer(sharded, config.deepfm)
+    answer: dict[str, Any] = {"plan": plan, "start": _whole(sharded.state_dict()), "shards": {}}
+    for name, tensor in sharded.state_dict().items():
+        if isinstance(tensor, ShardedTensor):
+            answer["shards"][name] = {
+                "all": [
+                    [part.shard_offsets[0], part.shard_sizes[0], part.placement.rank()]
+                    for part in tensor.metadata().shards_metadata
+                ],
+                "held": [
+                    [part.metadata.shard_offsets[0], part.tensor.shape[0]] for part in tensor.local_shards()
+                ],
+            }
+    batch = Examples(features, spec, config).batch(0, 0, rank, world_size)
+    loss, logits = sharded(batch)
+    loss.backward()
+    answer |= {"loss": loss.item(), "logits": logits.detach(), "weight": batch.weight}
+    parameters = dict(sharded.named_parameters())
+    answer["gradients"] = {name: parameters[name].grad.clone() for name in dense.params}
+    dense.step()
+    answer["after"] = _whole(sharded.state_dict())
+    fused = sharded.fused_optimizer.state_dict()["state"]
+    # Only of the tables that this process holds a part of.
+    answer["fused"] = {
+        name: [[part.metadata.shard_offsets[0], part.tensor.clone()] for part in state.local_shards()]
+        for name, found in fused.items()
+        for state in found.values()
+    }
+    return answer
+
+
+def train_in(config: Any, features: Any, folder: Path) -> dict[str, Any]:
+    """The whole loop."""
+    from recsys_dist.deepfm.loop import Task, train
+
+    return asdict(train(Task(config, features, folder), torch.device("cpu")))
+
+
+def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...]) -> None:
+    for name in (None, "torch", "torch.fx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    method = f"file://{folder}/group-{world_size}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size)
+    torch.save(action(*arguments), folder / f"answer-{rank}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _whole(state: dict[str, Any]) -> dict[str, torch.Tensor | None]:
+    """Sharded tensors gathered on rank 0, others copied."""
+    whole: dict[str, torch.Tensor | None] = {}
+    for name, tensor in state.items():
+        if isinstance(tensor, ShardedTensor):
+            out = torch.empty(tensor.size()) if dist.get_rank() == 0 else None
+            tensor.gather(dst=0, out=out)
+            whole[name] = out
+        else:
+            whole[name] = tensor.detach().clone()
+    return whole
