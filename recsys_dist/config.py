@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from recsys_dist.errors import ConfigError
 
 PACKAGE = Path(__file__).resolve().parent
-# A checkout holds conf/ beside the package, a wheel inside it.
-REPOSITORY = PACKAGE.parent if (PACKAGE.parent / "conf").is_dir() else PACKAGE
+CHECKOUT = (PACKAGE.parent / "pyproject.toml").is_file()
+# conf/ and jobs/ stand beside the package in a checkout, inside it in an installed wheel.
+REPOSITORY = PACKAGE.parent if CHECKOUT else PACKAGE
 DEFAULT_CONF = REPOSITORY / "conf" / "default.yaml"
 
 
@@ -353,8 +354,8 @@ def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 
 def absolute(path: str) -> str:
-    """A URI as it is; a path made absolute, a relative one from the repository."""
-    return path if "://" in path else str((REPOSITORY / path).absolute())
+    """A URI as it is; a path made absolute: from the repository, or the working directory for a wheel."""
+    return path if "://" in path else str(((REPOSITORY if CHECKOUT else Path.cwd()) / path).absolute())
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from recsys_dist import job
-from recsys_dist.config import DEFAULT_CONF, PACKAGE, Config, load
+from recsys_dist.config import DEFAULT_CONF, REPOSITORY, Config, load
 from recsys_dist.errors import ConfigError, RecsysError
 from recsys_dist.evaluation.labels import COLUMNS, LABELS
 from recsys_dist.scoring.show import show_user
@@ -67,8 +67,7 @@ def run_night(conf: str | None, overrides: Sequence[str], samples: int) -> None:
 
 def command(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> list[str]:
     """The command line that starts a stage: spark-submit for the Spark stages, else this Python."""
-    checkout = PACKAGE.parent / "jobs"
-    script = str((checkout if checkout.is_dir() else PACKAGE / "jobs") / STAGES[stage].job)
+    script = str(REPOSITORY / "jobs" / STAGES[stage].job)
     settings = [word for override in overrides for word in ("--set", override)]
     arguments = [script, *(["--conf", conf] if conf else []), *settings]
     if stage in SPARK_STAGES:

@@ -19,7 +19,7 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 
 from recsys_dist import __version__
-from recsys_dist.config import PACKAGE, Config, absolute
+from recsys_dist.config import PACKAGE, REPOSITORY, Config, absolute
 from recsys_dist.errors import ConfigError, DataError, RetryableError
 from recsys_dist.schema import FeatureSpec, read_spec
 
@@ -274,8 +274,7 @@ class Workspace:
 def code_version() -> str:
     """The package's version and a hash of its source, so that changed code makes new runs."""
     digest = hashlib.sha256()
-    jobs = (PACKAGE / "jobs") if (PACKAGE / "jobs").is_dir() else PACKAGE.parent / "jobs"
-    for folder in (PACKAGE, jobs):
+    for folder in (PACKAGE, REPOSITORY / "jobs"):
         for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
