@@ -1,0 +1,324 @@
+"""What featurize computes, on logs small enough to work out by hand or by plain Python."""
+
+import datetime as dt
+import json
+import math
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyspark.sql import functions as F
+
+from recsys_dist import schema
+from recsys_dist.config import Source
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.features.check import check_events
+from recsys_dist.features.read import open_source, read
+from tests.logs import FIELDS, events_of, featurized, log_config
+
+HOUR = 3600
+
+
+@pytest.fixture(scope="module")
+def by_hand(spark, tmp_path_factory):
+    """Ten events of ann (two at 3:00), two of bob, a duplicate, and five kinds of unusable rows."""
+    root = tmp_path_factory.mktemp("by_hand")
+    ann = [("a", 1, 5), ("b", 2, 1), ("d", 3, 4), ("c", 3, 5), ("e", 4, 4), ("f", 5, 2)]
+    ann += [("a", 6, 4), ("g", 7, 4), ("h", 8, 5), ("b", 9, 5)]
+    lines = [f"ann,{item},{hour * HOUR},{value}" for item, hour, value in reversed(ann)]
+    lines += [f"bob,a,{100 * 24 * HOUR},4", f"bob,z,{101 * 24 * HOUR},3.5"]
+    lines += [
+        "ann,a,3600,5",
+        "ann,a",
+        ",a,3600,5",
+        "ann, ,3600,5",
+        "ann,a,soon,5",
+        "ann,a,9,NaN",
+        "ann,a,9,1e99",
+    ]
+    (root / "items.jsonl").write_text(
+        '{"id": "a", "name": "Alpha", "tags": "x|y||x z"}\n{"id": "q", "name": null, "tags": ""}\n'
+        '{"id": "b", "tags": "y"}\nnot json\n{"id": "a", "name": "Second", "tags": "w"}\n'
+    )
+    (root / "users.csv").write_text('who,town\nann,"New, York"\nbob,\nzoe,Rome\n')
+    fields = [
+        *FIELDS,
+        {"name": "tags", "kind": "categorical", "side": "item", "column": "tags", "delimiter": "|"},
+        {"name": "town", "kind": "categorical", "side": "user", "column": "town"},
+    ]
+    items = {"path": str(root / "items.jsonl"), "format": "jsonl", "columns": {"item": "id", "title": "name"}}
+    users = {"path": str(root / "users.csv"), "columns": {"user": "who"}}
+    config = log_config(root, lines, fields=fields, data={"max_bad_rows": 0.6})
+    data = config.data.model_dump(mode="json") | {"items": items, "users": users}
+    config = log_config(root, lines, fields=fields, data=data)
+    return config, featurized(config)
+
+
+def test_split_by_position(by_hand):
+    split = {key: row["split"] for key, row in events_of(by_hand[0]).items()}
+    # (p + 0.5) / 10 for p = 0 .. 9: eight below 0.8, one below 0.9, one above; of two: 0.25 and 0.75.
+    assert [split["ann", item, hour * HOUR] for item, hour in [("g", 7), ("h", 8), ("b", 9)]] == [
+        "train", "valid", "test",
+    ]  # fmt: skip
+    assert {split["bob", "a", 100 * 24 * HOUR], split["bob", "z", 101 * 24 * HOUR]} == {"train"}
+    assert by_hand[1].manifest["figures"]["examples"] == {"train": 10, "valid": 1, "test": 1}
+
+
+def test_history_and_counts_look_strictly_back(by_hand):
+    config, run = by_hand
+    rows = events_of(config)
+    d, c, e = rows["ann", "d", 3 * HOUR], rows["ann", "c", 3 * HOUR], rows["ann", "e", 4 * HOUR]
+    # c and d happen at the same time: neither sees the other, later events see c before d.
+    assert d["recent"] == c["recent"] == ["a"]
+    assert d["last_any"] == c["last_any"] == ["a", "b"]
+    assert e["recent"] == ["a", "c", "d"]
+    assert e["last_any"] == ["c", "d"]
+    assert rows["ann", "b", 9 * HOUR]["recent"] == ["a", "g", "h"]
+    assert rows["ann", "a", HOUR]["recent"] == []
+    activity = run.spec().field("activity")
+    # ten train events: ann's see 0 1 2 2 4 5 6 7 earlier ones, bob's 0 and 1
+    logs = [math.log1p(n) for n in (0, 1, 2, 2, 4, 5, 6, 7, 0, 1)]
+    mean = sum(logs) / 10
+    assert activity.mean == pytest.approx(mean)
+    assert activity.stddev == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in logs) / 10))
+    assert e["activity"] == pytest.approx((math.log1p(4) - activity.mean) / activity.stddev)
+    likes = run.spec().field("likes")
+    assert e["likes"] == pytest.approx((math.log1p(3) - likes.mean) / likes.stddev)
+    assert (e["hour"], e["weekday"]) == (5, 4)  # 04:00 on 1970-01-01, a Thursday
+    assert run.spec().hour == 0  # bob's two events; every other hour has at most two, and is later
+
+
+def test_vocabularies_count_the_train_part(by_hand):
+    _, run = by_hand
+    items = run.table("vocab/item").sort_by("index").to_pylist()
+    assert [row["index"] for row in items] == list(range(1, 11))
+    assert "".join(row["token"] for row in items) == "abcdefgzhq"
+    assert [row["count"] for row in items] == [3, 1, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert run.table("vocab/user").sort_by("index")["token"].to_pylist() == ["ann", "bob"]
+    tags = run.table("vocab/tags").sort_by("index").to_pylist()
+    assert [(row["token"], row["count"]) for row in tags] == [("y", 2), ("x", 1), ("x z", 1)]
+    # as of zoe, who has no event, the table's values are in the vocabulary all the same
+    assert run.table("vocab/town").sort_by("index")["token"].to_pylist() == ["New, York", "Rome"]
+
+
+def test_items_and_users(by_hand):
+    _, run = by_hand
+    items = run.table("items").to_pylist()
+    assert [row["item"] for row in items] == list(range(1, 11))
+    by_id = {row["item_id"]: row for row in items}
+    assert (by_id["a"]["title"], by_id["a"]["tags"], by_id["a"]["count"]) == ("Alpha", [2, 1, 3], 3)
+    assert (by_id["q"]["title"], by_id["q"]["tags"], by_id["q"]["count"]) == ("q", [], 0)
+    assert by_id["b"]["count"] == 0  # its only train event is no positive
+    index = {row["item_id"]: row["item"] for row in items}
+    users = {(row["as_of"], row["user_id"]): row for row in run.table("users").to_pylist()}
+    assert len(users) == 6
+    ann = {cut: users[cut, "ann"] for cut in ("valid", "test", "date")}
+    assert ann["valid"]["seen"] == sorted(index[item] for item in "abcdefg")
+    assert ann["test"]["seen"] == sorted(index[item] for item in "abcdefgh")
+    assert ann["date"]["liked"] == sorted(index[item] for item in "abcdegh")
+    assert [ann[cut]["recent"][-1] for cut in ann] == [index["g"], index["h"], index["b"]]
+    assert users["test", "bob"]["town"] == 0
+    assert ann["date"]["activity"] > ann["test"]["activity"] > ann["valid"]["activity"]
+    assert run.spec().date == "1970-04-13"
+
+
+def test_unusable_rows_are_set_aside_and_counted(by_hand):
+    _, run = by_hand
+    figures = run.manifest["figures"]
+    assert figures["quarantined"]["events"] == {
+        "duplicate": 1,
+        "missing item": 1,
+        "missing user": 1,
+        "unparseable timestamp": 1,
+        "unparseable value": 2,
+        "wrong number of columns": 1,
+    }
+    assert figures["quarantined"]["items"] == {"item listed before": 1, "not JSON": 1}
+    assert figures["rows"] == {"events": 19, "items": 5, "users": 3}
+    aside = {(row["reason"], row["raw"]) for row in run.table("quarantine").to_pylist()}
+    assert ("duplicate", "ann,a,3600,5") in aside
+    assert ("wrong number of columns", "ann,a") in aside
+    assert ("not JSON", "not json") in aside
+    sources = set(run.table("quarantine")["source"].to_pylist())
+    assert {source.rpartition("/")[2] for source in sources} == {"events.csv", "items.jsonl"}
+
+
+def test_tables_have_the_declared_types(by_hand):
+    _, run = by_hand
+    spec = run.spec()
+    for name, declared, partition in [
+        ("examples", spec.examples_schema(), ["split"]),
+        ("users", spec.users_schema(), ["as_of"]),
+        ("items", spec.items_schema(), []),
+        ("vocab/tags", schema.VOCAB, []),
+        ("quarantine", schema.QUARANTINE, []),
+    ]:
+        found = run.dataset(name).schema
+        assert found.names == [*declared.names, *partition]
+        # Parquet also keeps that no element of a list is null, and how the elements are called.
+        types = [pa.list_(type_.value_type) if pa.types.is_list(type_) else type_ for type_ in found.types]
+        assert types[: len(declared)] == declared.types
+    assert not [file for file in run.manifest["files"] if file["path"].rpartition("/")[2][0] in "._"]
+
+
+def test_date_cuts_the_log(spark, tmp_path):
+    day = 24 * HOUR
+    lines = [f"u,{item},{number * day},5" for number, item in enumerate("abcdefghij")]
+    config = log_config(tmp_path, lines, score={"date": "1970-01-04"})
+    run = featurized(config)
+    names = {row["index"]: row["token"] for row in run.table("vocab/item").to_pylist()}
+    (user,) = run.table("users/as_of=date").to_pylist()
+    assert [names[index] for index in user["recent"]] == ["a", "b", "c"]
+    assert run.spec().date == "1970-01-04"
+
+
+# --- against plain Python -----------------------------------------------------------------------------
+
+event = st.tuples(st.sampled_from("abcdef"), st.integers(0, 6), st.integers(1, 5))
+user_log = st.lists(event, min_size=1, max_size=9, unique_by=lambda e: (e[0], e[1]))
+changed_log = st.tuples(user_log, user_log, st.integers(1, 6))
+
+
+def expected(log):
+    """Features of one user's events, event by event, each by looking through the whole log."""
+    log = sorted(log, key=lambda e: (e[1], e[0]))
+    rows = {}
+    for place, (item, time, value) in enumerate(log):
+        earlier = [e for e in log if e[1] < time]
+        share = (place + 0.5) / len(log)
+        rows[item, time] = {
+            "split": "train" if share < 0.8 else "valid" if share < 0.9 else "test",
+            "label": float(value >= 4),
+            "recent": [e[0] for e in earlier if e[2] >= 4][-3:],
+            "last_any": [e[0] for e in earlier][-2:],
+            "activity": len(earlier),
+            "likes": sum(e[2] >= 4 for e in earlier),
+        }
+    return rows
+
+
+@settings(
+    max_examples=3,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(cases=st.lists(changed_log, min_size=25, max_size=25))
+def test_no_event_sees_the_present_or_the_future(spark, tmp_path_factory, cases):
+    """Two users share a past; whatever the second does from a moment on, the shared events look the same."""
+    logs = {"fixed": [("a", 0, 5), ("b", 1, 5)]}
+    for number, (log, other, moment) in enumerate(cases):
+        past = [e for e in log if e[1] < moment]
+        logs[f"{number}"] = log
+        logs[f"{number}x"] = past + [e for e in other if e[1] >= moment]
+    lines = [f"{user},{item},{time},{value}" for user, log in logs.items() for item, time, value in log]
+    config = log_config(tmp_path_factory.mktemp("log"), lines)
+    spec = featurized(config).spec()
+    found = {}
+    for (user, item, time), row in events_of(config).items():
+        for name in ("activity", "likes"):
+            field = spec.field(name)
+            row[name] = round(math.expm1(row[name] * field.stddev + field.mean), 3)
+        names = ("split", "label", "recent", "last_any", "activity", "likes")
+        found.setdefault(user, {})[item, time] = {name: row[name] for name in names}
+    assert found == {user: expected(log) for user, log in logs.items() if log}
+    for number, (log, _, moment) in enumerate(cases):
+        for item, time, _ in log:
+            if time < moment:
+                one, two = (dict(found[user][item, time], split="") for user in (f"{number}", f"{number}x"))
+                assert one == two
+
+
+# --- what cannot be used ------------------------------------------------------------------------------
+
+GOOD = [f"u{number % 3},i{number % 4},{number},5" for number in range(12)]
+
+
+def test_too_many_unusable_rows(spark, tmp_path):
+    config = log_config(tmp_path, [*GOOD, "u,i,yesterday,5", "u,i,today,5", "u,i"])
+    with pytest.raises(DataError, match="3 of 15 rows are unusable, more than") as error:
+        featurized(config)
+    assert "2 x unparseable timestamp, for example in" in str(error.value)
+    assert "'u,i,today,5'" in str(error.value)
+    assert "1 x wrong number of columns" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("condition", "found"),
+    [("valeu >= 4", "valeu"), ("value >=", "Syntax"), ("value + 1", "BOOLEAN"), ("sum(value) > 3", "sum")],
+)
+def test_wrong_condition(spark, tmp_path, condition, found):
+    config = log_config(tmp_path, GOOD, label={"positive_when": condition})
+    with pytest.raises(ConfigError, match=r"label\.positive_when") as error:
+        featurized(config)
+    assert found in str(error.value)
+
+
+def test_condition_that_fails_on_a_row(spark, tmp_path):
+    config = log_config(tmp_path, GOOD, label={"positive_when": "cast(item as int) > 3"})
+    with pytest.raises(ConfigError, match=r"label.positive_when='cast\(item as int\) > 3' fails on a row"):
+        featurized(config)
+
+
+def test_no_positive(spark, tmp_path):
+    config = log_config(tmp_path, GOOD, label={"positive_when": "value > 5"})
+    with pytest.raises(DataError, match="none of the 9 train events is positive"):
+        featurized(config)
+
+
+def test_wrong_timestamp_pattern(spark, tmp_path):
+    config = log_config(tmp_path, GOOD)
+    events = config.data.events.model_dump() | {"timestamp_format": "not a pattern"}
+    with pytest.raises(ConfigError, match=r"data\.events\.timestamp_format='not a pattern'"):
+        featurized(log_config(tmp_path, GOOD, data={"events": events}))
+
+
+def test_field_without_its_table(spark, tmp_path):
+    fields = [{"name": "town", "kind": "categorical", "side": "user", "column": "town"}]
+    with pytest.raises(ConfigError, match=r"fields town have side user, but data\.users is not set"):
+        featurized(log_config(tmp_path, GOOD, fields=fields))
+
+
+# --- other formats ------------------------------------------------------------------------------------
+
+
+def test_other_formats_give_the_same_events(spark, tmp_path):
+    """One log as csv, as jsonl with ISO times, as |-separated text with a pattern, and as Parquet."""
+    start = dt.datetime(2024, 5, 1, 12, tzinfo=dt.UTC)
+    rows = [(f"u{n % 3}", f"i,{n % 4}", start + dt.timedelta(minutes=n), n % 5 + 1) for n in range(12)]
+    names = {"user": "visitor", "item": "product", "timestamp": "at:time", "value": "stars"}
+    objects = [
+        dict(zip(names.values(), (u, i, f"{t:%Y-%m-%dT%H:%M:%SZ}", v), strict=True)) for u, i, t, v in rows
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, objects)))
+    lines = [f"{v}|{t:%d/%m/%Y %H:%M:%S}|{i}|{u}\r\n" for u, i, t, v in rows]
+    for part in (0, 1):
+        header = "stars|at:time|product|visitor\r\n"
+        (tmp_path / f"log-{part}.psv").write_text(header + "".join(lines[part::2]), newline="")
+    lines = [f'{u},"{i}",{t.timestamp() * 1000:.0f},{v}\n' for u, i, t, v in rows]
+    (tmp_path / "log.csv").write_text("visitor,product,at:time,stars\n" + "".join(lines))
+    columns = dict(zip(names.values(), zip(*rows, strict=True), strict=True))
+    pq.write_table(pa.table(columns), tmp_path / "log.parquet")
+
+    expected = sorted((u, i, int(t.timestamp()) * 10**6, float(v)) for u, i, t, v in rows)
+    for source in (
+        {"path": "log.csv", "timestamp_format": "milliseconds"},
+        {"path": "log.jsonl", "format": "jsonl", "timestamp_format": "iso"},
+        {"path": "*.psv", "delimiter": "|", "timestamp_format": "dd/MM/yyyy HH:mm:ss"},
+        {"path": "log.parquet", "format": "parquet"},
+    ):
+        source = Source.model_validate(source | {"path": str(tmp_path / source["path"]), "columns": names})
+        events = read(spark, open_source("events", source, source.columns))
+        found = check_events(events, source, F.lit(True)).where("_reason IS NULL")
+        assert sorted(map(tuple, found.select("user", "item", "micros", "value").collect())) == expected
+
+
+def test_sample_of_the_users(spark, tmp_path):
+    lines = [f"user{user},item{n},{n},5" for user in range(200) for n in range(5)]
+    config = log_config(tmp_path, lines)
+    data = config.data.model_dump(mode="json") | {"sample_users": 0.1}
+    run = featurized(log_config(tmp_path, lines, data=data))
+    assert 8 <= run.spec().n_users <= 35
+    assert run.manifest["figures"]["rows"]["events"] == 5 * run.spec().n_users

@@ -1,0 +1,194 @@
+"""featurize.py and train_als.py as their users start them: spark-submit and plain Python, as processes."""
+
+import os
+import re
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.compute as pc
+import pytest
+
+from recsys_dist.config import REPOSITORY, load
+from recsys_dist.nightly import spark_environment, spark_home
+from recsys_dist.workspace import Workspace
+
+FAST = ["--driver-java-options", "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"]
+
+
+def run_process(words, code, environment=None):
+    environment = spark_environment() | dict(os.environ) if environment is None else environment
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    printed = done.stdout + done.stderr
+    assert done.returncode == code, printed
+    assert code == 0 or "Traceback" not in printed, printed
+    return printed
+
+
+def submit(job, *arguments, master="local[1]", code=0):
+    """spark-submit jobs/<job>, check its exit code, return what it printed."""
+    words = [str(spark_home() / "bin" / "spark-submit"), "--master", master, *FAST]
+    return run_process([*words, str(REPOSITORY / "jobs" / job), *arguments], code)
+
+
+def python(job, *arguments, code=0, environment=None):
+    """python jobs/<job>, likewise."""
+    return run_process([sys.executable, str(REPOSITORY / "jobs" / job), *arguments], code, environment)
+
+
+def latest(root, stage="features"):
+    return Workspace(load(None, [f"storage.root={root}"])).runs(stage)[-1]
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """A log that is none of ours: a folder of |-separated files, ISO times, other names, broken lines."""
+    root = tmp_path_factory.mktemp("shop")
+    random = np.random.default_rng(0)
+    (root / "visits").mkdir()
+    for day in (1, 2):
+        lines = ["at|shopper|sku|device|stars"]
+        for _ in range(600):
+            hour, minute = random.integers(0, 24), random.integers(0, 60)
+            sku = min(int(random.exponential(12)), 60)
+            device = random.choice(["phone", "desk", ""])
+            at = f"2024-05-{day:02d}T{hour:02d}:{minute:02d}:00Z"
+            lines.append(f"{at}|shopper-{random.integers(50)}|sku-{sku}|{device}|{random.integers(1, 6)}")
+        lines += ["2024-05-01T10:00:00Z|shopper-1|sku-1", "yesterday|shopper-1|sku-1|phone|5"]
+        (root / "visits" / f"{day}.csv").write_text("\n".join(lines) + "\n")
+    conf = root / "shop.yaml"
+    conf.write_text(
+        f"""
+storage: {{root: {root}/runs}}
+data:
+  events:
+    path: {root}/visits
+    delimiter: "|"
+    timestamp_format: iso
+    columns: {{user: shopper, item: sku, timestamp: at, value: stars}}
+label: {{positive_when: value >= 3}}
+fields:
+  - {{name: device, kind: categorical, side: context, column: device}}
+  - {{name: recent, kind: history, last: 5}}
+  - {{name: activity, kind: count}}
+als: {{rank: 4, iterations: 12}}
+"""
+    )
+    return root, conf
+
+
+@pytest.fixture(scope="module")
+def submitted(shop):
+    """The shop's features, made by spark-submit on one core."""
+    root, conf = shop
+    submit("featurize.py", "--conf", str(conf))
+    return latest(root / "runs")
+
+
+def test_own_data(submitted):
+    figures = submitted.manifest["figures"]
+    assert figures["quarantined"]["events"]["wrong number of columns"] == 2
+    assert figures["quarantined"]["events"]["unparseable timestamp"] == 2
+    assert 1100 < sum(figures["examples"].values()) <= 1200
+    assert [row["token"] for row in submitted.table("vocab/device").to_pylist()] in (
+        ["phone", "desk"],
+        ["desk", "phone"],
+    )
+    assert {file["path"].rpartition("/")[2] for file in submitted.manifest["files"]} >= {"features.json"}
+
+
+def test_same_features_on_a_cluster(shop, submitted):
+    root, conf = shop
+    submit(
+        "featurize.py",
+        "--conf",
+        str(conf),
+        "--set",
+        f"storage.root={root}/cluster",
+        master="local-cluster[2,1,1024]",
+    )
+    other = latest(root / "cluster")
+    assert other.run_id != submitted.run_id
+    with open(f"{other.path}/features.json", "rb") as a, open(f"{submitted.path}/features.json", "rb") as b:  # noqa: PTH123
+        assert a.read() == b.read()
+    tables = {"examples", "users", "items", "quarantine", "vocab/user", "vocab/item", "vocab/device"}
+    for name in sorted(tables):
+        one, two = (_sorted(run.table(name)) for run in (submitted, other))
+        assert one.num_rows > 0
+        assert one.equals(two), name
+
+
+def _sorted(table):
+    table = table.select(sorted(table.column_names))
+    flat = [name for name in table.column_names if "list" not in str(table.schema.field(name).type)]
+    return table.take(
+        pc.sort_indices(table, sort_keys=[(name, "ascending") for name in flat])
+    ).combine_chunks()
+
+
+def test_als(shop, submitted):
+    root, conf = shop
+    printed = submit("train_als.py", "--conf", str(conf), master="local[2]")
+    run = latest(root / "runs", "als")
+    assert run.inputs == {"features": submitted.run_id}
+    assert run.uri in printed
+    users, items = run.table("user_factors"), run.table("item_factors")
+    assert users["index"].to_pylist() == sorted(users["index"].to_pylist())
+    assert 0 < users.num_rows <= submitted.spec().n_users
+    assert all(len(vector) == 4 for vector in items["vector"].to_pylist())
+    # No checkpoint of the fit stays behind.
+    assert {file["path"].partition("/")[0] for file in run.manifest["files"]} == {
+        "key.json",
+        "user_factors",
+        "item_factors",
+    }
+
+
+def test_als_names_the_job_to_run_first(shop, tmp_path):
+    printed = python("train_als.py", "--conf", str(shop[1]), "--set", f"storage.root={tmp_path}", code=65)
+    assert "Run jobs/featurize.py first" in printed
+
+
+def test_again_does_nothing(shop, submitted):
+    printed = python("featurize.py", "--conf", str(shop[1]))
+    assert f"features: done before, {submitted.uri}" in printed
+
+
+def _broken(kind, tmp_path):
+    log = tmp_path / "log.csv"
+    if kind == "a misspelt column":
+        log.write_text("user_id,item,timestamp\nu,i,1\n")
+        return r"log\.csv has no column 'user' .*nearest: 'user_id'. Columns found: user_id, item, timestamp"
+    if kind == "no rows":
+        log.write_text("user,item,timestamp\n")
+        return "the input has no events, only header lines"
+    if kind == "an empty file":
+        log.write_text("")
+        return r"all 1 files are empty, first .*log\.csv"
+    return r"there is no such file, folder or match .*log\.csv"
+
+
+@pytest.mark.parametrize("kind", ["a misspelt column", "no rows", "an empty file", "no file"])
+def test_unusable_input(kind, tmp_path):
+    message = _broken(kind, tmp_path)
+    events = f"{{path: {tmp_path}/log.csv, columns: {{user: user, item: item, timestamp: timestamp}}}}"
+    printed = python(
+        "featurize.py", "--set", f"storage.root={tmp_path}", "--set", f"data.events={events}", code=65
+    )
+    assert re.search(message, printed), printed
+
+
+@pytest.mark.parametrize("java", ["none", "old"])
+def test_java_is_checked_first(java, shop, tmp_path):
+    if java == "old":
+        fake = tmp_path / "java"
+        fake.write_text("#!/bin/sh\necho 'openjdk version \"11.0.2\" 2019-01-15' >&2\n")
+        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+    environment = {**os.environ, "PATH": str(tmp_path)}
+    environment.pop("JAVA_HOME", None)
+    arguments = ("--conf", str(shop[1]), "--set", f"storage.root={tmp_path}/runs")
+    printed = python("featurize.py", *arguments, code=64, environment=environment)
+    assert {"none": "No Java was found", "old": "is Java 11, and Spark runs on Java 17 or newer"}[
+        java
+    ] in printed

@@ -1,0 +1,88 @@
+"""ALS on a log with two groups of users who like two groups of items."""
+
+import json
+
+import numpy as np
+import pytest
+
+from recsys_dist.config import Als
+from recsys_dist.errors import DataError
+from recsys_dist.workspace import Workspace
+from tests.logs import featurized, log_config
+
+
+@pytest.fixture(scope="module")
+def features(spark, tmp_path_factory):
+    """Users 0 to 19, of which the even ones like items a0 to a9, the odd ones b0 to b9; value 1 elsewhere."""
+    root = tmp_path_factory.mktemp("groups")
+    random = np.random.default_rng(1)
+    lines = []
+    for user in range(20):
+        mine, other = ("a", "b") if user % 2 == 0 else ("b", "a")
+        for time, number in enumerate(random.permutation(10)[:8]):
+            lines.append(f"u{user},{mine}{number},{time},5")
+        lines.append(f"u{user},{other}{user % 10},0,1")
+    config = log_config(root, lines, als={"rank": 4, "reg": 0.01, "iterations": 12})
+    return config, featurized(config)
+
+
+def fitted(config, features):
+    from recsys_dist.als import train_als
+
+    run = Workspace(config).new("als", {}, {"features": features})
+    return run.commit(config, train_als(config, run))
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_groups_are_found(features, implicit):
+    config, run = features
+    config = config.model_copy(update={"als": config.als.model_copy(update={"implicit": implicit})})
+    als = fitted(config, run)
+    vectors = {
+        name: dict(als.table(name).select(["index", "vector"]).to_pandas().to_numpy()) for name in FACTORS
+    }
+    names = {
+        kind: {row["index"]: row["token"] for row in run.table(f"vocab/{kind}").to_pylist()}
+        for kind in ("user", "item")
+    }
+    gap = [
+        np.dot(user, item)
+        * (1 if (int(names["user"][u][1:]) % 2 == 0) == (names["item"][i][0] == "a") else -1)
+        for u, user in vectors["user_factors"].items()
+        for i, item in vectors["item_factors"].items()
+    ]
+    assert np.mean(gap) > 0.2
+    train = run.table("examples", filter=None).to_pandas().query("split == 'train'")
+    fitted_on = train if not implicit else train[train.label > 0]
+    assert als.manifest["figures"]["ratings"] == len(fitted_on)
+    assert set(vectors["user_factors"]) == set(fitted_on.user)
+
+
+FACTORS = ("user_factors", "item_factors")
+
+
+def test_settings_reach_the_fit(features):
+    config, run = features
+    config = config.model_copy(update={"als": Als(rank=3, iterations=1)})
+    als = fitted(config, run)
+    assert {len(vector) for vector in als.table("item_factors")["vector"].to_pylist()} == {3}
+    assert als.manifest["figures"]["rank"] == 3
+    json.dumps(als.manifest)
+
+
+def test_nothing_to_fit_on(features, tmp_path):
+    config, run = features
+    empty = run.__class__(run.filesystem, str(tmp_path), str(tmp_path), run.manifest)
+    (tmp_path / "examples").mkdir()
+    table = run.table("examples", filter=None)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    table = table.set_column(
+        table.column_names.index("label"), "label", pc.multiply(table["label"], pa.scalar(0.0, pa.float32()))
+    )
+    (tmp_path / "examples" / "split=train").mkdir()
+    pq.write_table(table.drop_columns(["split"]), tmp_path / "examples" / "split=train" / "part.parquet")
+    with pytest.raises(DataError, match="the train part has no events to fit ALS on"):
+        fitted(config, empty)
