@@ -1,4 +1,4 @@
-"""The whole pipeline on real data, killed in every stage; and on somebody's own log, from an installed wheel."""
+"""The whole pipeline on real data, killed in every stage; and on a log of another kind, from a wheel."""
 
 import csv
 import datetime as dt
@@ -163,6 +163,6 @@ def test_own_log_of_another_format_from_an_installed_wheel(wheel, tmp_path):
     assert {row["user_id"] for row in rows} == {f"c{customer:03d}" for customer in range(80)}
     assert {row["item_id"][:2] for row in rows} == {"S-"}
     (features,) = Workspace(load(None, [f"storage.root={tmp_path}/out"])).runs("features")
-    assert sum(features.manifest["figures"]["quarantined"].values()) == 2
+    assert sum(features.manifest["figures"]["quarantined"]["events"].values()) == 2
     shown = ["-m", "recsys_dist.jobs.score", "--conf", "shop.yaml", "--user", "c001"]
     assert "Thing " in finish(start(shown, cwd=tmp_path, env=environment))
