@@ -73,20 +73,25 @@ def open_source(name: str, source: Source, columns: dict[str, str]) -> Opened:
     )
     with ThreadPoolExecutor(16) as pool:
         heads = list(pool.map(lambda info: _head(filesystem, info.path, source), full))
-    for info, (_, header) in zip(full, heads, strict=True):
-        _require(name, source, info.path, header, columns)
-        if source.format in ("csv", "tsv") and header != heads[0][1]:
+    first = heads[0].columns
+    for info, head in zip(full, heads, strict=True):
+        _require(name, source, info.path, head.columns, columns)
+        if source.format in ("csv", "tsv") and head.columns != first:
             raise DataError(
-                f"data.{name}: {info.path} has the columns {', '.join(header)}, but {full[0].path} has "
-                f"{', '.join(heads[0][1])}. Files of one source need the same header line."
+                f"data.{name}: {info.path} has the columns {', '.join(head.columns)}, but {full[0].path} has "
+                f"{', '.join(first)}. Files of one source need the same header line."
             )
+    if not any(head.has_rows for head in heads):
+        raise DataError(
+            f"data.{name}.path={source.path}: no rows, only header lines, first in {full[0].path}"
+        )
     return Opened(
         name=name,
         source=source,
         uris=tuple(_uri(source.path, info.path) for info in full),
         size=sum(info.size for info in full),
-        header=heads[0][1],
-        header_lines=tuple(sorted({line for line, _ in heads})),
+        header=first,
+        header_lines=tuple(sorted({head.line for head in heads})),
         columns=columns,
     )
 
@@ -165,20 +170,33 @@ def _quote(source: Source) -> str:
     return ({"csv": '"', "tsv": ""}[source.format]) if source.quote is None else source.quote
 
 
-def _head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> tuple[str, tuple[str, ...]]:
-    """The first line of a file and its columns."""
+@dataclass(frozen=True)
+class _Head:
+    """The beginning of a file."""
+
+    columns: tuple[str, ...]
+    has_rows: bool
+    line: str = ""
+    """csv and tsv: the header line."""
+
+
+def _head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> _Head:
     try:
         if source.format == "parquet":
             with filesystem.open_input_file(path) as file:
-                return "", tuple(pq.read_schema(file).names)
+                parquet = pq.ParquetFile(file)
+                return _Head(tuple(parquet.schema_arrow.names), parquet.metadata.num_rows > 0)
         with filesystem.open_input_stream(path) as stream:
             lines = stream.read(HEAD_BYTES).decode(errors="replace").splitlines()
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{path} cannot be read as {source.format}: {error}") from None
+    full = [line for line in lines if line.strip()]
     if source.format == "jsonl":
-        return "", tuple(dict.fromkeys(key for line in lines[:HEAD_LINES] for key in _keys(line)))
+        keys = dict.fromkeys(key for line in full[:HEAD_LINES] for key in _keys(line))
+        return _Head(tuple(keys), bool(full))
     line = lines[0] if lines else ""
-    return line, tuple(_split(line.removeprefix("\ufeff"), _delimiter(source), _quote(source)))
+    columns = _split(line.removeprefix("\ufeff"), _delimiter(source), _quote(source))
+    return _Head(tuple(columns), len(full) > 1, line)
 
 
 def _keys(line: str) -> Iterable[str]:
