@@ -120,7 +120,7 @@ def _summary(done: dict[str, Run], seconds: dict[str, float]) -> str:
     models = figures["models"]
     columns = [name for name in COLUMNS if name in models["two_stage"]]
     lines += ["", f"{figures['users']} test users, 95% intervals"]
-    lines += ["Model             " + "".join(f"{name:<23}" for name in columns).rstrip()]
+    lines += ["Model             " + "".join(f"{COLUMNS[name]:<23}" for name in columns).rstrip()]
     for model, values in models.items():
         cells = [f"{v['value']:.4f} ({v['low']:.4f}-{v['high']:.4f})" for v in map(values.get, columns)]
         lines += [f"{LABELS[model]:<18}" + "".join(f"{cell:<23}" for cell in cells).rstrip()]

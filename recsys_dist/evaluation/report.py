@@ -22,7 +22,7 @@ def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any])
         undefined=jinja2.StrictUndefined,
     )
     features, deepfm = run.inputs["features"], run.inputs["deepfm"]
-    columns = [name for name in COLUMNS if name in metrics["models"]["two_stage"]]
+    columns = {name: label for name, label in COLUMNS.items() if name in metrics["models"]["two_stage"]}
     with deepfm.filesystem.open_input_stream(f"{deepfm.path}/history.jsonl") as stream:
         history = [json.loads(line) for line in stream.read().decode().splitlines()]
     page = environment.get_template("report.html.j2").render(
@@ -31,7 +31,7 @@ def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any])
         columns=columns,
         labels=LABELS,
         verdict=verdict,
-        best=max(figures[columns[0]]["high"] for figures in metrics["models"].values()),
+        best=max(figures[next(iter(columns))]["high"] for figures in metrics["models"].values()),
         history=[line for line in history if "ndcg@10" in line],
         figures=features.manifest["figures"],
         runs={name: other.run_id for name, other in run.inputs.items()},

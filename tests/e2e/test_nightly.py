@@ -13,8 +13,9 @@ import time
 import zipfile
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.datasets import fetch
@@ -166,3 +167,28 @@ def test_own_log_of_another_format_from_an_installed_wheel(wheel, tmp_path):
     assert sum(features.manifest["figures"]["quarantined"]["events"].values()) == 2
     shown = ["-m", "recsys_dist.jobs.score", "--conf", "shop.yaml", "--user", "c001"]
     assert "Thing " in finish(start(shown, cwd=tmp_path, env=environment))
+
+
+def readme_lines(start):
+    """The indented commands of the README that begin so."""
+    readme = (REPOSITORY / "README.md").read_text().splitlines()
+    return [line.strip() for line in readme if line.startswith(f"    {start}")]
+
+
+def test_the_readmes_one_liners_read_the_table(tmp_path):
+    rows = pa.table(
+        {
+            "date": [dt.date(2024, 1, 1)] * 2,
+            "user_id": ["196", "7"],
+            "item_id": ["a", "b"],
+            "rank": [1, 1],
+            "score": [0.5, 0.25],
+        }
+    )
+    write_deltalake(tmp_path / "runs" / "topk", rows, partition_by=["date"])
+    from_python, from_duckdb = readme_lines("from deltalake"), readme_lines("import duckdb")
+    assert len(from_python) == len(from_duckdb) == 1
+    for (line,) in (from_python, from_duckdb):
+        printed = finish(start(["-c", line], cwd=tmp_path))
+        assert "196" in printed
+        assert "0.25" in printed
