@@ -84,7 +84,7 @@ class Data(Section):
     """Share of the users to keep, chosen by a hash of the raw id: 0.1 tries everything on a tenth."""
 
     max_bad_rows: float = Field(0.01, ge=0, le=1)
-    """featurize fails when more than this share of the events' rows is set aside."""
+    """featurize fails when more than this share of a source's rows is set aside."""
 
     @model_validator(mode="after")
     def _roles(self) -> "Data":
@@ -301,7 +301,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names(self) -> "Config":
-        names = ["user", "item", "timestamp", "value", "label", *(field.name for field in self.fields)]
+        taken = ["user", "item", "timestamp", "value", "label", "user_id", "item_id", "title", "count"]
+        taken += ["seen", "liked", "split", "as_of"]
+        names = [*taken, *(field.name for field in self.fields)]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"fields: names used twice or reserved: {', '.join(twice)}")
