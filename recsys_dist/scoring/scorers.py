@@ -4,7 +4,7 @@ Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -63,7 +63,7 @@ class Ranker:
         self.model = model
         fields = spec.side("item")
         schema = pa.schema([(field.name, field.arrow_type) for field in fields])
-        unknown = {field.name: [] if field.type == "indices" else 0 for field in fields}
+        unknown: dict[str, Any] = {field.name: [] if field.type == "indices" else 0 for field in fields}
         # Not concat_tables at once: the files' columns may be declared as never null.
         rows = pa.concat_tables(
             [pa.Table.from_pylist([unknown], schema), items.select(schema.names).cast(schema)]
