@@ -269,8 +269,9 @@ class Evaluation(Section):
     """Resamplings of the users for the 95% intervals."""
     metric: str = "ndcg@10"
     """The metric that decides whether a model may be published."""
-    must_beat: Literal["popularity", "als"] = "popularity"
-    """The two-stage lists are published only when they are better than this model on that metric."""
+    must_beat: Literal["popularity", "als"] | None = "popularity"
+    """The two-stage lists are published only when they are better than this model on that metric; null:
+    always."""
 
 
 class Spark(Section):
