@@ -204,7 +204,7 @@ class DeepFM(Section):
 
     embedding_dim: int = Field(16, ge=4, multiple_of=4)
     """Factors of a field; a multiple of 4, which the fused kernels need."""
-    hidden: tuple[int, ...] = (256, 128)
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), min_length=1)
     """Widths of the MLP's layers."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """After every hidden layer."""
@@ -213,7 +213,7 @@ class DeepFM(Section):
     negatives: int = Field(4, ge=1)
     """Items drawn for each positive."""
     negatives_power: float = Field(0.0, ge=0, le=1)
-    """Items are drawn with probability proportional to (train positives)^power; 0 is uniform."""
+    """Items are drawn with probability proportional to (1 + train positives)^power; 0 is uniform."""
     objective: Literal["logistic", "softmax"] = "logistic"
     """`logistic`: each positive and each drawn item on its own; `softmax`: the positive against the drawn
     items, corrected for how often each is drawn (logQ)."""

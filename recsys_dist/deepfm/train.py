@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -98,6 +99,7 @@ def _connect(config: Config) -> bool:
     address = os.environ.get("RAY_ADDRESS")
     try:
         if address:
+            _probe(address)
             ray.init(runtime_env=environment, log_to_driver=False, logging_level="ERROR")
         else:
             ray.init(
@@ -109,7 +111,7 @@ def _connect(config: Config) -> bool:
                 log_to_driver=False,
                 logging_level="ERROR",
             )
-    except (ConnectionError, RuntimeError, RayError) as error:
+    except (OSError, RuntimeError, RayError) as error:
         where = f"The Ray cluster at RAY_ADDRESS={address}" if address else "A local Ray"
         raise RetryableError(f"{where} cannot be used: {error}") from error
     resources = ray.cluster_resources()
@@ -121,6 +123,13 @@ def _connect(config: Config) -> bool:
             f"Add nodes, or give --set deepfm.num_workers={max(found, 1)}."
         )
     return resources.get("GPU", 0) >= workers
+
+
+def _probe(address: str) -> None:
+    """Raise an OSError at once where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _python_path() -> list[str]:

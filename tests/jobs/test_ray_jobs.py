@@ -1,0 +1,239 @@
+"""train_deepfm.py in the three ways that its users start it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from recsys_dist.config import REPOSITORY
+from recsys_dist.deepfm.model import load
+from recsys_dist.workspace import Workspace
+from tests.synthetic import synthetic_config, synthetic_features
+
+BIN = Path(sys.executable).parent
+FEW_STEPS = ["--set", "deepfm.epochs=2", "--set", "deepfm.hidden=[16]", "--set", "deepfm.row_wise_from=40"]
+
+
+def environment(**more):
+    """This process' environment without any Ray cluster that it may know of."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    path = os.pathsep.join([str(BIN), os.environ["PATH"]])
+    return kept | {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0"} | more
+
+
+def free_ports(number):
+    sockets = [socket.socket() for _ in range(number)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+class Head:
+    """A Ray head with token authentication, started in `folder` on ports of its own."""
+
+    def __init__(self, folder, scratch):
+        # Below /tmp: a socket's path may have 107 characters only.
+        self.scratch = scratch
+        token = "0123456789abcdef" * 4
+        (scratch / "token").write_text(token)
+        (scratch / "token").chmod(0o600)
+        port, dashboard, agent, runtime, client, *workers = free_ports(25)
+        self.address = f"http://127.0.0.1:{dashboard}"
+        self.anonymous = environment(RAY_TMPDIR=str(scratch))
+        self.environment = self.anonymous | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(scratch / "token"),
+        }
+        words = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
+        words += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
+        words += [f"--dashboard-agent-listen-port={agent}", f"--runtime-env-agent-port={runtime}"]
+        words += [f"--ray-client-server-port={client}", f"--worker-port-list={','.join(map(str, workers))}"]
+        words += [f"--temp-dir={scratch}/ray", "--object-store-memory=100000000"]
+        self.log = scratch / "head.log"
+        with self.log.open("w") as stream:
+            # Its own process group: all that it starts ends with it.
+            self.process = subprocess.Popen(
+                words, cwd=folder, env=self.environment, stdout=stream, stderr=stream, start_new_session=True
+            )
+        end = time.monotonic() + 120
+        while self.ray("job", "list").returncode:
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.5)
+
+    def ray(self, *words, cwd="/", environment=None):
+        return subprocess.run(
+            [str(BIN / "ray"), *words],
+            env=(environment or self.environment) | {"RAY_API_SERVER_ADDRESS": self.address},
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+
+    def stop(self):
+        # Not gently, which drains for 30 seconds. What is left of its processes ends when it is gone.
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(timeout=30)
+        end = time.monotonic() + 60
+        while self._left():
+            assert time.monotonic() < end, self._left()
+            time.sleep(0.2)
+
+    def _left(self):
+        """Command lines of processes that name this head's folder."""
+        left = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                words = path.read_bytes().decode(errors="replace").replace("\0", " ")
+                left += [words] if f"{self.scratch}/" in words else []
+        return left
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory):
+    """A copy of the repository's files with a small features run in its default root."""
+    copy = tmp_path_factory.mktemp("copy")
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    for name in names:
+        if (REPOSITORY / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(REPOSITORY / name, copy / name)
+    synthetic_features(synthetic_config(copy / "runs"))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def head(repository, tmp_path_factory):
+    scratch = Path("/tmp") / f"rj{os.getpid()}"
+    scratch.mkdir(mode=0o700)
+    started = Head(repository / "jobs", scratch)
+    yield started
+    started.stop()
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def check_run(config):
+    """The one deepfm run: complete, loadable, and without anything of Ray's."""
+    workspace = Workspace(config)
+    (run,) = workspace.runs("deepfm")
+    assert {path.name for path in Path(run.path).iterdir()} == {
+        "checkpoint",
+        "history.jsonl",
+        "key.json",
+        "manifest.json",
+        "model",
+    }
+    assert (Path(run.path) / "checkpoint/.metadata").exists()
+    names = {path.name for path in Path(run.path, "model").iterdir()}
+    assert names == {"model.json", "model.safetensors"}
+    (features,) = workspace.runs("features")
+    load(run, features.spec())
+    lines = [json.loads(line) for line in Path(run.path, "history.jsonl").read_text().splitlines()]
+    figures = run.manifest["figures"]
+    assert figures["ndcg@10"] == max(line["ndcg@10"] for line in lines)
+    assert {rank for row in figures["plan"] for rank in row["ranks"]} == {0, 1}
+    hashed = {entry["path"] for entry in run.manifest["files"] if "sha256" in entry}
+    assert {"model/model.safetensors", "model/model.json"} < hashed
+    return run
+
+
+def test_plain_python_starts_a_ray_of_its_own(tmp_path):
+    config = synthetic_config(tmp_path)
+    synthetic_features(config)
+    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
+    words += FEW_STEPS
+    done = subprocess.run(
+        words, env=environment(), cwd="/", capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[:2]] == [["epoch", "1"], ["epoch", "2"]]
+    assert all(word in lines[0] for word in ("step", "loss", "positives/s", "pairs/s", "valid NDCG@10"))
+    assert any(line.split()[:4] == ["table_item", "51", "20", "row_wise"] for line in lines)
+    run = check_run(config)
+    assert lines[-1].endswith(run.uri)
+
+    again = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=60)
+    assert again.stdout == f"deepfm: done before, {run.uri}\n"
+
+
+def test_submitted_with_its_working_directory(head, tmp_path):
+    config = synthetic_config(tmp_path)
+    synthetic_features(config)
+    command = ["job", "submit", "--working-dir", ".", "--", "python", "jobs/train_deepfm.py"]
+    command += ["--conf", "conf/default.yaml", *FEW_STEPS]
+
+    refused = head.ray(*command, cwd=REPOSITORY, environment=head.anonymous)
+    assert refused.returncode != 0
+    assert "token authentication is enabled" in refused.stdout + refused.stderr
+    with pytest.raises(urllib.error.HTTPError, match="401") as unauthorised:
+        urllib.request.urlopen(urllib.request.Request(f"{head.address}/api/jobs/", b"{}"), timeout=30)
+    unauthorised.value.close()
+
+    relative = head.ray(*command, cwd=REPOSITORY)
+    assert relative.returncode == 1
+    assert "storage.root is the relative path 'runs'" in relative.stdout + relative.stderr
+
+    done = head.ray(*command, "--set", f"storage.root={tmp_path}", cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_run(config)
+
+
+def test_submitted_literally_to_a_head_started_in_jobs(head, repository):
+    done = head.ray("job", "submit", "--", "python", "train_deepfm.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    config = synthetic_config(repository / "runs")
+    run = check_run(config)
+    assert run.manifest["config"]["storage"]["root"] == "runs"
+
+
+def test_a_cluster_with_too_few_cpus_is_named(head, tmp_path):
+    config = synthetic_config(tmp_path)
+    synthetic_features(config)
+    done = head.ray(
+        *("job", "submit", "--", "python", "train_deepfm.py", "--set", f"storage.root={tmp_path}"),
+        *("--set", "deepfm.num_workers=64"),
+    )
+    assert done.returncode == 1
+    assert "deepfm.num_workers=64 needs as many CPUs" in done.stdout + done.stderr
+    (folder,) = (tmp_path / "deepfm").iterdir()
+    assert json.loads((folder / "error.json").read_text())["class"] == "ConfigError"
+    assert not (folder / "manifest.json").exists()
+
+
+def test_a_cluster_that_does_not_answer(tmp_path):
+    config = synthetic_config(tmp_path)
+    synthetic_features(config)
+    (port,) = free_ports(1)
+    done = subprocess.run(
+        [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"],
+        env=environment(RAY_ADDRESS=f"127.0.0.1:{port}"),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert f"RAY_ADDRESS=127.0.0.1:{port} cannot be used" in done.stderr
