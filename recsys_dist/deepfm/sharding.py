@@ -75,19 +75,6 @@ def shard(
     return sharded, described
 
 
-def table_of(described: list[dict[str, Any]]) -> str:
-    """The plan as text, a line a table."""
-    lines = [("table", "rows", "dim", "sharding", "ranks")]
-    for row in described:
-        ranks = ",".join(str(rank) for rank in row["ranks"])
-        lines.append((row["table"], f"{row['rows']:,}", str(row["dim"]), row["sharding"], ranks))
-    widths = [max(len(line[column]) for line in lines) for column in range(5)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in lines
-    )
-
-
 @torch.no_grad()
 def _initialise(model: DistributedModelParallel, settings: config.DeepFM, seed: int) -> None:
     for name, tensor in model.state_dict().items():

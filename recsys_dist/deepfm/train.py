@@ -162,7 +162,6 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
     from recsys_dist.deepfm.checkpoint import complete, load_weights
     from recsys_dist.deepfm.loop import HISTORY, PLAN
     from recsys_dist.deepfm.model import DeepFM, publish
-    from recsys_dist.deepfm.sharding import table_of
 
     spec = run.inputs["features"].spec()
     history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
@@ -177,7 +176,6 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
         str(folder / HISTORY), f"{run.path}/{HISTORY}", destination_filesystem=run.filesystem
     )
     plan = json.loads((folder / PLAN).read_text())
-    print(table_of(plan))
     return {
         "ndcg@10": best["ndcg@10"],
         "best_epoch": best["epoch"],
@@ -192,10 +190,13 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
 
 
 def _print_progress(folder: Path, stop: threading.Event) -> None:
-    """Print each evaluation and, between distant ones, where the training stands."""
-    printed, attempt = 0, 0
+    """Print the plan, each evaluation and, between distant ones, where the training stands."""
+    printed, attempt, planned = 0, 0, False
     while True:
         last = stop.wait(0.5)
+        if not planned and (folder / "plan.json").exists():
+            planned = True
+            print(_plan_text(json.loads((folder / "plan.json").read_text())), flush=True)
         for line in _lines(folder / "history.jsonl"):
             if line["step"] > printed:
                 if line["attempt"] > attempt:
@@ -219,6 +220,18 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
                 printed = line["step"]
         if last:
             return
+
+
+def _plan_text(plan: list[dict[str, Any]]) -> str:
+    """The plan, a line a table, in columns."""
+    rows = [
+        (row["table"], f"{row['rows']:,}", str(row["dim"]), row["sharding"], row["ranks"]) for row in plan
+    ]
+    cells = [("table", "rows", "dim", "sharding", "workers")]
+    cells += [(*row[:4], ",".join(str(rank) for rank in row[4])) for row in rows]
+    widths = [max(len(line[column]) for line in cells) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return "\n".join(f"  {line.rstrip()}" for line in lines)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
