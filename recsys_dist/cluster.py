@@ -1,46 +1,59 @@
-"""Ray: the cluster that this process belongs to, or a local one of its own."""
+"""Ray: the cluster that this process belongs to, or a local one of its own, and neither of them chatty."""
 
 import contextlib
 import os
 from collections.abc import Iterator
 
-import ray
+# Read when Ray is imported and by its processes: no report of use, no prefix or colour before a line.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
-from recsys_dist.errors import RetryableError
+import ray
+from ray.exceptions import RayError
+
+from recsys_dist.config import PACKAGE
+from recsys_dist.errors import ConfigError, RetryableError
+
+OBJECT_STORE_BYTES = 100_000_000
+"""Of a local Ray: nothing big passes through it."""
 
 
 @contextlib.contextmanager
-def local_or_cluster(workers: int) -> Iterator[None]:
-    """Connect to the cluster named by RAY_ADDRESS (as in a submitted job), else start Ray on this machine.
+def local_or_cluster(workers: int = 1, key: str = "deepfm.num_workers") -> Iterator[None]:
+    """Connect to the cluster of RAY_ADDRESS (a submitted job has it), else start Ray on this machine.
 
     Args:
-        workers: processes of one CPU each that will be asked for at the same time. A machine with fewer
-            cores runs them all the same; a cluster must have the CPUs.
+        workers: processes of one CPU each that will be asked for at the same time. This machine runs them
+            however few cores it has; a cluster must have the CPUs.
+        key: the setting that decides their number, for the error.
 
     Raises:
-        RetryableError: the cluster cannot be reached, or is smaller than that.
+        RetryableError: the cluster cannot be reached, or a local Ray not started.
+        ConfigError: the cluster has fewer CPUs.
     """
+    # The workers import this very package, wherever the driver found it.
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    options = {"log_to_driver": False, "logging_level": "ERROR"}
+    options |= {"runtime_env": {"env_vars": {"PYTHONPATH": path}}}
     address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        options |= {"address": "local", "num_cpus": max(workers, os.cpu_count() or 1)}
+        options |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
-        if address:
-            ray.init(log_to_driver=False, logging_level="WARNING")
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(workers, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=256 << 20,
-                log_to_driver=False,
-                logging_level="WARNING",
-            )
-    except ConnectionError as error:
-        raise RetryableError(f"RAY_ADDRESS={address} cannot be reached: {error}") from None
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        where = f"The Ray cluster at RAY_ADDRESS={address}" if address else "A local Ray"
+        raise RetryableError(f"{where} cannot be used: {error}") from error
     try:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < workers:
-            raise RetryableError(
-                f"The Ray cluster at {address} has {cpus} CPUs and {workers} workers need one each. Add "
-                f"nodes, or ask for fewer: --set deepfm.num_workers={max(cpus, 1)}"
+        found = int(ray.cluster_resources().get("CPU", 0))
+        if found < workers:
+            raise ConfigError(
+                f"{key}={workers} needs as many CPUs, and the Ray cluster at {address} has {found}. Add "
+                f"nodes, or give --set {key}={max(found, 1)}."
             )
         yield
     finally:

@@ -3,35 +3,26 @@
 import json
 import os
 import shutil
-import socket
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-# Read when Ray is imported and by its processes: no report of use, no prefix or colour before a line.
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+from recsys_dist.cluster import local_or_cluster
 
+# isort: split
+# After recsys_dist.cluster, which sets what Ray reads when it is imported.
 import pyarrow.fs
 import ray
 import ray.train
-from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from recsys_dist.config import PACKAGE, Config
-from recsys_dist.errors import ConfigError, RetryableError
+from recsys_dist.config import Config
+from recsys_dist.errors import RetryableError
 from recsys_dist.workspace import OpenRun
-
-OBJECT_STORE_BYTES = 100_000_000
-"""Of a local Ray: nothing big passes through it."""
 
 
 def make(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -50,7 +41,8 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     folder = Path(run.path if local else tempfile.mkdtemp(prefix="deepfm-")) / "training"
     folder.mkdir()
     try:
-        _train(config, run, folder)
+        with local_or_cluster(config.deepfm.num_workers):
+            _train(config, run, folder)
         figures = _publish(config, run, folder)
     finally:
         if not local:
@@ -60,7 +52,7 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
 
 
 def _train(config: Config, run: OpenRun, folder: Path) -> None:
-    gpus = _connect(config)
+    gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.num_workers
     task = {"config": config, "features": run.inputs["features"], "folder": folder}
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
@@ -88,52 +80,6 @@ def _train(config: Config, run: OpenRun, folder: Path) -> None:
     finally:
         stop.set()
         printer.join()
-        ray.shutdown()
-
-
-def _connect(config: Config) -> bool:
-    """Connect to the cluster of RAY_ADDRESS, or start a local Ray; whether there is a GPU for each worker."""
-    workers = config.deepfm.num_workers
-    # The workers import this very package, wherever the driver found it.
-    environment = {"env_vars": {"PYTHONPATH": os.pathsep.join([str(PACKAGE.parent), *_python_path()])}}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        if address:
-            _probe(address)
-            ray.init(runtime_env=environment, log_to_driver=False, logging_level="ERROR")
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(workers, os.cpu_count() or 1),
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                runtime_env=environment,
-                log_to_driver=False,
-                logging_level="ERROR",
-            )
-    except (OSError, RuntimeError, RayError) as error:
-        where = f"The Ray cluster at RAY_ADDRESS={address}" if address else "A local Ray"
-        raise RetryableError(f"{where} cannot be used: {error}") from error
-    resources = ray.cluster_resources()
-    if resources.get("CPU", 0) < workers:
-        found = int(resources.get("CPU", 0))
-        ray.shutdown()
-        raise ConfigError(
-            f"deepfm.num_workers={workers} needs as many CPUs, and the Ray cluster at {address} has {found}. "
-            f"Add nodes, or give --set deepfm.num_workers={max(found, 1)}."
-        )
-    return resources.get("GPU", 0) >= workers
-
-
-def _probe(address: str) -> None:
-    """Raise an OSError at once where nothing listens; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "//" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _worker(task: dict[str, Any]) -> None:

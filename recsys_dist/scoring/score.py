@@ -30,7 +30,7 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
             f"published; the table still has what it had."
         )
     date = dt.date.fromisoformat(run.inputs["features"].spec().date)
-    with local_or_cluster(workers=1):
+    with local_or_cluster():
         partitions = score_partitions(config, run, date)
     lists = pa.dataset.dataset(f"{run.path}/{LISTS}", filesystem=run.filesystem, schema=TOPK)
     figures = {
