@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 from collections.abc import Iterator
 
 # Read when Ray is imported and by its processes: no report of use, no prefix or colour before a line.
@@ -44,8 +45,10 @@ def local_or_cluster(workers: int = 1, key: str = "deepfm.num_workers") -> Itera
         options |= {"address": "local", "num_cpus": max(workers, os.cpu_count() or 1)}
         options |= {"object_store_memory": OBJECT_STORE_BYTES, "include_dashboard": False}
     try:
+        if address:
+            _probe(address)
         ray.init(**options)
-    except (ConnectionError, RuntimeError, RayError) as error:
+    except (OSError, RuntimeError, RayError) as error:
         where = f"The Ray cluster at RAY_ADDRESS={address}" if address else "A local Ray"
         raise RetryableError(f"{where} cannot be used: {error}") from error
     try:
@@ -58,3 +61,10 @@ def local_or_cluster(workers: int = 1, key: str = "deepfm.num_workers") -> Itera
         yield
     finally:
         ray.shutdown()
+
+
+def _probe(address: str) -> None:
+    """Raise an OSError at once where nothing listens; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "//" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

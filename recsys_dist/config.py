@@ -210,11 +210,11 @@ class DeepFM(Section):
     """After every hidden layer."""
     batch_size: int = Field(4096, ge=1)
     """Positive examples a step, over all workers together."""
-    negatives: int = Field(4, ge=1)
+    negatives: int = Field(16, ge=1)
     """Items drawn for each positive."""
     negatives_power: float = Field(0.0, ge=0, le=1)
     """Items are drawn with probability proportional to (1 + train positives)^power; 0 is uniform."""
-    objective: Literal["logistic", "softmax"] = "logistic"
+    objective: Literal["logistic", "softmax"] = "softmax"
     """`logistic`: each positive and each drawn item on its own; `softmax`: the positive against the drawn
     items, corrected for how often each is drawn (logQ)."""
     epochs: int = Field(20, ge=1)

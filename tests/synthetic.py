@@ -23,6 +23,7 @@ CUTS = {"valid": 0.8, "test": 0.9, "date": 1.0}
 def synthetic_config(root: Any, **deepfm: Any) -> Config:
     """The default configuration with this root and these settings of the model."""
     small = {"embedding_dim": 4, "hidden": [16, 8], "batch_size": 64, "epochs": 2, "row_wise_from": 40}
+    small |= {"objective": "logistic", "negatives": 4}
     overrides = [f"deepfm.{key}={value}" for key, value in (small | deepfm).items()]
     return load(None, [f"storage.root={root}", *overrides])
 
