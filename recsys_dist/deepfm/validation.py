@@ -25,7 +25,8 @@ CHUNK = 1 << 24
 class Validation:
     """A fixed sample of the users with positives in a part, each to be ranked all items but the seen ones.
 
-    A user's fields are as of the part's start, the context that of the user's first event in it.
+    A user's fields are as of the part's start; the context is what a list made the night before knows of the
+    day of the user's first positive event in the part (FeatureSpec.context), as in the evaluation.
 
     Args:
         run: the features run.
@@ -45,11 +46,13 @@ class Validation:
             "users", filter=(pc.field("as_of") == split) & pc.field("user").isin(chosen)
         ).sort_by("user")
         events = run.table(
-            "examples", filter=(pc.field("split") == split) & pc.field("user").isin(chosen)
+            "examples",
+            filter=(pc.field("split") == split) & (pc.field("label") > 0) & pc.field("user").isin(chosen),
         ).sort_by([("user", "ascending"), ("timestamp", "ascending")])
         first = np.unique(events["user"].to_numpy(), return_index=True)[1]
         columns = {field.name: state[field.name] for field in spec.side("user")}
-        columns |= {field.name: events[field.name].take(pa.array(first)) for field in spec.side("context")}
+        weekday = pc.day_of_week(events["timestamp"].take(pa.array(first)))
+        columns |= spec.context(weekday.to_numpy())
         self.user = side_batch(columns, spec.side("user", "context"))
         self.item = item_batch(run, spec)[0]
         self.seen = _pairs(users, np.repeat(state["user"].to_numpy(), _lengths(state["seen"])), state["seen"])

@@ -258,8 +258,10 @@ def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path):
         gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranked) if item in truth[user])
         total += gain / sum(1 / np.log2(place + 2) for place in range(min(10, len(truth[user]))))
     assert found == pytest.approx(total / len(users), abs=1e-6)
-    context = validation.user.indices.to_dict()["hour"].values().tolist()
+    indices = validation.user.indices.to_dict()
+    assert set(indices["hour"].values().tolist()) == {spec.hour + 1}
     first = {}
     for row in sorted(rows, key=lambda row: row["timestamp"]):
-        first.setdefault(row["user"], row["hour"])
-    assert context == [first[user] for user in users]
+        if row["label"]:
+            first.setdefault(row["user"], row["weekday"])
+    assert indices["weekday"].values().tolist() == [first[user] for user in users]
