@@ -1,4 +1,4 @@
-# make demo | test | bench | compare: see README.md. Nothing needs to be installed before but Python 3.11
+# make demo | test: see README.md. Nothing needs to be installed before but Python 3.11
 # or 3.12 and Java 17 or newer.
 
 PYTHON ?= python3.11
@@ -38,7 +38,8 @@ setup-dev: .venv/dev.done
 
 .venv/%.done: requirements/%.txt | .venv/bin/python
 	@echo "setup: installing requirements/$*.txt (about 1.5 GB on disk, a few minutes the first time)"
-	@$(BIN)/python -m pip install $(PIP_FLAGS) -r $<
+	@$(BIN)/python -m pip install $(PIP_FLAGS) -r $< || { echo "error: requirements/$*.txt could not be installed. \
+	Where torch's CPU build was not found: TORCH_INDEX=URL, the index that PyTorch's install page names for CPU." >&2; exit 1; }
 	@touch $@
 
 .venv/dev.done: .venv/$(VARIANT).done
