@@ -22,8 +22,8 @@ def show_user(workspace: Workspace, user_id: str) -> str:
     scored = next((run for run in workspace.runs("score") if run.run_id == rows[0]["run_id"]), None)
     if scored is None:
         raise DataError(
-            f"The list was made by the score run {rows[0]['run_id']}, which has no manifest: it was removed, or "
-            f"it was stopped after it published. Run jobs/score.py again."
+            f"The list was made by the score run {rows[0]['run_id']}, which has no manifest: it was "
+            f"removed, or stopped just after it published. Run jobs/score.py again."
         )
     features = next(run for run in workspace.runs("features") if run.run_id == scored.inputs["features"])
     titles, history = _titles(features), _history(features, user_id)
