@@ -15,6 +15,7 @@ if (ROOT / "recsys_dist").is_dir():  # a checkout; an installed wheel is importa
 
 from recsys_dist import job
 from recsys_dist.config import Config, load
+from recsys_dist.scoring.publish import is_published
 from recsys_dist.workspace import OpenRun, Workspace
 
 
@@ -34,7 +35,7 @@ def main() -> int:
         return job.guard(
             lambda: print(show_user(Workspace(load(arguments.conf, arguments.overrides)), arguments.user))
         )
-    return job.run_stage("score", arguments, make)
+    return job.run_stage("score", arguments, make, is_published)
 
 
 if __name__ == "__main__":

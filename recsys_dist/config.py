@@ -24,7 +24,7 @@ DEFAULT_CONF = REPOSITORY / "conf" / "default.yaml"
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Storage(Section):
@@ -33,7 +33,7 @@ class Storage(Section):
     root: str = "runs"
     """URI or path of the root. A relative path is relative to the repository."""
 
-    pin: dict[str, str] = {}
+    pin: dict[Literal["features", "als", "deepfm", "evaluation", "score"], str] = {}
     """Stage to run id: use this run in place of the latest one."""
 
 
@@ -53,7 +53,7 @@ class Source(Section):
     delimiter: str | None = Field(None, min_length=1)
     """csv and tsv only; default: comma and tab."""
 
-    quote: str | None = None
+    quote: str | None = Field(None, max_length=1)
     """csv and tsv only: the quote character; default: the double quote for csv, none for tsv."""
 
     timestamp_format: str = "seconds"
@@ -250,12 +250,10 @@ class Score(Section):
     """The day the lists are for: all events before it are known. Default: the day after the last event."""
     filter_seen: Literal["all", "positives", "none"] = "all"
     """Which of the user's items are left out."""
-    candidates: dict[Literal["als", "fm", "popularity"], Annotated[int, Field(ge=1)]] = {
-        "als": 200,
-        "fm": 200,
-        "popularity": 50,
-    }
-    """Recall source to the number of items it proposes a user."""
+    candidates: Annotated[
+        dict[Literal["als", "fm", "popularity"], Annotated[int, Field(ge=1)]], Field(min_length=1)
+    ] = {"als": 200, "fm": 200, "popularity": 50}
+    """Recall source to the number of items it proposes a user. A conf file's own mapping replaces this."""
     partition_users: int = Field(2000, ge=1)
     """Users a task scores at a time."""
 
@@ -272,6 +270,14 @@ class Evaluation(Section):
     must_beat: Literal["popularity", "als"] | None = "popularity"
     """The two-stage lists are published only when they are better than this model on that metric; null:
     always."""
+
+    @model_validator(mode="after")
+    def _metric(self) -> "Evaluation":
+        name, _, k = self.metric.rpartition("@")
+        if not name or k not in {str(length) for length in self.k}:
+            lengths = ", ".join(f"{name or 'ndcg'}@{length}" for length in self.k)
+            raise ValueError(f"metric {self.metric!r} is not computed: k={list(self.k)} allows {lengths}")
+        return self
 
 
 class Spark(Section):
@@ -321,7 +327,7 @@ class Config(Section):
 def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read the configuration: default.yaml, then `conf`, then `overrides`, later ones winning.
 
-    Mappings are merged, lists replaced.
+    Mappings are merged, lists and `score.candidates` replaced.
 
     Args:
         conf: path or URI of a YAML file; a relative path is looked up from the working directory, then
@@ -341,7 +347,8 @@ def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         if not equals or not path:
             raise ConfigError(f"--set {override}: expected section.key=value, for example deepfm.epochs=5")
         try:
-            value = yaml.safe_load(text)
+            # A lone | is YAML for an empty block of text, and here a separator.
+            value = text if text in ("|", ">") else yaml.safe_load(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
         nested: Any = value
@@ -358,7 +365,9 @@ def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
 
 def absolute(path: str) -> str:
     """A URI as it is; a path made absolute: from the repository, or the working directory for a wheel."""
-    return path if "://" in path else str(((REPOSITORY if CHECKOUT else Path.cwd()) / path).absolute())
+    if "://" in path or path.startswith("file:"):
+        return path
+    return str(((REPOSITORY if CHECKOUT else Path.cwd()) / Path(path).expanduser()).absolute())
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
@@ -378,7 +387,7 @@ def _read(conf: str | Path) -> dict[str, Any]:
         else:
             candidates = [Path(text), REPOSITORY / text]
             raw = next((path for path in candidates if path.exists()), candidates[0]).read_text()
-    except (OSError, pyarrow.ArrowInvalid) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowInvalid) as error:
         raise ConfigError(f"The conf file {text} cannot be read: {error}. Give an existing --conf.") from None
     try:
         settings = yaml.safe_load(raw)
@@ -393,7 +402,9 @@ def _read(conf: str | Path) -> dict[str, Any]:
 
 def _merge(base: Any, over: Any) -> Any:
     if isinstance(base, dict) and isinstance(over, dict):
-        return {**base, **{key: _merge(base.get(key), value) for key, value in over.items()}}
+        # Merged candidates could not be switched off.
+        merged = {k: v if k == "candidates" else _merge(base.get(k), v) for k, v in over.items()}
+        return {**base, **merged}
     return over
 
 

@@ -1,7 +1,6 @@
 """What every job does around its stage: arguments, configuration, run, errors and exit code."""
 
 import argparse
-import json
 import sys
 import time
 import traceback
@@ -10,7 +9,7 @@ from typing import Any
 
 from recsys_dist import java
 from recsys_dist.config import DEFAULT_CONF, Config, load
-from recsys_dist.errors import ConfigError, RecsysError, RetryableError
+from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
 from recsys_dist.workspace import STAGES, OpenRun, Run, Workspace
 
 EXIT_CODES = "exit codes: 0 done, 64 bad usage or config, 65 bad data or a missing input run, 75 try again"
@@ -63,8 +62,11 @@ def require_java() -> None:
         raise ConfigError(problem)
 
 
+Make = Callable[[Config, OpenRun], dict[str, Any]]
+
+
 def run_stage(
-    stage: str, arguments: argparse.Namespace, make: Callable[[Config, OpenRun], dict[str, Any]]
+    stage: str, arguments: argparse.Namespace, make: Make, valid: Callable[[Run], bool] = lambda run: True
 ) -> int:
     """Make one run of a stage, unless an equal one exists, and return the exit code.
 
@@ -72,13 +74,12 @@ def run_stage(
         stage: a key of STAGES.
         arguments: of `stage_parser`.
         make: writes the run's files and returns its figures.
+        valid: does what an equal run did outside of its folder still stand?
     """
-    return guard(lambda: _run_stage(stage, arguments, make))
+    return guard(lambda: _run_stage(stage, arguments, make, valid))
 
 
-def _run_stage(
-    stage: str, arguments: argparse.Namespace, make: Callable[[Config, OpenRun], dict[str, Any]]
-) -> None:
+def _run_stage(stage: str, arguments: argparse.Namespace, make: Make, valid: Callable[[Run], bool]) -> None:
     config = load(arguments.conf, arguments.overrides)
     workspace = Workspace(config)
     if not STAGES[stage].reads and config.data.events is None:
@@ -86,7 +87,8 @@ def _run_stage(
     inputs = workspace.inputs(stage)
     key = workspace.key(stage, config, inputs)
     done = None if arguments.force else workspace.find(stage, key)
-    if done:
+    # An older run would not be the one that the next job reads.
+    if done and done.run_id == workspace.runs(stage)[-1].run_id and valid(done):
         print(f"{stage}: done before, {done.uri}")
         return
     run = workspace.new(stage, key, inputs)
@@ -105,15 +107,14 @@ def _run_stage(
     print(f"{stage}: {time.perf_counter() - start:.1f} s, {committed.uri}")
 
 
-def _make(config: Config, run: OpenRun, make: Callable[[Config, OpenRun], dict[str, Any]]) -> Run:
+def _make(config: Config, run: OpenRun, make: Make) -> Run:
     try:
         return run.commit(config, make(config, run))
+    except FileNotFoundError as error:
+        raise DataError(
+            f"A file of an input run is missing: {error}. Make that run again, --force."
+        ) from error
     except OSError as error:
         if error.errno is None:
             raise
         raise RetryableError(f"{run.uri}: {error}") from error
-
-
-def dump(value: Any) -> str:
-    """JSON for people."""
-    return json.dumps(value, indent=1, default=str)

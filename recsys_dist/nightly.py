@@ -1,5 +1,6 @@
 """The night: every stage in order, each its own process, skipping what is done, and a summary at the end."""
 
+import datetime as dt
 import importlib.util
 import os
 import subprocess
@@ -8,14 +9,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import pyarrow.compute as pc
-
 from recsys_dist import job
 from recsys_dist.config import DEFAULT_CONF, REPOSITORY, Config, load
-from recsys_dist.errors import ConfigError, RecsysError
-from recsys_dist.evaluation.labels import COLUMNS, LABELS
-from recsys_dist.scoring.show import show_user
+from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
+from recsys_dist.evaluation.labels import LABELS, summary_columns
+from recsys_dist.scoring.publish import is_published
+from recsys_dist.scoring.show import sample_users, show_user
 from recsys_dist.workspace import STAGES, Run, Workspace
 
 SPARK_STAGES = ("features", "als")
@@ -47,22 +46,31 @@ def run_night(conf: str | None, overrides: Sequence[str], samples: int) -> None:
     seconds: dict[str, float] = {}
     for stage in STAGES:
         pins = [f"storage.pin.{name}={run.run_id}" for name, run in done.items()]
-        workspace = Workspace(load(conf, [*overrides, *pins]))
+        workspace = Workspace(load(conf, [*pins, *overrides]))
         found = _find(workspace, stage, config)
         if found:
             print(f"=== {stage}: done before, {found.uri}", flush=True)
         else:
             print(f"=== {stage}", flush=True)
             start = time.perf_counter()
-            _run_stage(stage, config, conf, [*overrides, *pins])
+            try:
+                _run_stage(stage, config, conf, [*pins, *overrides])
+            except StageFailed:
+                print(_summary(done, seconds))
+                raise
             seconds[stage] = time.perf_counter() - start
-            found = workspace.runs(stage)[-1]
+            found = _find(workspace, stage, config)
+            if found is None:
+                raise RetryableError(
+                    f"The {stage} run that was just made does not fit what was asked: the log or the code "
+                    f"changed in the meantime. Run again."
+                )
         done[stage] = found
     print(_summary(done, seconds))
-    for user_id in _sample(done["features"], samples):
-        print("\n" + show_user(Workspace(config), user_id))
-    print(f"\nLists:  {done['score'].manifest['figures']['table']} (a Delta table)")
-    print(f"Report: {done['evaluation'].uri}/report.html")
+    figures = done["score"].manifest["figures"]
+    for user_id in sample_users(figures["table"], dt.date.fromisoformat(figures["date"]), samples):
+        print("\n" + show_user(Workspace(config), user_id, dt.date.fromisoformat(figures["date"])))
+    print(f"\nLists:  {figures['table']} (a Delta table)")
 
 
 def command(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> list[str]:
@@ -108,7 +116,17 @@ def _run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence
 
 
 def _find(workspace: Workspace, stage: str, config: Config) -> Run | None:
-    return workspace.find(stage, workspace.key(stage, config, workspace.inputs(stage)))
+    """The run of a stage that need not be made: the pinned one, or one with an equal key."""
+    pinned = config.storage.pin.get(stage)  # type: ignore[call-overload]
+    if pinned:
+        found = next((run for run in workspace.runs(stage) if run.run_id == pinned), None)
+        if found is None:
+            raise DataError(
+                f"storage.pin.{stage}={pinned}: there is no such run under {workspace.uri}/{stage}"
+            )
+        return found
+    found = workspace.find(stage, workspace.key(stage, config, workspace.inputs(stage)))
+    return None if found and stage == "score" and not is_published(found) else found
 
 
 def _summary(done: dict[str, Run], seconds: dict[str, float]) -> str:
@@ -116,21 +134,14 @@ def _summary(done: dict[str, Run], seconds: dict[str, float]) -> str:
     lines = ["", "Stage          seconds"]
     lines += [f"{stage:<14}{seconds[stage]:8.1f}" for stage in done if stage in seconds]
     lines += [f"{'all':<14}{sum(seconds.values()):8.1f}"] if seconds else ["everything was done before"]
-    figures = done["evaluation"].manifest["figures"]
-    models = figures["models"]
-    columns = [name for name in COLUMNS if name in models["two_stage"]]
+    if "evaluation" not in done:
+        return "\n".join(lines)
+    evaluation = done["evaluation"]
+    figures, models = evaluation.manifest["figures"], evaluation.manifest["figures"]["models"]
+    columns = summary_columns(evaluation.manifest["config"]["evaluation"]["k"])
     lines += ["", f"{figures['users']} test users, 95% intervals"]
-    lines += ["Model             " + "".join(f"{COLUMNS[name]:<23}" for name in columns).rstrip()]
+    lines += ["Model             " + "".join(f"{label:<23}" for label in columns.values()).rstrip()]
     for model, values in models.items():
         cells = [f"{v['value']:.4f} ({v['low']:.4f}-{v['high']:.4f})" for v in map(values.get, columns)]
         lines += [f"{LABELS[model]:<18}" + "".join(f"{cell:<23}" for cell in cells).rstrip()]
-    return "\n".join(lines)
-
-
-def _sample(features: Run, n: int) -> list[str]:
-    """Raw ids of n users with a history, spread over the vocabulary."""
-    if not n:
-        return []
-    users = features.table("users/as_of=date", columns=["user_id", "liked"])
-    ids = users.filter(pc.greater(pc.list_value_length(users["liked"]), 4))["user_id"].to_pylist()
-    return [ids[place] for place in np.linspace(0, len(ids) - 1, n + 2, dtype=int)[1:-1]] if ids else []
+    return "\n".join([*lines, "", f"Report: {evaluation.uri}/report.html"])

@@ -1,16 +1,20 @@
 """What the stages exchange: the FeatureSpec that featurize writes, and the Arrow schemas of the tables.
 
 Index 0 of every vocabulary stands for "unknown": a missing value, a value that the train part does not
-have, or padding. Items and users count from 1.
+have, or padding. Items and users count from 1 and are all there, whichever part they occur in.
 """
 
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.fs
 from pydantic import BaseModel, ConfigDict
 
+SeenFilter = Literal["all", "positives", "none"]
+SEEN_COLUMN = {"all": "seen", "positives": "liked"}
+"""score.filter_seen to the column of users/ whose items are left out of the lists."""
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 UNKNOWN = 0
 
@@ -36,6 +40,8 @@ class FieldSpec(BaseModel):
     """How several embeddings become one."""
     last: int | None = None
     """history: the greatest length; the most recent item comes last."""
+    when: Literal["positive", "any"] | None = None
+    """history and count: which events."""
     part: Literal["hour", "weekday"] | None = None
     """time: which part; the index is 1 + hour (0 to 23) or 1 + weekday (0, Monday, to 6)."""
     transform: Literal["log1p_standardise"] | None = None
@@ -78,6 +84,12 @@ class FeatureSpec(BaseModel):
     def field(self, name: str) -> FieldSpec:
         """The field of that name."""
         return next(field for field in self.fields if field.name == name)
+
+    @property
+    def shown_history(self) -> str:
+        """The column of users/ that shows people what a user liked: the longest history of positives."""
+        histories = [field for field in self.fields if field.kind == "history" and field.when == "positive"]
+        return max(histories, key=lambda field: field.last or 0).name if histories else "liked"
 
     def context(self, weekday: np.ndarray) -> dict[str, pa.Array]:
         """The context columns of lists made ahead of time: the given weekdays, the log's most frequent hour.
@@ -170,6 +182,24 @@ LISTS = pa.schema(
     ]
 )
 """evaluation/lists/: each model's top-K for each test user, as of the test cut."""
+
+
+def without_seen(events: pa.Table, users: pa.Table, filter_seen: SeenFilter) -> pa.Table:
+    """The events whose items may be in their user's list: what a held-out part can be measured on.
+
+    Args:
+        events: with `user` and `item`.
+        users: rows of users/ as of the part's start, with `seen` and `liked`.
+        filter_seen: which items are left out of the lists.
+    """
+    if filter_seen == "none" or not events.num_rows:
+        return events
+    lists = users[SEEN_COLUMN[filter_seen]].combine_chunks()
+    owners = users["user"].to_numpy()[pc.list_parent_indices(lists).to_numpy()].astype(np.int64)
+    items = pc.list_flatten(lists).to_numpy()
+    width = max(int(items.max(initial=0)), pc.max(events["item"]).as_py()) + 1
+    wanted = events["user"].to_numpy().astype(np.int64) * width + events["item"].to_numpy()
+    return events.filter(pa.array(~np.isin(wanted, owners * width + items)))
 
 
 def read_spec(filesystem: pyarrow.fs.FileSystem, path: str) -> FeatureSpec:

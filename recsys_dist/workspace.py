@@ -41,7 +41,7 @@ class Stage:
 STAGES = {
     "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
     "als": Stage("train_als.py", ("features",), ("seed", "als")),
-    "deepfm": Stage("train_deepfm.py", ("features",), ("seed", "deepfm")),
+    "deepfm": Stage("train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen")),
     "evaluation": Stage("evaluate.py", ("features", "als", "deepfm"), ("seed", "evaluation", "score")),
     "score": Stage("score.py", ("features", "als", "deepfm", "evaluation"), ("score",)),
 }
@@ -182,18 +182,22 @@ class Workspace:
 
     def __init__(self, config: Config) -> None:
         root = config.storage.root
-        if "://" not in root and not Path(root).is_absolute() and _uploaded_by_ray(PACKAGE):
+        if absolute(root) != root and not root.startswith("~") and _uploaded_by_ray(PACKAGE):
             raise ConfigError(
                 f"storage.root is the relative path {root!r}, and this code runs from a folder that Ray "
                 f"uploaded ({PACKAGE.parent}): whatever is written there is lost with the job. Give an "
                 f"absolute path or a URI that all nodes share: --set storage.root=/shared/recsys"
             )
         self.uri = absolute(root).rstrip("/")
-        self.pins = config.storage.pin
+        self.pins: dict[str, str] = dict(config.storage.pin.items())
         try:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         except (OSError, pa.ArrowInvalid) as error:
             raise ConfigError(f"storage.root={root!r} cannot be opened: {error}") from None
+        if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem):
+            self.uri = self.path = self.path.rstrip("/")  # Spark and pyarrow decode file:// differently
+            if self.filesystem.get_file_info(self.path).is_file:
+                raise ConfigError(f"storage.root={root!r} is a file, expected a folder")
 
     def runs(self, stage: str) -> list[Run]:
         """The committed runs of a stage, oldest first."""
@@ -219,12 +223,13 @@ class Workspace:
         for name in reversed(STAGES[stage].reads):
             known = {up: run_id for run in chosen.values() for up, run_id in run.inputs.items()}
             known |= {other: run.run_id for other, run in chosen.items()}
-            wanted = known.get(name) or self.pins.get(name)
+            known |= {pin: known.get(pin, run_id) for pin, run_id in self.pins.items()}
+            wanted = self.pins.get(name, known.get(name))
             runs = self.runs(name)
             fitting = [
                 run
                 for run in runs
-                if wanted in (None, run.run_id)
+                if known.get(name, run.run_id) == run.run_id == (wanted or run.run_id)
                 and all(known.get(up, run_id) == run_id for up, run_id in run.inputs.items())
             ]
             if not fitting:
@@ -285,7 +290,11 @@ def raw_files(path: str) -> list[pyarrow.fs.FileInfo]:
 
     Hidden files and those whose name begins with an underscore are left out, as Spark does.
     """
-    filesystem, inner = pyarrow.fs.FileSystem.from_uri(absolute(path).partition("*")[0].rpartition("/")[0])
+    folder = absolute(path).partition("*")[0].rpartition("/")[0] or "/"
+    try:
+        filesystem, inner = pyarrow.fs.FileSystem.from_uri(folder)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise ConfigError(f"The input {path} cannot be opened: {error}") from None
     full = absolute(path)
     pattern = inner + full[len(full.partition("*")[0].rpartition("/")[0]) :]
     if "*" not in pattern:

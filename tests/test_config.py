@@ -40,6 +40,11 @@ def test_every_error_is_named_at_once_with_the_nearest_key():
         (["split.fractions=[0.5, 0.1, 0.1]"], "add up to 1"),
         (["fields=[{kind: time, name: user, part: hour}]"], "used twice or reserved: user"),
         (["fields=[{kind: history, name: a, lst: 3}]"], "nearest valid key: last"),
+        (["deepfm.learning_rate=.inf"], "deepfm.learning_rate"),
+        (["split.fractions=[.nan, 0.5, 0.5]"], "split.fractions"),
+        (["score.candidates={}"], "score.candidates"),
+        (["storage.pin.featurs=abc"], "storage.pin.featurs"),
+        (["evaluation.k=[5]"], "allows ndcg@5"),
         (["data.events={path: a, columns: {user: u, itm: i}}"], "nearest valid key: item"),
     ],
 )
@@ -48,10 +53,10 @@ def test_bad_values_are_refused(overrides, expected):
         load(None, overrides)
 
 
-@pytest.mark.parametrize("text", ["- a list", "a: [", "deepfm: 3"])
+@pytest.mark.parametrize("text", [b"- a list", b"a: [", b"deepfm: 3", b"storage: {root: caf\xe9}"])
 def test_files_that_are_no_configuration_are_refused(tmp_path, text):
     conf = tmp_path / "bad.yaml"
-    conf.write_text(text)
+    conf.write_bytes(text)
     with pytest.raises(ConfigError):
         load(conf)
 
@@ -82,3 +87,14 @@ def test_every_key_has_a_docstring():
         if not field.description and name not in ("kind", "name", "side") and section is not config.Config
     ]
     assert undescribed == []
+
+
+def test_candidates_are_replaced_and_everything_else_is_merged():
+    config = load(None, ["score.candidates={als: 7}", "score.k=3"])
+    assert config.score.candidates == {"als": 7}
+
+
+def test_a_lone_pipe_is_a_separator():
+    events = "data.events={path: a, columns: {user: u, item: i, timestamp: t}}"
+    config = load(None, [events, "data.events.delimiter=|"])
+    assert config.data.events.delimiter == "|"

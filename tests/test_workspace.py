@@ -83,6 +83,30 @@ def test_a_pinned_run_is_used(workspace, config, tmp_path):
     assert pinned.inputs("als")["features"].run_id == first.run_id
 
 
+def test_a_pin_goes_before_what_the_latest_model_was_trained_on(workspace, config, tmp_path):
+    first, second = commit(workspace, config, "features"), commit(workspace, config, "features")
+    for features in (first, second):
+        commit(workspace, config, "als", {"features": features})
+        commit(workspace, config, "deepfm", {"features": features})
+    pinned = Workspace(load(None, [f"storage.root={tmp_path}/root", f"storage.pin.features={first.run_id}"]))
+    inputs = pinned.inputs("evaluation")
+    assert {run.inputs.get("features", run.run_id) for run in inputs.values()} == {first.run_id}
+    wrong = Workspace(load(None, [f"storage.root={tmp_path}/root", "storage.pin.als=20240101"]))
+    with pytest.raises(DataError, match="als run 20240101"):
+        wrong.inputs("evaluation")
+
+
+def test_root_as_a_uri_with_escapes_is_one_place_for_all_readers(tmp_path):
+    workspace = Workspace(load(None, [f"storage.root=file://{tmp_path}/my%20runs/"]))
+    assert workspace.uri == workspace.path == f"{tmp_path}/my runs"
+
+
+def test_root_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        Workspace(load(None, [f"storage.root={tmp_path}/file"]))
+
+
 def test_an_equal_run_is_found_and_a_changed_one_is_not(workspace, config, tmp_path):
     features = commit(workspace, config, "features")
     key = workspace.key("als", config, {"features": features})

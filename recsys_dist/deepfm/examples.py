@@ -12,12 +12,12 @@ from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import Batch, SideBatch, side_batch
 from recsys_dist.deepfm.negatives import Negatives
 from recsys_dist.errors import DataError
-from recsys_dist.schema import UNKNOWN, FeatureSpec
+from recsys_dist.schema import FeatureSpec
 from recsys_dist.workspace import Run
 
 
 def positives(run: Run, spec: FeatureSpec, split: str) -> pa.Table:
-    """The positive examples of a part, without those whose item the train part does not have.
+    """The positive examples of a part.
 
     Raises:
         DataError: there is none.
@@ -25,7 +25,7 @@ def positives(run: Run, spec: FeatureSpec, split: str) -> pa.Table:
     table = run.table(
         "examples",
         columns=spec.examples_schema().names,
-        filter=(pc.field("split") == split) & (pc.field("label") == 1) & (pc.field("item") != UNKNOWN),
+        filter=(pc.field("split") == split) & (pc.field("label") == 1),
     )
     if not len(table):
         raise DataError(

@@ -5,6 +5,7 @@ are sharded; `now.json`, where it stands between evaluations; `workers.json`, ho
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -27,6 +28,7 @@ from recsys_dist.deepfm.validation import Validation
 from recsys_dist.workspace import Run
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
+DIVERGED = "diverged.json"
 EVERY_SECONDS = 10
 """Time between two writes of now.json."""
 
@@ -83,6 +85,9 @@ def train(task: Task, device: torch.device) -> Progress:
         epoch_ends = step + 1 == examples.steps
         if epoch_ends:
             mean = log.mean_loss()
+            if not math.isfinite(mean):
+                log.write(DIVERGED, {"epoch": epoch + 1, "loss": str(mean)})
+                break
             metric = validation.ndcg(model, device)
             better = metric > progress.best
             progress.stale = 0 if better else progress.stale + 1

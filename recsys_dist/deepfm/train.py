@@ -21,8 +21,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from recsys_dist.config import Config
-from recsys_dist.errors import RetryableError
-from recsys_dist.workspace import OpenRun
+from recsys_dist.errors import ConfigError, DataError, RetryableError
+from recsys_dist.workspace import OpenRun, Run
 
 
 def make(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -36,6 +36,7 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
+    _require_enough(run.inputs["features"])
     local = isinstance(run.filesystem, pyarrow.fs.LocalFileSystem)
     # Checkpoints need a folder that all workers see: with another kind of root, all must be on this machine.
     folder = Path(run.path if local else tempfile.mkdtemp(prefix="deepfm-")) / "training"
@@ -43,12 +44,32 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     try:
         with local_or_cluster(config.deepfm.num_workers):
             _train(config, run, folder)
+        if (folder / "diverged.json").exists():
+            found = json.loads((folder / "diverged.json").read_text())
+            raise ConfigError(
+                f"The training diverged: the loss of epoch {found['epoch']} is {found['loss']}. Lower "
+                f"deepfm.learning_rate={config.deepfm.learning_rate} or "
+                f"deepfm.embedding_learning_rate={config.deepfm.embedding_learning_rate}."
+            )
         figures = _publish(config, run, folder)
     finally:
         if not local:
             shutil.rmtree(folder.parent)
     shutil.rmtree(folder, ignore_errors=True)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def _require_enough(features: Run) -> None:
+    """Raise a DataError where there is nothing to train on or to validate with."""
+    spec = features.spec()
+    if spec.n_items < 2:
+        raise DataError(f"{features.uri} has {spec.n_items} items, and ranking needs at least 2")
+    for split in ("train", "valid"):
+        if not spec.positives[split]:
+            raise DataError(
+                f"{features.uri} has no positive example in split={split}, of {spec.rows[split]} examples. "
+                f"Check label.positive_when and split.fractions, and run jobs/featurize.py again."
+            )
 
 
 def _train(config: Config, run: OpenRun, folder: Path) -> None:
@@ -111,7 +132,7 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
 
     spec = run.inputs["features"].spec()
     history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
-    best = max(history, key=lambda line: (line["ndcg@10"], -line["step"]))
+    best = [line for line in history if line["best"]][-1]
     path = next(path for step, _, path in complete(folder) if step == best["step"])
     state = DeepFM(spec, config.deepfm).state_dict()
     load_weights(path, state)

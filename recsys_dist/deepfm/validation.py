@@ -14,7 +14,8 @@ from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import SideBatch, side_batch
 from recsys_dist.deepfm.examples import item_batch, positives
 from recsys_dist.deepfm.model import DeepFM, Side
-from recsys_dist.schema import FeatureSpec
+from recsys_dist.errors import DataError
+from recsys_dist.schema import SEEN_COLUMN, FeatureSpec, without_seen
 from recsys_dist.workspace import Run
 
 K = 10
@@ -23,7 +24,7 @@ CHUNK = 1 << 24
 
 
 class Validation:
-    """A fixed sample of the users with positives in a part, each to be ranked all items but the seen ones.
+    """A fixed sample of the users with positives in a part, each to be ranked all items not excluded.
 
     A user's fields are as of the part's start; the context is what a list made the night before knows of the
     day of the user's first positive event in the part (FeatureSpec.context), as in the evaluation.
@@ -36,27 +37,31 @@ class Validation:
     """
 
     def __init__(self, run: Run, spec: FeatureSpec, config: Config, split: str = "valid") -> None:
-        truth = positives(run, spec, split)
-        users = np.unique(truth["user"].to_numpy())
+        filter_seen = config.score.filter_seen
+        state = run.table("users", filter=pc.field("as_of") == split)
+        events = without_seen(positives(run, spec, split), state, filter_seen)
+        if not len(events):
+            raise DataError(
+                f"{run.uri}: every positive example in split={split} is of an item that the user has seen, "
+                f"and score.filter_seen={filter_seen} leaves those out. Try --set score.filter_seen=none."
+            )
+        users = np.unique(events["user"].to_numpy())
         if len(users) > config.deepfm.valid_users:
             generator = np.random.default_rng([config.seed, 1])
             users = np.sort(generator.choice(users, config.deepfm.valid_users, replace=False))
-        chosen = pa.array(users)
-        state = run.table(
-            "users", filter=(pc.field("as_of") == split) & pc.field("user").isin(chosen)
-        ).sort_by("user")
-        events = run.table(
-            "examples",
-            filter=(pc.field("split") == split) & (pc.field("label") > 0) & pc.field("user").isin(chosen),
-        ).sort_by([("user", "ascending"), ("timestamp", "ascending")])
+        state = state.filter(pc.is_in(state["user"], pa.array(users))).sort_by("user")
+        events = events.filter(pc.is_in(events["user"], pa.array(users)))
+        events = events.sort_by([("user", "ascending"), ("timestamp", "ascending")])
         first = np.unique(events["user"].to_numpy(), return_index=True)[1]
         columns = {field.name: state[field.name] for field in spec.side("user")}
         weekday = pc.day_of_week(events["timestamp"].take(pa.array(first)))
         columns |= spec.context(weekday.to_numpy())
         self.user = side_batch(columns, spec.side("user", "context"))
         self.item = item_batch(run, spec)[0]
-        self.seen = _pairs(users, np.repeat(state["user"].to_numpy(), _lengths(state["seen"])), state["seen"])
-        self.truth = _pairs(users, truth["user"].to_numpy(), truth["item"])
+        excluded = state[SEEN_COLUMN.get(filter_seen, "seen")].slice(0, 0 if filter_seen == "none" else None)
+        owners = state["user"].to_numpy()[: len(excluded)]
+        self.seen = _pairs(users, np.repeat(owners, _lengths(excluded)), excluded)
+        self.truth = _pairs(users, events["user"].to_numpy(), events["item"])
         self.k = min(K, spec.n_items)
 
     def __len__(self) -> int:
@@ -92,7 +97,8 @@ class Validation:
         relevant[rows, items - 1] = True
         rows, items = (part.to(logits.device) for part in _within(self.seen, start, stop))
         logits[rows, items - 1] = -torch.inf
-        hits = relevant.gather(1, logits.topk(self.k).indices)
+        best = logits.topk(self.k)
+        hits = relevant.gather(1, best.indices) & (best.values > -torch.inf)
         discount = 1 / torch.log2(torch.arange(2, self.k + 2, device=logits.device))
         ideal = discount.cumsum(0)[relevant.sum(1).clamp(max=self.k) - 1]
         return (hits * discount).sum(1) / ideal

@@ -18,7 +18,7 @@ from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluation.metrics import METRICS, coverage, novelty
 from recsys_dist.evaluation.report import write_report
 from recsys_dist.evaluation.significance import bootstrap, coverage_interval
-from recsys_dist.schema import LISTS, UNKNOWN
+from recsys_dist.schema import LISTS, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.partitions import batches
 from recsys_dist.scoring.scorers import Scorer
@@ -41,7 +41,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             f"evaluation.metric={config.evaluation.metric!r}, expected one of {', '.join(names)}"
         )
     models = load_models(run.inputs, config.score)
-    users, truth = _test_users(run.inputs["features"])
+    users, truth = _test_users(run.inputs["features"], config.score.filter_seen)
     results = {}
     tables = []
     for name, scorer in models.all().items():
@@ -52,8 +52,9 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     metrics = {
         "protocol": {
             "split": config.section("split"),
+            "k": list(config.evaluation.k),
             "users": "every user with a positive event in the test part",
-            "relevant": "the user's positive events of the test part",
+            "relevant": "items of the user's positive events of the test part, but those left out as seen",
             "candidates": f"all items but the user's own before the test part (filter_seen: "
             f"{config.score.filter_seen})",
             "fitted_on": "train",
@@ -68,23 +69,26 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     return {"users": len(users), "verdict": verdict, "models": results}
 
 
-def _test_users(features: Run) -> tuple[pa.Table, np.ndarray]:
+def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.ndarray]:
     """Users of users/as_of=test who have test positives, with `weekday` of their first one, and the truth.
 
-    The truth is [N, 2]: (row of the user, relevant item), distinct.
+    The truth is [N, 2]: (row of the user, relevant item), distinct. Items that are left out of every list
+    because the user has seen them are not relevant: no model could list them.
     """
     events = features.table(
         "examples",
         columns=["user", "item", "timestamp"],
         filter=(pc.field("split") == "test") & (pc.field("label") > 0),
     )
+    users = features.table("users/as_of=test", filter=pc.field("user").isin(events["user"])).sort_by("user")
+    events = without_seen(events, users, filter_seen)
     if not events.num_rows:
         raise DataError(
             f"{features.uri}: no positive event in the test part, so nothing can be evaluated. Check "
-            f"label.positive_when and split.fractions."
+            f"label.positive_when, split.fractions and score.filter_seen."
         )
     first = events.group_by("user").aggregate([("timestamp", "min")]).sort_by("user")
-    users = features.table("users/as_of=test", filter=pc.field("user").isin(first["user"])).sort_by("user")
+    users = users.filter(pc.is_in(users["user"], first["user"].combine_chunks()))
     users = users.append_column("test_weekday", pc.day_of_week(first["timestamp_min"]))
     row_of = np.full(pc.max(users["user"]).as_py() + 1, -1)
     row_of[users["user"].to_numpy()] = np.arange(len(users))
@@ -95,7 +99,7 @@ def _test_users(features: Run) -> tuple[pa.Table, np.ndarray]:
 @torch.inference_mode()
 def _rank(config: Config, spec: Any, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """[U, K] items and scores at the greatest K asked for."""
-    k = max(*config.evaluation.k, config.score.k)
+    k = max(config.evaluation.k)
     items, scores = [], []
     for rows in batches(users, USERS_AT_ONCE):
         weekday = rows["test_weekday"].to_numpy()

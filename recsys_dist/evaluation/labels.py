@@ -1,12 +1,6 @@
 """How models and figures are named where people read them."""
 
-COLUMNS = {
-    "ndcg@10": "NDCG@10",
-    "recall@10": "Recall@10",
-    "recall@20": "Recall@20",
-    "coverage@10": "Coverage@10",
-}
-"""The metrics that summaries show, by their names in metrics.json."""
+from collections.abc import Sequence
 
 LABELS = {
     "popularity": "popularity",
@@ -16,3 +10,10 @@ LABELS = {
     "two_stage": "two-stage",
 }
 """Model in metrics.json to its name for people."""
+
+
+def summary_columns(k: Sequence[int]) -> dict[str, str]:
+    """The metrics that summaries show, by their names in metrics.json, for these list lengths."""
+    columns = {f"ndcg@{k[0]}": f"NDCG@{k[0]}"}
+    columns |= {f"recall@{length}": f"Recall@{length}" for length in k[:2]}
+    return columns | {f"coverage@{k[0]}": f"Coverage@{k[0]}"}

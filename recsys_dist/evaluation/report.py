@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import pyarrow.compute as pc
 
-from recsys_dist.evaluation.labels import COLUMNS, LABELS
+from recsys_dist.evaluation.labels import LABELS, summary_columns
 from recsys_dist.schema import UNKNOWN
 from recsys_dist.workspace import OpenRun
 
@@ -22,7 +22,7 @@ def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any])
         undefined=jinja2.StrictUndefined,
     )
     features, deepfm = run.inputs["features"], run.inputs["deepfm"]
-    columns = {name: label for name, label in COLUMNS.items() if name in metrics["models"]["two_stage"]}
+    columns = summary_columns(metrics["protocol"]["k"])
     with deepfm.filesystem.open_input_stream(f"{deepfm.path}/history.jsonl") as stream:
         history = [json.loads(line) for line in stream.read().decode().splitlines()]
     page = environment.get_template("report.html.j2").render(
@@ -31,7 +31,7 @@ def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any])
         columns=columns,
         labels=LABELS,
         verdict=verdict,
-        best=max(figures[next(iter(columns))]["high"] for figures in metrics["models"].values()),
+        best=max(figures[next(iter(columns))]["high"] for figures in metrics["models"].values()) or 1,
         history=[line for line in history if "ndcg@10" in line],
         figures=features.manifest["figures"],
         runs={name: other.run_id for name, other in run.inputs.items()},
@@ -51,7 +51,7 @@ def _sample(run: OpenRun) -> list[dict[str, Any]]:
     users = sorted(set(rows["user"].to_pylist()))
     chosen = users[:: max(1, len(users) // SAMPLE_USERS)]
     state = features.table("users/as_of=test", filter=pc.field("user").isin(chosen))
-    history = next((field.name for field in features.spec().fields if field.kind == "history"), "liked")
+    history = features.spec().shown_history
     sample = []
     for user in state.sort_by("user").to_pylist():
         listed = rows.filter(pc.equal(rows["user"], user["user"]))

@@ -9,7 +9,7 @@ from functools import reduce
 from typing import Any
 
 import pyspark
-from pyspark.errors import ArithmeticException, NumberFormatException, PySparkException
+from pyspark.errors import AnalysisException, ArithmeticException, NumberFormatException, PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -60,8 +60,8 @@ def featurize(config: Config, run: OpenRun) -> dict[str, Any]:
             f"label.positive_when={config.label.positive_when!r} fails on a row: {error}"
         ) from None
     except PySparkException as error:
-        if "FAILED_READ_FILE" in (error.getCondition() or ""):
-            raise DataError(f"An input file cannot be read: {error}") from None
+        if isinstance(error, AnalysisException) or "FAILED_READ_FILE" in (error.getCondition() or ""):
+            raise DataError(f"An input file cannot be read: {str(error).splitlines()[0]}") from error
         raise
     finally:
         session.__exit__(None, None, None)
@@ -111,6 +111,7 @@ def _featurize(
     with steps.measure("read, check, split"):
         raw = _sampled(read(spark, opened["events"]), config.data.sample_users)
         checked = check_events(raw, opened["events"].source, condition)
+        checked, later = _before(checked, config.score.date)
         arranged = arrange(checked, config.split.fractions).cache()
         tables = {}
         for side, key in (("items", "item"), ("users", "user")):
@@ -125,6 +126,9 @@ def _featurize(
         _require_usable(config, opened["events"], log)
         events = arranged.where(F.col("_reason").isNull())
         usable = {name: frame.where(F.col("_reason").isNull()) for name, frame in tables.items()}
+        for side, key in (("items", "item"), ("users", "user")):
+            if side in usable:
+                _require_known(side, key, opened, usable[side], events)
 
     with steps.measure("vocabularies"):
         vocabularies = Vocabularies(
@@ -200,6 +204,7 @@ def _featurize(
             name: {reason: n for reason, n in sorted(found.items()) if reason}
             for name, found in reasons.items()
         },
+        "events_after_score_date": later,
         "users": spec.n_users,
         "items": spec.n_items,
         "examples": spec.rows,
@@ -213,6 +218,32 @@ def _featurize(
 def _raw(field: str) -> str:
     """A field's column before it is written, distinct from all columns of our own."""
     return f"raw:{field}"
+
+
+def _before(events: DataFrame, date: dt.date | None) -> tuple[DataFrame, int]:
+    """The events before a day, if one is given, and the number of those that are left out."""
+    if date is None:
+        return events, 0
+    begin = dt.datetime.combine(date, dt.time(), dt.UTC)
+    later = F.coalesce(
+        F.col("_reason").isNull() & (F.col("micros") >= int(begin.timestamp()) * 10**6), F.lit(False)
+    )
+    return events.where(~later), events.where(later).count()
+
+
+def _require_known(
+    side: str, key: str, opened: dict[str, Opened], table: DataFrame, events: DataFrame
+) -> None:
+    """Raise a DataError where not one id of a table occurs in the log: the two are written differently."""
+    if not table.join(events.select(key).distinct(), key, "left_semi").isEmpty():
+        return
+    examples = [frame.select(key).orderBy(key).first() for frame in (table, events)]
+    found = [repr(row[0]) if row else "none" for row in examples]
+    source = opened[side].source
+    raise DataError(
+        f"data.{side}.path={source.path}: no {key} of it occurs in the events. It has ids such as "
+        f"{found[0]}, the events such as {found[1]}. Check data.{side}.columns.{key}={source.columns[key]!r}."
+    )
 
 
 def _sampled(rows: DataFrame, share: float) -> DataFrame:
@@ -428,11 +459,12 @@ def _spec(
                 "part": field.part,
             }
         elif isinstance(field, History):
-            about |= {"type": "indices", "pooling": field.pooling, "last": field.last}
+            about |= {"type": "indices", "pooling": field.pooling, "last": field.last, "when": field.when}
             about |= {"cardinality": sizes["item"] + 1, "vocab": "item"}
         else:
             found = standards[field.name]
             about |= {"type": "value", "cardinality": 1, "transform": "log1p_standardise"}
+            about["when"] = field.when
             about |= {"mean": found.mean, "stddev": found.stddev}
         fields.append(FieldSpec.model_validate(about))
     return FeatureSpec(

@@ -14,7 +14,15 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
-from pyspark.sql.types import StringType, StructField, StructType, TimestampNTZType, TimestampType
+from pyspark.sql.types import (
+    DoubleType,
+    FloatType,
+    StringType,
+    StructField,
+    StructType,
+    TimestampNTZType,
+    TimestampType,
+)
 
 from recsys_dist.config import Source, absolute
 from recsys_dist.errors import DataError
@@ -44,6 +52,8 @@ class Opened:
     """csv and tsv: the texts of the header lines, which are no rows."""
     columns: dict[str, str]
     """Our name of a column to the source's."""
+    nanoseconds: frozenset[str]
+    """parquet: the columns that hold nanoseconds."""
 
 
 def open_source(name: str, source: Source, columns: dict[str, str]) -> Opened:
@@ -93,6 +103,7 @@ def open_source(name: str, source: Source, columns: dict[str, str]) -> Opened:
         header=first,
         header_lines=tuple(sorted({head.line for head in heads})),
         columns=columns,
+        nanoseconds=frozenset().union(*(head.nanoseconds for head in heads)),
     )
 
 
@@ -120,7 +131,7 @@ def read(spark: SparkSession, opened: Opened) -> DataFrame:
     rows = lines.select("_source", "_raw", F.inline(F.array(parsed)))
     return rows.select(
         *(
-            F.col(rows.columns[2 + names.index(column)]).alias(ours)
+            F.col(f"`{rows.columns[2 + names.index(column)]}`").alias(ours)
             for ours, column in opened.columns.items()
         ),
         "_source",
@@ -133,9 +144,18 @@ def _read_parquet(spark: SparkSession, opened: Opened) -> DataFrame:
     rows = spark.read.parquet(*(opened.uris))
     columns = []
     for ours, column in opened.columns.items():
-        kind = rows.schema[column].dataType
-        is_time = isinstance(kind, TimestampType | TimestampNTZType)
-        columns.append(rows[f"`{column}`"].cast("timestamp" if is_time else "string").alias(ours))
+        kind, values = rows.schema[column].dataType, rows[f"`{column}`"]
+        if column in opened.nanoseconds:
+            values = F.timestamp_micros(F.expr(f"`{column}` div 1000"))
+        elif isinstance(kind, DoubleType | FloatType) and ours in ("user", "item"):
+            # Integers that pandas made floats of, for one missing value: 7.0 is the id 7.
+            whole = values.cast("decimal(38,0)")
+            values = F.when(whole == values, whole.cast("string")).otherwise(values.cast("string"))
+        elif not isinstance(kind, TimestampType | TimestampNTZType):
+            values = values.cast("string")
+        else:
+            values = values.cast("timestamp")
+        columns.append(values.alias(ours))
     raw = F.to_json(F.struct(*(rows[f"`{column}`"] for column in rows.columns)))
     return rows.select(
         *columns, _path().alias("_source"), raw.alias("_raw"), F.lit(None).cast("string").alias("_broken")
@@ -177,7 +197,8 @@ class _Head:
     columns: tuple[str, ...]
     has_rows: bool
     line: str = ""
-    """csv and tsv: the header line."""
+    """csv and tsv: the header line, without a byte order mark, as Spark reads it."""
+    nanoseconds: frozenset[str] = frozenset()
 
 
 def _head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> _Head:
@@ -185,7 +206,13 @@ def _head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> _Head
         if source.format == "parquet":
             with filesystem.open_input_file(path) as file:
                 parquet = pq.ParquetFile(file)
-                return _Head(tuple(parquet.schema_arrow.names), parquet.metadata.num_rows > 0)
+                schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+                nanoseconds = {
+                    column.name
+                    for column in schema
+                    if pa.types.is_timestamp(column.type) and column.type.unit == "ns"
+                }
+                return _Head(tuple(schema.names), rows > 0, nanoseconds=frozenset(nanoseconds))
         with filesystem.open_input_stream(path) as stream:
             lines = stream.read(HEAD_BYTES).decode(errors="replace").splitlines()
     except (OSError, pa.ArrowInvalid) as error:
@@ -194,8 +221,8 @@ def _head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> _Head
     if source.format == "jsonl":
         keys = dict.fromkeys(key for line in full[:HEAD_LINES] for key in _keys(line))
         return _Head(tuple(keys), bool(full))
-    line = lines[0] if lines else ""
-    columns = _split(line.removeprefix("\ufeff"), _delimiter(source), _quote(source))
+    line = lines[0].removeprefix("\ufeff") if lines else ""
+    columns = _split(line, _delimiter(source), _quote(source))
     return _Head(tuple(columns), len(full) > 1, line)
 
 

@@ -25,6 +25,8 @@ RUNTIME = {
     "spark.sql.parquet.compression.codec": "zstd",
     # What Arrow calls timestamp[us, UTC]; Spark's own default is INT96.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
+    # pandas writes nanoseconds, which Spark reads as numbers or not at all.
+    "spark.sql.legacy.parquet.nanosAsLong": "true",
     # A row of a csv file counts as broken by its number of columns, whichever of them are used.
     "spark.sql.csv.parser.columnPruning.enabled": "false",
     # Zero-byte _SUCCESS files would break readers that take every file of a folder.

@@ -61,7 +61,7 @@ def published_rows(
     models: Models, users: Users, k: int, date: dt.date, run_id: str
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
-    lists, proposed_BKS = models.two_stage.rank(users, k)
+    lists, proposed_BKS = models.two_stage.rank(users, min(k, models.spec.n_items))
     why = reasons(models.ranker, users, lists)
     names = np.array(list(models.two_stage.sources))
     item_ids = np.append([""], models.items["item_id"].to_numpy(zero_copy_only=False))

@@ -9,6 +9,7 @@ from deltalake.exceptions import CommitFailedError, TableNotFoundError
 
 from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.schema import TOPK
+from recsys_dist.workspace import Run
 
 
 def publish(table: str, rows: pa.RecordBatchReader, date: dt.date, run_id: str) -> int:
@@ -23,14 +24,14 @@ def publish(table: str, rows: pa.RecordBatchReader, date: dt.date, run_id: str) 
     Raises:
         RetryableError: another writer committed first; nothing of this one is visible.
     """
-    exists = DeltaTable.is_deltatable(table)
     try:
+        # Made empty first, so that two first writers of different dates do not replace each other.
+        DeltaTable.create(table, schema=TOPK, mode="ignore", partition_by=["date"])
         write_deltalake(
             table,
             rows,
             mode="overwrite",
-            predicate=f"date = '{date.isoformat()}'" if exists else None,
-            partition_by=["date"],
+            predicate=f"date = '{date.isoformat()}'",
             commit_properties=CommitProperties(custom_metadata={"run_id": run_id}),
         )
     except CommitFailedError as error:
@@ -39,6 +40,20 @@ def publish(table: str, rows: pa.RecordBatchReader, date: dt.date, run_id: str) 
             f"Run again to replace its lists. ({error})"
         ) from None
     return DeltaTable(table).version()
+
+
+def is_published(run: Run) -> bool:
+    """Are a score run's lists what the table has for their date? Not after another run or a rollback."""
+    figures = run.manifest["figures"]
+    date = dt.date.fromisoformat(figures["date"])
+    try:
+        dataset = DeltaTable(figures["table"]).to_pyarrow_dataset()
+    except TableNotFoundError:
+        return False
+    found = dataset.head(
+        1, columns=["run_id"], filter=pa.compute.field("date") == pa.scalar(date, pa.date32())
+    )
+    return found["run_id"].to_pylist() == [run.run_id]
 
 
 def read_user(table: str, user_id: str, date: dt.date | None = None) -> list[dict[str, Any]]:

@@ -1,14 +1,13 @@
 """A batch of users as a Scorer sees them: their state as of a cut, the context, and what not to list."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recsys_dist.schema import FeatureSpec
+from recsys_dist.schema import SEEN_COLUMN, FeatureSpec, SeenFilter
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ def with_context(
     spec: FeatureSpec,
     rows: pa.Table,
     weekday: np.ndarray,
-    filter_seen: Literal["all", "positives", "none"],
+    filter_seen: SeenFilter,
 ) -> Users:
     """Make a batch of rows of users/.
 
@@ -45,7 +44,7 @@ def with_context(
     """
     for name, column in spec.context(weekday).items():
         rows = rows.append_column(name, column)
-    column = {"all": "seen", "positives": "liked", "none": None}[filter_seen]
+    column = SEEN_COLUMN.get(filter_seen)
     empty = torch.empty(0, dtype=torch.int64)
     return Users(rows.combine_chunks(), pairs(rows[column]) if column else (empty, empty))
 

@@ -230,7 +230,23 @@ def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp
     assert metrics[best] != metrics[-1]
 
 
-def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path):
+def test_a_diverged_training_leaves_no_evaluation_to_publish(config, features, tmp_path):
+    wild = config.deepfm.model_copy(update={"learning_rate": 1e30})
+    changed = config.model_copy(update={"deepfm": wild})
+    run_workers(1, train_in, tmp_path, changed, features, tmp_path)
+    found = json.loads((tmp_path / "diverged.json").read_text())
+    assert not np.isfinite(float(found["loss"]))
+
+
+@pytest.mark.parametrize("filter_seen", ["all", "none"])
+@pytest.mark.parametrize("few", [False, True])
+def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, filter_seen, few):
+    """Also where fewer than ten items are left to rank."""
+    if few:
+        config = synthetic_config(tmp_path / "few")
+        features = synthetic_features(config, users=20, items=12, events=11)
+    score = config.score.model_copy(update={"filter_seen": filter_seen})
+    config = config.model_copy(update={"score": score})
     spec = features.spec()
     model = DeepFM(spec, config.deepfm.model_copy(update={"init_scale": 0.5})).eval()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
@@ -254,7 +270,8 @@ def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path):
     total = 0.0
     for row, user in enumerate(users):
         ranked = [int(i) + 1 for i in logits[row].argsort(descending=True)]
-        ranked = [item for item in ranked if item not in states[user]["seen"]][:10]
+        seen = states[user]["seen"] if filter_seen == "all" else []
+        ranked = [item for item in ranked if item not in seen][:10]
         gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranked) if item in truth[user])
         total += gain / sum(1 / np.log2(place + 2) for place in range(min(10, len(truth[user]))))
     assert found == pytest.approx(total / len(users), abs=1e-6)

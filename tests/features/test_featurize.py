@@ -322,3 +322,48 @@ def test_sample_of_the_users(spark, tmp_path):
     run = featurized(log_config(tmp_path, lines, data=data))
     assert 8 <= run.spec().n_users <= 35
     assert run.manifest["figures"]["rows"]["events"] == 5 * run.spec().n_users
+
+
+def test_a_byte_order_mark_does_not_make_the_header_a_row(spark, tmp_path):
+    config = log_config(tmp_path, ["u,a,1,5", "u,b,2,5", "u,c,3,5"])
+    path = tmp_path / "events.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    figures = featurized(config).manifest["figures"]
+    assert (figures["rows"]["events"], figures["quarantined"]["events"]) == (3, {})
+
+
+def test_events_on_and_after_the_lists_day_are_not_used(spark, tmp_path):
+    day = 24 * HOUR
+    lines = [f"u,{item},{n * day},5" for n, item in enumerate("abcdefgh")]
+    run = featurized(log_config(tmp_path, lines, score={"date": "1970-01-06"}))
+    assert run.manifest["figures"]["events_after_score_date"] == 3
+    assert sum(run.spec().rows.values()) == 5
+    (user,) = run.table("users/as_of=date").to_pylist()
+    assert len(user["seen"]) == 5
+
+
+def test_parquet_as_pandas_writes_it(spark, tmp_path):
+    """Nanoseconds, and integer ids made floats by one missing value."""
+    times = pa.array([HOUR * 10**9, 2 * HOUR * 10**9, 3 * HOUR * 10**9], pa.timestamp("ns"))
+    frame = {"user": pa.array([12345678901.0, 7.0, 7.0]), "item": pa.array([1, 2, 3]), "timestamp": times}
+    pq.write_table(pa.table(frame | {"value": pa.array([5, 5, 5])}), tmp_path / "events.parquet")
+    config = log_config(tmp_path, [])
+    events = config.data.events.model_copy(
+        update={"path": str(tmp_path / "events.parquet"), "format": "parquet"}
+    )
+    config = config.model_copy(update={"data": config.data.model_copy(update={"events": events})})
+    featurized(config)
+    assert sorted(events_of(config)) == [
+        ("12345678901", "1", HOUR),
+        ("7", "2", 2 * HOUR),
+        ("7", "3", 3 * HOUR),
+    ]
+
+
+def test_a_table_that_meets_no_event_is_refused(spark, tmp_path):
+    (tmp_path / "users.csv").write_text("user\n001\n002\n")
+    users = {"path": str(tmp_path / "users.csv"), "columns": {"user": "user"}}
+    lines = ["1,a,1,5", "1,b,2,5", "2,c,3,5"]
+    data = log_config(tmp_path, lines).data.model_dump(mode="json") | {"users": users}
+    with pytest.raises(DataError, match=r"no user of it occurs in the events.*'001'.*'1'"):
+        featurized(log_config(tmp_path, lines, data=data))
