@@ -24,7 +24,13 @@ DEFAULT_CONF = REPOSITORY / "conf" / "default.yaml"
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        coerce_numbers_to_str=True,  # an id or a column name of digits needs no quotes in YAML
+    )
 
 
 class Storage(Section):
