@@ -143,6 +143,7 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
         str(folder / HISTORY), f"{run.path}/{HISTORY}", destination_filesystem=run.filesystem
     )
     plan = json.loads((folder / PLAN).read_text())
+    print(f"  the model is that of epoch {best['epoch']} (* marks an epoch better than all before)")
     return {
         "ndcg@10": best["ndcg@10"],
         "best_epoch": best["epoch"],
