@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from recsys_dist import job
 from recsys_dist.config import DEFAULT_CONF, REPOSITORY, Config, load
@@ -25,7 +26,8 @@ class StageFailed(RecsysError):
 
     def __init__(self, stage: str, code: int) -> None:
         super().__init__(
-            f"{stage} ended with exit code {code}. What was done before it is kept: run again to go on."
+            f"{stage} ended with exit code {code}; what it said is above. The stages before it are kept: "
+            f"once that is mended, run again to go on."
         )
         self.exit_code = code
 
@@ -56,7 +58,8 @@ def run_night(conf: str | None, overrides: Sequence[str], samples: int) -> None:
             try:
                 _run_stage(stage, config, conf, [*pins, *overrides])
             except StageFailed:
-                print(_summary(done, seconds))
+                if "evaluation" in done:
+                    print(_summary(done, seconds))
                 raise
             seconds[stage] = time.perf_counter() - start
             found = _find(workspace, stage, config)
@@ -65,12 +68,33 @@ def run_night(conf: str | None, overrides: Sequence[str], samples: int) -> None:
                     f"The {stage} run that was just made does not fit what was asked: the log or the code "
                     f"changed in the meantime. Run again."
                 )
+        print(f"    {headline(stage, found.manifest['figures'])}", flush=True)
         done[stage] = found
     print(_summary(done, seconds))
     figures = done["score"].manifest["figures"]
     for user_id in sample_users(figures["table"], dt.date.fromisoformat(figures["date"]), samples):
         print("\n" + show_user(Workspace(config), user_id, dt.date.fromisoformat(figures["date"])))
-    print(f"\nLists:  {figures['table']} (a Delta table)")
+    print(f"\nLists: {figures['table']} (a Delta table)")
+
+
+def headline(stage: str, figures: dict[str, Any]) -> str:
+    """What a run has come to, in one line."""
+    match stage:
+        case "features":
+            aside = sum(sum(reasons.values()) for reasons in figures["quarantined"].values())
+            later = figures["events_after_score_date"]
+            return (
+                f"{figures['rows']['events']:,} events, {figures['users']:,} users, {figures['items']:,} "
+                f"items, {aside:,} rows set aside, {later:,} events left out as after score.date"
+            )
+        case "als":
+            return "user and item factors"
+        case "deepfm":
+            return f"best epoch {figures['best_epoch']}, valid NDCG@10 {figures['ndcg@10']:.4f}"
+        case "evaluation":
+            return str(figures["verdict"]["text"])
+        case _:
+            return f"{figures['served']:,} of {figures['users']:,} users have a list for {figures['date']}"
 
 
 def command(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> list[str]:

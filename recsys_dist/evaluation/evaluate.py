@@ -53,7 +53,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
         "protocol": {
             "split": config.section("split"),
             "k": list(config.evaluation.k),
-            "users": "every user with a positive event in the test part",
+            "users": "every user with a relevant item",
             "relevant": "items of the user's positive events of the test part, but those left out as seen",
             "candidates": f"all items but the user's own before the test part (filter_seen: "
             f"{config.score.filter_seen})",

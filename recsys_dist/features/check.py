@@ -113,7 +113,8 @@ def positive_condition(spark: SparkSession, condition: str | None) -> Column:
         probe.where(F.expr(condition)).schema  # noqa: B018 the analysis is what can fail
     except PySparkException as error:
         raise ConfigError(
-            f"label.positive_when={condition!r} is no Spark SQL condition on user, item, timestamp, value: "
+            f"label.positive_when={condition!r} is no Spark SQL condition on user, item, timestamp and value "
+            f"(these names, whatever the log's columns are called): "
             f"{_first_line(error)}"
         ) from None
     return F.coalesce(F.expr(condition), F.lit(False))

@@ -246,14 +246,19 @@ def _require(name: str, source: Source, path: str, header: tuple[str, ...], colu
     for ours, column in columns.items():
         if header.count(column) == 1:
             continue
-        key = f"data.{name}.columns.{ours}" if ours in source.columns else f"fields: {ours}.column"
+        key = (
+            f"data.{name}.columns.{ours}"
+            if ours in source.columns
+            else f"fields: {ours.removeprefix('raw:')}.column"
+        )
         if column in header:
             raise DataError(f"{path}: the column {column!r} ({key}) is there {header.count(column)} times")
         close = difflib.get_close_matches(column, header, n=1, cutoff=0.5)
         near = f"; nearest: {close[0]!r}" if close else ""
         raise DataError(
             f"{path} has no column {column!r} ({key}){near}. Columns found: {', '.join(header)} "
-            f"(read as {source.format}). Name another column, or check data.{name}.format and .delimiter."
+            f"(read as {source.format}). Name another column, or check data.{name}.format"
+            + (" and .delimiter." if source.format in ("csv", "tsv") else ".")
         )
 
 

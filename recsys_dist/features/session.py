@@ -1,5 +1,6 @@
 """The Spark session that the stages run in: quiet, in UTC, sized for the data."""
 
+import logging
 import math
 import os
 import shlex
@@ -9,12 +10,16 @@ from contextlib import contextmanager
 
 import pyarrow as pa
 import pyarrow.fs
+from pyspark.logger import PySparkLogger
 from pyspark.sql import DataFrame, SparkSession
 
 from recsys_dist.config import DEFAULT_CONF, Config
 from recsys_dist.job import require_java
 
 MEBIBYTE = 1 << 20
+
+# Spark's Python side logs every failed query with its Java stack; our errors say what was wrong.
+PySparkLogger.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
 LAPTOP = DEFAULT_CONF.parent / "spark"
 """Spark's own configuration where no installed Spark has one: how it logs."""
 
