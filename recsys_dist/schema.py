@@ -184,6 +184,13 @@ LISTS = pa.schema(
 """evaluation/lists/: each model's top-K for each test user, as of the test cut."""
 
 
+def pairs(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as (row, value) pairs, two [E] int64 arrays in the column's order."""
+    lists = column.combine_chunks()
+    rows, values = pc.list_parent_indices(lists), pc.list_flatten(lists)
+    return rows.to_numpy().astype(np.int64), values.to_numpy().astype(np.int64)
+
+
 def without_seen(events: pa.Table, users: pa.Table, filter_seen: SeenFilter) -> pa.Table:
     """The events whose items may be in their user's list: what a held-out part can be measured on.
 
@@ -194,9 +201,8 @@ def without_seen(events: pa.Table, users: pa.Table, filter_seen: SeenFilter) -> 
     """
     if filter_seen == "none" or not events.num_rows:
         return events
-    lists = users[SEEN_COLUMN[filter_seen]].combine_chunks()
-    owners = users["user"].to_numpy()[pc.list_parent_indices(lists).to_numpy()].astype(np.int64)
-    items = pc.list_flatten(lists).to_numpy()
+    rows, items = pairs(users[SEEN_COLUMN[filter_seen]])
+    owners = users["user"].to_numpy()[rows].astype(np.int64)
     width = max(int(items.max(initial=0)), pc.max(events["item"]).as_py()) + 1
     wanted = events["user"].to_numpy().astype(np.int64) * width + events["item"].to_numpy()
     return events.filter(pa.array(~np.isin(wanted, owners * width + items)))

@@ -15,10 +15,11 @@ from recsys_dist.deepfm.batches import SideBatch, side_batch
 from recsys_dist.deepfm.examples import item_batch, positives
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.errors import DataError
-from recsys_dist.schema import SEEN_COLUMN, FeatureSpec, without_seen
+from recsys_dist.schema import SEEN_COLUMN, UNKNOWN, FeatureSpec, pairs, without_seen
 from recsys_dist.workspace import Run
 
 K = 10
+NONE = np.empty(0, np.int64)
 CHUNK = 1 << 24
 """Numbers of the widest array [U, I, H] that a chunk of users makes: 64 MiB of float32."""
 
@@ -58,10 +59,11 @@ class Validation:
         columns |= spec.context(weekday.to_numpy())
         self.user = side_batch(columns, spec.side("user", "context"))
         self.item = item_batch(run, spec)[0]
-        excluded = state[SEEN_COLUMN.get(filter_seen, "seen")].slice(0, 0 if filter_seen == "none" else None)
-        owners = state["user"].to_numpy()[: len(excluded)]
-        self.seen = _pairs(users, np.repeat(owners, _lengths(excluded)), excluded)
-        self.truth = _pairs(users, events["user"].to_numpy(), events["item"])
+        rows, items = pairs(state[SEEN_COLUMN[filter_seen]]) if filter_seen != "none" else (NONE, NONE)
+        known = items > UNKNOWN
+        self.seen = rows[known], items[known]
+        # Ascending by row, as the events are; so are the pairs of a list column.
+        self.truth = np.searchsorted(users, events["user"].to_numpy()), events["item"].to_numpy()
         self.k = min(K, spec.n_items)
 
     def __len__(self) -> int:
@@ -124,22 +126,7 @@ def _gather(side: Side, rows: int) -> Side:
     return Side(*parts)
 
 
-def _lengths(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.list_value_length(column).fill_null(0).to_numpy()
-
-
-def _pairs(users: np.ndarray, owners: np.ndarray, items: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """(row of the user, item), ascending by row."""
-    if pa.types.is_list(items.type):
-        items = pa.chunked_array([chunk.flatten() for chunk in items.chunks], items.type.value_type)
-    values = items.to_numpy()
-    rows = np.searchsorted(users, owners)
-    order = np.argsort(rows, kind="stable")
-    known = values[order] > 0
-    return rows[order][known], values[order][known]
-
-
-def _within(pairs: tuple[np.ndarray, np.ndarray], start: int, stop: int) -> tuple[Tensor, Tensor]:
-    first, last = np.searchsorted(pairs[0], [start, stop])
-    rows, items = pairs[0][first:last] - start, pairs[1][first:last].astype(np.int64)
+def _within(found: tuple[np.ndarray, np.ndarray], start: int, stop: int) -> tuple[Tensor, Tensor]:
+    first, last = np.searchsorted(found[0], [start, stop])
+    rows, items = found[0][first:last] - start, found[1][first:last].astype(np.int64)
     return torch.from_numpy(rows), torch.from_numpy(items)

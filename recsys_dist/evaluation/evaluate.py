@@ -48,7 +48,8 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
         items_UK, scores_UK = _rank(config, models.spec, scorer, users)
         results[name] = _measure(config, items_UK, truth, users, models.items)
         tables.append(_lists(name, users, items_UK, scores_UK))
-    run.write_table("lists", pa.concat_tables(tables))
+    lists = pa.concat_tables(tables)
+    run.write_table("lists", lists)
     metrics = {
         "protocol": {
             "split": config.section("split"),
@@ -65,7 +66,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     }
     run.write_json("metrics.json", metrics)
     verdict = _verdict(config, results)
-    write_report(run, metrics, verdict)
+    write_report(run, metrics, verdict, lists)
     return {"users": len(users), "verdict": verdict, "models": results}
 
 

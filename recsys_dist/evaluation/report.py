@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_dist.evaluation.labels import LABELS, summary_columns
@@ -14,8 +15,8 @@ from recsys_dist.workspace import OpenRun
 SAMPLE_USERS = 20
 
 
-def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any]) -> None:
-    """Write the page from the evaluation run's own files and the manifests of the runs it reads."""
+def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any], lists: pa.Table) -> None:
+    """Write the page from the evaluation's results and the runs it reads; `lists` has schema LISTS."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -35,19 +36,19 @@ def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any])
         history=[line for line in history if "ndcg@10" in line],
         figures=features.manifest["figures"],
         runs={name: other.run_id for name, other in run.inputs.items()},
-        users=_sample(run),
+        users=_sample(run, lists),
     )
     with run.filesystem.open_output_stream(f"{run.path}/report.html") as stream:
         stream.write(page.encode())
 
 
-def _sample(run: OpenRun) -> list[dict[str, Any]]:
+def _sample(run: OpenRun, lists: pa.Table) -> list[dict[str, Any]]:
     """Some test users: raw id, titles of the latest liked items, titles of the two-stage list."""
     features = run.inputs["features"]
     items = features.table("items").sort_by("item")
-    titles = ["", *(title or item for title, item in zip(*_columns(items, "title", "item_id"), strict=True))]
-    lists = pc.field("model") == "two_stage"
-    rows = _dataset(run, "lists").to_table(filter=lists & (pc.field("rank") <= 10)).sort_by("rank")
+    names = zip(items["title"].to_pylist(), items["item_id"].to_pylist(), strict=True)
+    titles = ["", *(title or item for title, item in names)]
+    rows = lists.filter((pc.field("model") == "two_stage") & (pc.field("rank") <= 10)).sort_by("rank")
     users = sorted(set(rows["user"].to_pylist()))
     chosen = users[:: max(1, len(users) // SAMPLE_USERS)]
     state = features.table("users/as_of=test", filter=pc.field("user").isin(chosen))
@@ -63,13 +64,3 @@ def _sample(run: OpenRun) -> list[dict[str, Any]]:
             }
         )
     return sample[:SAMPLE_USERS]
-
-
-def _columns(table: Any, *names: str) -> list[list[Any]]:
-    return [table[name].to_pylist() for name in names]
-
-
-def _dataset(run: OpenRun, name: str) -> Any:
-    import pyarrow.dataset
-
-    return pyarrow.dataset.dataset(f"{run.path}/{name}", filesystem=run.filesystem, format="parquet")

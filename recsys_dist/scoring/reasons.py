@@ -11,7 +11,7 @@ import torch
 from recsys_dist.recall.inner_product import Lists
 from recsys_dist.schema import UNKNOWN
 from recsys_dist.scoring.scorers import Ranker
-from recsys_dist.scoring.users import Users, pairs
+from recsys_dist.scoring.users import Users, tensor_pairs
 
 ITEMS = 3
 """At most so many items of the history are named."""
@@ -41,7 +41,7 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
         if field.kind != "history":
             continue
         history_BH = torch.zeros(len(users), field.last or 1, dtype=torch.int64)
-        rows, items = pairs(users.table[field.name])
+        rows, items = tensor_pairs(users.table[field.name])
         length_B = torch.bincount(rows, minlength=len(users))
         start_B = torch.cumsum(length_B, 0) - length_B
         history_BH[rows, torch.arange(len(rows)) - start_B[rows]] = items

@@ -7,7 +7,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recsys_dist.schema import SEEN_COLUMN, FeatureSpec, SeenFilter
+from recsys_dist.schema import SEEN_COLUMN, FeatureSpec, SeenFilter, pairs
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,10 @@ def with_context(
         rows = rows.append_column(name, column)
     column = SEEN_COLUMN.get(filter_seen)
     empty = torch.empty(0, dtype=torch.int64)
-    return Users(rows.combine_chunks(), pairs(rows[column]) if column else (empty, empty))
+    return Users(rows.combine_chunks(), tensor_pairs(rows[column]) if column else (empty, empty))
 
 
-def pairs(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
+def tensor_pairs(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
     """A list column as (row, value) pairs, two [E] int64 tensors."""
-    lists = column.combine_chunks()
-    rows = pa.compute.list_parent_indices(lists).to_numpy().astype(np.int64)
-    values = pa.compute.list_flatten(lists).to_numpy().astype(np.int64)
+    rows, values = pairs(column)
     return torch.from_numpy(rows), torch.from_numpy(values)
