@@ -1,4 +1,4 @@
-# make demo | test: see README.md. Nothing needs to be installed before but Python 3.11
+# make demo | test | bench: see README.md. Nothing needs to be installed before but Python 3.11
 # or 3.12 and Java 17 or newer.
 
 PYTHON ?= python3.11
@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PIP_FLAGS = --quiet --no-deps --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BIN = .venv/bin
 
-.PHONY: demo test lint java setup setup-dev lock clean
+.PHONY: demo test bench lint java setup setup-dev lock clean
 .DELETE_ON_ERROR:
 
 demo: java setup
@@ -19,6 +19,9 @@ demo: java setup
 
 test: java setup-dev lint
 	@$(BIN)/python -m pytest
+
+bench: java setup-dev
+	@$(BIN)/python -m tests.bench
 
 lint: setup-dev
 	@$(BIN)/ruff check .
@@ -42,7 +45,13 @@ setup-dev: .venv/dev.done
 	Where torch's CPU build was not found: TORCH_INDEX=URL, the index that PyTorch's install page names for CPU." >&2; exit 1; }
 	@touch $@
 
-.venv/dev.done: .venv/$(VARIANT).done
+.venv/dev.done: .venv/$(VARIANT).done .venv/spark35.done
+
+# The oldest Spark that is supported, beside the one that is installed: a test reads the same log with both.
+.venv/spark35.done: requirements/spark35.txt | .venv/bin/python
+	@echo "setup: installing requirements/spark35.txt for the tests"
+	@$(BIN)/python -m pip install $(PIP_FLAGS) --target .venv/spark35 -r $<
+	@touch $@
 
 # Writes the pinned sets anew from pyproject.toml.
 lock: setup-dev

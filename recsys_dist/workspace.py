@@ -8,6 +8,7 @@ import datetime as dt
 import functools
 import hashlib
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,11 @@ class OpenRun:
         folder = f"{self.path}/{name}"
         self.filesystem.create_dir(folder, recursive=True)
         pq.write_table(table, f"{folder}/part-{part:05d}.parquet", filesystem=self.filesystem)
+
+    def remove(self, name: str) -> None:
+        """Remove a folder of the run, if it is there: what was needed only while the run was made."""
+        if self.filesystem.get_file_info(f"{self.path}/{name}").type != pyarrow.fs.FileType.NotFound:
+            self.filesystem.delete_dir(f"{self.path}/{name}")
 
     def commit(self, config: Config, figures: dict[str, Any]) -> Run:
         """Write the manifest, the run's last file: from now on readers see the run.
@@ -286,28 +292,69 @@ def code_version() -> str:
 
 
 def raw_files(path: str) -> list[pyarrow.fs.FileInfo]:
-    """The files of a raw input: a file, all files of a folder, or those that a glob in the path matches.
+    """The files of a raw input in the order of their paths. See `raw_input`."""
+    return raw_input(path)[1]
 
-    Hidden files and those whose name begins with an underscore are left out, as Spark does.
+
+def raw_input(path: str) -> tuple[pyarrow.fs.FileSystem, list[pyarrow.fs.FileInfo]]:
+    """Where a raw input lives, and its files in the order of their paths.
+
+    Args:
+        path: a file, a folder with all below it, or a glob: `*` and `?` within a name, `[ab]`, `{a,b}`, and
+            `**` across folders; of a folder that matches all files are taken. A path that exists as written
+            is no glob. Files and folders whose names begin with a dot or an underscore are left out, as
+            Spark does, unless the path names them.
+
+    Raises:
+        ConfigError: no filesystem is known for the path, or it is no valid glob.
     """
-    folder = absolute(path).partition("*")[0].rpartition("/")[0] or "/"
+    full = absolute(path)
+    glob = re.search(r"[*?\[{]", full)
+    folder = full[: glob.start() if glob else len(full)].rpartition("/")[0] or "/"
     try:
         filesystem, inner = pyarrow.fs.FileSystem.from_uri(folder)
     except (OSError, pa.ArrowInvalid) as error:
         raise ConfigError(f"The input {path} cannot be opened: {error}") from None
-    full = absolute(path)
-    pattern = inner + full[len(full.partition("*")[0].rpartition("/")[0]) :]
-    if "*" not in pattern:
-        info = filesystem.get_file_info(pattern)
-        if info.is_file:
-            return [info]
-        selector = pyarrow.fs.FileSelector(pattern, recursive=True, allow_not_found=True)
-        found = filesystem.get_file_info(selector)
-    else:
-        selector = pyarrow.fs.FileSelector(inner, recursive=True, allow_not_found=True)
-        found = [info for info in filesystem.get_file_info(selector) if Path(info.path).match(pattern)]
-    visible = [info for info in found if info.is_file and not info.base_name.startswith((".", "_"))]
-    return sorted(visible, key=lambda info: info.path)
+    named = inner.rstrip("/") + full[len(folder.rstrip("/")) :]
+    info = filesystem.get_file_info(named)
+    if info.is_file:
+        return filesystem, [info]
+    literal = not glob or info.type == pyarrow.fs.FileType.Directory
+    top = named.rstrip("/") if literal else inner.rstrip("/")
+    found = filesystem.get_file_info(
+        pyarrow.fs.FileSelector(top or "/", recursive=True, allow_not_found=True)
+    )
+    try:
+        matches = None if literal else re.compile(f"{_expression(named.rstrip('/'))}(?:/.*)?", re.DOTALL)
+    except re.error as error:
+        raise ConfigError(f"The input {path} exists neither as written nor is it a glob: {error}") from None
+    files = [
+        info
+        for info in found
+        if info.is_file
+        and not any(map(_is_hidden, info.path[len(top) :].split("/")))
+        and (matches is None or matches.fullmatch(info.path))
+    ]
+    return filesystem, sorted(files, key=lambda info: info.path)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or (name.startswith("_") and "=" not in name)
+
+
+def _expression(glob: str) -> str:
+    """The regular expression that matches what a glob does."""
+    simple = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    if glob.count("{") == glob.count("}"):
+        simple |= {"{": "(?:", "}": ")"}
+    expression, depth = "", 0
+    for token in re.findall(r"\*\*/|\*\*|\[!?[^]/]+\]|.", glob, re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(token, 0)
+        if len(token) > 2 and token[0] == "[":
+            expression += token.replace("\\", "\\\\").replace("[!", "[^", 1)
+        else:
+            expression += "|" if token == "," and depth else simple.get(token, re.escape(token))
+    return expression
 
 
 def _raw_files(config: Config) -> dict[str, list[int]]:

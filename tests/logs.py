@@ -8,8 +8,8 @@ from recsys_dist.workspace import Workspace
 FIELDS = (
     {"name": "recent", "kind": "history", "last": 3},
     {"name": "last_any", "kind": "history", "when": "any", "last": 2},
-    {"name": "activity", "kind": "count"},
-    {"name": "likes", "kind": "count", "when": "positive"},
+    {"name": "activity", "kind": "aggregate", "measure": "count"},
+    {"name": "likes", "kind": "aggregate", "measure": "count", "when": "positive"},
     {"name": "hour", "kind": "time", "part": "hour"},
     {"name": "weekday", "kind": "time", "part": "weekday"},
 )

@@ -15,14 +15,19 @@ def offline(monkeypatch):
     monkeypatch.setattr(datasets.subprocess, "run", lambda *_, **__: failed)
 
 
-def test_what_was_fetched_is_not_fetched_again(offline):
-    folder = fetch("movielens_100k", REPOSITORY / "data")  # fetched by the setup of this module
-    assert len((folder / "ml-100k.inter").read_text().splitlines()) == 100_001
+@pytest.mark.parametrize(
+    ("name", "log", "lines"),
+    [("movielens_100k", "ml-100k.inter", 100_001), ("movielens_1m", "ml-1m.inter", 1_000_210)],
+)
+def test_what_was_fetched_is_not_fetched_again(offline, name, log, lines):
+    folder = fetch(name, REPOSITORY / "data")  # fetched by the setup of this module
+    assert len((folder / log).read_bytes().splitlines()) == lines
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _fetched():
-    fetch("movielens_100k", REPOSITORY / "data")
+    for name in datasets.DATASETS:
+        fetch(name, REPOSITORY / "data")
 
 
 def test_a_failed_download_leaves_nothing_and_can_be_tried_again(offline, tmp_path):

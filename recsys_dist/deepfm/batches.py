@@ -1,6 +1,7 @@
 """Arrow columns as the tensors that DeepFM reads.
 
-Legend: N rows, F fields of indices, V fields of values, B positives, J items drawn for each positive.
+Legend: N rows, V numbers of a row (a value field is one, a vector field as many as its length), B positives,
+J items drawn for each positive.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,9 @@ from torchrec.streamable import Pipelineable
 from recsys_dist.errors import DataError
 from recsys_dist.schema import UNKNOWN, FieldSpec
 
+INDEXED = ("index", "indices")
+"""Types of the fields whose embeddings are looked up in a table; the other fields have numbers."""
+
 
 @dataclass
 class SideBatch(Pipelineable):
@@ -25,7 +29,7 @@ class SideBatch(Pipelineable):
     indices: KeyedJaggedTensor
     """Keys: the fields of type `index` and `indices` in the spec's order; int32 values."""
     values: Tensor
-    """[N, V] float32: the fields of type `value` in the spec's order."""
+    """[N, V] float32: the fields of type `value` and `vector` in the spec's order, side by side."""
 
     def __len__(self) -> int:
         return int(self.values.shape[0])
@@ -90,15 +94,15 @@ class Batch(Pipelineable):
 def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSpec, ...]) -> SideBatch:
     """Turn the columns of one side into tensors.
 
-    Missing values and null elements count as unknown, a missing value field as 0 (the mean of what was
-    standardised), a null list as an empty one.
+    Missing indices and null elements count as unknown, a missing value as 0 (the mean of what was
+    standardised), a null list as an empty one, a null vector as zeros.
 
     Args:
         columns: holds a column for each field; other columns are ignored.
         fields: of one side, in the spec's order.
 
     Raises:
-        DataError: a column is missing or an index is outside its field's table.
+        DataError: a column is missing, an index is outside its field's table, or a vector has another length.
     """
     names = columns.column_names if isinstance(columns, pa.Table) else list(columns)
     missing = [field.name for field in fields if field.name not in names]
@@ -107,18 +111,18 @@ def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSp
             f"The model's fields {', '.join(missing)} are not among the columns {', '.join(names)}. "
             f"Use the features run that the model was trained on."
         )
-    indexed = [field for field in fields if field.type != "value"]
-    parts = [_indices(_array(columns[field.name]), field) for field in indexed]
+    arrays = {field.name: _array(columns[field.name]) for field in fields}
+    indexed = [field for field in fields if field.type in INDEXED]
+    none = np.empty(0, np.int32)
+    parts = [(none, none), *(_indices(arrays[field.name], field) for field in indexed)]
     indices = KeyedJaggedTensor(
         keys=[field.name for field in indexed],
         values=torch.from_numpy(np.concatenate([values for values, _ in parts])),
         lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in parts])),
     )
-    rows = len(parts[0][1])
-    values = np.zeros((rows, len(fields) - len(indexed)), dtype=np.float32)
-    for column, field in enumerate(field for field in fields if field.type == "value"):
-        values[:, column] = pc.fill_null(_array(columns[field.name]), 0).to_numpy(zero_copy_only=False)
-    return SideBatch(indices, torch.from_numpy(values))
+    numbers = [_numbers(arrays[field.name], field) for field in fields if field not in indexed]
+    nothing = np.empty((len(arrays[fields[0].name]), 0), np.float32)
+    return SideBatch(indices, torch.from_numpy(np.concatenate([nothing, *numbers], axis=1)))
 
 
 def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -141,3 +145,21 @@ def _indices(column: pa.Array, field: FieldSpec) -> tuple[np.ndarray, np.ndarray
             f"{field.cardinality} rows. Use the features run that the model was trained on."
         )
     return values, lengths.astype(np.int32)
+
+
+def _numbers(column: pa.Array, field: FieldSpec) -> np.ndarray:
+    """A field's numbers, float32: [N, 1] of a value, [N, cardinality] of a vector."""
+    if field.type == "value":
+        return pc.fill_null(column, 0).to_numpy(zero_copy_only=False).astype(np.float32)[:, None]
+    known = column.is_valid().to_numpy(zero_copy_only=False)
+    lengths = pc.list_value_length(column).filter(column.is_valid()).to_numpy(zero_copy_only=False)
+    if (lengths != field.cardinality).any():
+        wrong = int(lengths[lengths != field.cardinality][0])
+        raise DataError(
+            f"{field.name} has a vector of {wrong} numbers, and the model expects {field.cardinality}. Use "
+            f"the features run that the model was trained on."
+        )
+    numbers = np.zeros((len(column), field.cardinality), np.float32)
+    flat = pc.fill_null(column.flatten(), 0).to_numpy(zero_copy_only=False)
+    numbers[known] = flat.reshape(-1, field.cardinality)
+    return numbers

@@ -9,7 +9,8 @@ import pyarrow.compute as pc
 import torch
 
 from recsys_dist.config import Config
-from recsys_dist.deepfm.batches import Batch, SideBatch, side_batch
+from recsys_dist.deepfm.batches import Batch, side_batch
+from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
 from recsys_dist.errors import DataError
 from recsys_dist.schema import FeatureSpec
@@ -35,32 +36,27 @@ def positives(run: Run, spec: FeatureSpec, split: str) -> pa.Table:
     return table
 
 
-def item_batch(run: Run, spec: FeatureSpec) -> tuple[SideBatch, np.ndarray]:
-    """All items' fields, item i in row i - 1, and their positive train events [n_items]."""
-    table = run.table("items").sort_by("item")
-    found = table["item"].to_numpy()
-    if not np.array_equal(found, np.arange(1, spec.n_items + 1)):
-        raise DataError(
-            f"{run.uri}/items has {len(found)} rows, expected the items 1 to {spec.n_items}, each once. "
-            f"Run jobs/featurize.py --force."
-        )
-    return side_batch(table, spec.side("item")), table["count"].to_numpy()
-
-
 class Examples:
     """The positives, in memory, and the batches of every epoch and step.
 
-    Each worker holds them all and draws the whole step's items, of which it uses its share, so that a batch
-    does not depend on the number of workers.
+    The items, drawn ones like positives, have their fields as of the day of the positive event. Each worker
+    holds all positives and draws the whole step's items, of which it uses its share, so that a batch does not
+    depend on the number of workers.
+
+    Args:
+        run: the features run.
+        catalogue: its items.
+        config: seed, batch size and how items are drawn.
     """
 
-    def __init__(self, run: Run, spec: FeatureSpec, config: Config) -> None:
-        table = positives(run, spec, "train")
+    def __init__(self, run: Run, catalogue: Items, config: Config) -> None:
+        table = positives(run, catalogue.spec, "train")
         self.config = config
-        self.user = side_batch(table, spec.side("user", "context"))
+        self.catalogue = catalogue
+        self.user = side_batch(table, catalogue.spec.side("user", "context"))
         self.items = table["item"].to_numpy()
-        self.item, counts = item_batch(run, spec)
-        self.negatives = Negatives(counts, config.deepfm.negatives_power)
+        self.days = days_of(table["timestamp"])
+        self.negatives = Negatives(catalogue.counts, catalogue.present, config.deepfm.negatives_power)
 
     @property
     def steps(self) -> int:
@@ -98,7 +94,10 @@ class Examples:
         weight = np.where(real, world_size / len(rows), 0).astype(np.float32)
         return Batch(
             user=self.user.take(torch.from_numpy(rows[mine])),
-            item=self.item.take(torch.from_numpy(item.astype(np.int64).ravel() - 1)),
+            item=self.catalogue.at(
+                torch.from_numpy(item.astype(np.int64).ravel()),
+                torch.from_numpy(np.repeat(self.days[rows[mine]], item.shape[1])),
+            ),
             log_probability=torch.from_numpy(log_probability[mine]),
             weight=torch.from_numpy(weight),
         )

@@ -21,6 +21,7 @@ from torch import Tensor
 from recsys_dist.config import Config
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, complete
 from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM
 from recsys_dist.deepfm.optimizer import dense_optimizer
 from recsys_dist.deepfm.sharding import shard
@@ -56,8 +57,9 @@ def train(task: Task, device: torch.device) -> Progress:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     newest, attempt = _resume_point(task.folder)
     spec = task.features.spec()
-    examples = Examples(task.features, spec, task.config)
-    validation = Validation(task.features, spec, task.config)
+    items = Items(task.features, spec)
+    examples = Examples(task.features, items, task.config)
+    validation = Validation(task.features, items, task.config)
     model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)
     assert dist.group.WORLD
     sharded, plan = shard(model, dist.group.WORLD, device, seed)

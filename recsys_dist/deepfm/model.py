@@ -4,8 +4,11 @@ logit = bias + first order + second order + MLP, where the second order of the f
 the MLP share the fields' embeddings. Everything that depends on one side only is computed once per row of
 that side, so that scoring U users against I items costs U + I lookups and first layers.
 
-Legend: N rows, D embedding_dim, F fields of a side, V value fields, H width of the first hidden layer,
-B positives, J items drawn for each positive.
+A value field's embedding is its value times the field's own; a vector field's the sum, over its numbers, of
+number times the number's own. Either is one of the F fields.
+
+Legend: N rows, D embedding_dim, F fields of a side, V numbers of a side's value and vector fields, H width of
+the first hidden layer, B positives, J items drawn for each positive.
 """
 
 import io
@@ -23,9 +26,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from recsys_dist import config
-from recsys_dist.deepfm.batches import Batch, SideBatch
+from recsys_dist.deepfm.batches import INDEXED, Batch, SideBatch
 from recsys_dist.errors import DataError
-from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
+from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec, VocabularySpec
 from recsys_dist.workspace import OpenRun, Run
 
 PADDING = 4
@@ -34,8 +37,6 @@ tables need a multiple of 4."""
 
 BLOCK = 1024
 """Rows of a table that are drawn from one random stream."""
-
-POOLING = {None: PoolingType.SUM, "sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 
 
 class Side(NamedTuple):
@@ -62,6 +63,10 @@ class Side(NamedTuple):
     def rows(self, start: int, stop: int) -> "Side":
         """The rows from `start` to before `stop`."""
         return Side(*(part[start:stop] for part in self))
+
+    def take(self, rows: Tensor) -> "Side":
+        """The rows at these positions [...], which become the leading shape."""
+        return Side(*(part[rows] for part in self))
 
 
 class DeepFM(nn.Module):
@@ -162,9 +167,19 @@ class DeepFM(nn.Module):
     ) -> Side:
         dim = self.settings.embedding_dim
         # By name: the order of a KeyedTensor's columns follows the sharding, not the fields.
-        by_name = pooled.to_dict()
-        scaled = iter(() if weights is None else (batch.values.unsqueeze(-1) * weights).unbind(1))
-        columns = [next(scaled) if f.type == "value" else by_name[f.name][:, : dim + 1] for f in fields]
+        by_name, bags = pooled.to_dict(), batch.indices.to_dict()
+        columns, start = [], 0
+        for field in fields:
+            if field.type in INDEXED:
+                column = by_name[field.name][:, : dim + 1]
+                if field.pooling == "mean":
+                    column = column / bags[field.name].lengths().clamp(min=1).unsqueeze(1)
+                columns.append(column)
+                continue
+            assert weights is not None
+            stop = start + field.cardinality
+            columns.append(batch.values[:, start:stop] @ weights[start:stop])
+            start = stop
         embeddings = torch.stack(columns, dim=1)  # [N, F, D + 1]
         factors = embeddings[..., :dim]
         total = factors.sum(1)
@@ -228,6 +243,7 @@ def publish(run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: dic
         "model": "deepfm",
         "settings": settings.model_dump(mode="json"),
         "fields": [field.model_dump(mode="json") for field in spec.fields],
+        "vocabularies": {name: found.model_dump(mode="json") for name, found in spec.vocabularies.items()},
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
     run.write_json("model/model.json", description)
@@ -238,6 +254,7 @@ def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> Dee
 
     Raises:
         DataError: the model was made for other fields than `spec` has, or its files do not fit together.
+        ConfigError: an index may mean something else in `spec` than it did in the training.
     """
     description: dict[str, Any] = run.json("model/model.json")
     fields = tuple(FieldSpec.model_validate(field) for field in description["fields"])
@@ -247,6 +264,12 @@ def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> Dee
             f"{_names(spec.fields)}, or the same ones with other vocabularies. Use the features run "
             f"{run.inputs.get('features')} that its manifest names."
         )
+    trained = {
+        name: VocabularySpec.model_validate(found) for name, found in description["vocabularies"].items()
+    }
+    spec.require_continues(
+        spec.model_copy(update={"vocabularies": trained}), "the features run", f"the model of {run.uri}"
+    )
     with run.filesystem.open_input_stream(f"{run.path}/model/model.safetensors") as stream:
         content = io.BytesIO(stream.read())
     try:
@@ -268,10 +291,12 @@ def _tables(fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str)
             embedding_dim=dim + PADDING,
             num_embeddings=field.cardinality,
             feature_names=[field.name],
-            pooling=POOLING[field.pooling],
+            # Means are divided in DeepFM: in a sharded collection with a mean over a table that is cut by
+            # rows, torchrec divides the fields of whole tables as well, sums too.
+            pooling=PoolingType.SUM,
         )
         for field in fields
-        if field.type != "value"
+        if field.type in INDEXED
     ]
     return EmbeddingBagCollection(tables=tables, device=torch.device(device))
 
@@ -279,8 +304,8 @@ def _tables(fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str)
 def _value_weights(
     fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str
 ) -> nn.Parameter | None:
-    """[V, D + 1]: each value field's embedding and first-order weight; None where there is no such field."""
-    count = sum(field.type == "value" for field in fields)
+    """[V, D + 1]: each number's embedding and first-order weight; None where no field has numbers."""
+    count = sum(field.cardinality for field in fields if field.type not in INDEXED)
     # Not an empty parameter: it would never get a gradient, for which data parallel workers wait.
     return nn.Parameter(torch.empty(count, dim + 1, device=device)) if count else None
 

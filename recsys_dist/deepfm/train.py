@@ -13,6 +13,7 @@ from recsys_dist.cluster import local_or_cluster
 
 # isort: split
 # After recsys_dist.cluster, which sets what Ray reads when it is imported.
+import pyarrow.compute
 import pyarrow.fs
 import ray
 import ray.train
@@ -62,8 +63,9 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
 def _require_enough(features: Run) -> None:
     """Raise a DataError where there is nothing to train on or to validate with."""
     spec = features.spec()
-    if spec.n_items < 2:
-        raise DataError(f"{features.uri} has {spec.n_items} items, and ranking needs at least 2")
+    present = features.dataset("items").count_rows(filter=pyarrow.compute.field("present"))
+    if present < 2:
+        raise DataError(f"{features.uri} has {present} items, and ranking needs at least 2")
     for split in ("train", "valid"):
         if not spec.positives[split]:
             raise DataError(

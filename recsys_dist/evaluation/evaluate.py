@@ -1,7 +1,7 @@
 """Models and held-out events to lists, metrics and a report.
 
 Every model ranks the whole catalogue, or its candidates from it, for every user who has a positive event in
-the test part, from what was known before that user's test part.
+the test part, from what was known before that user's test part, as of the day of that first event.
 
 Legend: U users, K list length, I items.
 """
@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 import torch
 
 from recsys_dist.config import Config
+from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluation.metrics import METRICS, coverage, novelty
 from recsys_dist.evaluation.report import write_report
@@ -45,7 +46,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     results = {}
     tables = []
     for name, scorer in models.all().items():
-        items_UK, scores_UK = _rank(config, models.spec, scorer, users)
+        items_UK, scores_UK = _rank(config, models.items, scorer, users)
         results[name] = _measure(config, items_UK, truth, users, models.items)
         tables.append(_lists(name, users, items_UK, scores_UK))
     lists = pa.concat_tables(tables)
@@ -56,8 +57,8 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             "k": list(config.evaluation.k),
             "users": "every user with a relevant item",
             "relevant": "items of the user's positive events of the test part, but those left out as seen",
-            "candidates": f"all items but the user's own before the test part (filter_seen: "
-            f"{config.score.filter_seen})",
+            "candidates": f"all items active on the day of the user's first relevant event, but the user's "
+            f"own before the test part (filter_seen: {config.score.filter_seen})",
             "fitted_on": "train",
             "intervals": f"95%, over users, {config.evaluation.bootstrap} resamplings",
         },
@@ -71,10 +72,11 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
 
 
 def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.ndarray]:
-    """Users of users/as_of=test who have test positives, with `weekday` of their first one, and the truth.
+    """Users of users/as_of=test who have test positives, with `day` of their first one, and the truth.
 
-    The truth is [N, 2]: (row of the user, relevant item), distinct. Items that are left out of every list
-    because the user has seen them are not relevant: no model could list them.
+    Ascending by day, so that few batches share one. The truth is [N, 2]: (row of the user, relevant item),
+    distinct. Items that are left out of every list because the user has seen them are not relevant: no model
+    could list them.
     """
     events = features.table(
         "examples",
@@ -90,7 +92,8 @@ def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.nd
         )
     first = events.group_by("user").aggregate([("timestamp", "min")]).sort_by("user")
     users = users.filter(pc.is_in(users["user"], first["user"].combine_chunks()))
-    users = users.append_column("test_weekday", pc.day_of_week(first["timestamp_min"]))
+    users = users.append_column("day", pa.array(days_of(first["timestamp_min"])))
+    users = users.sort_by([("day", "ascending"), ("user", "ascending")])
     row_of = np.full(pc.max(users["user"]).as_py() + 1, -1)
     row_of[users["user"].to_numpy()] = np.arange(len(users))
     truth = np.stack([row_of[events["user"].to_numpy()], events["item"].to_numpy()], axis=1)
@@ -98,13 +101,12 @@ def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.nd
 
 
 @torch.inference_mode()
-def _rank(config: Config, spec: Any, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def _rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """[U, K] items and scores at the greatest K asked for."""
     k = max(config.evaluation.k)
     items, scores = [], []
     for rows in batches(users, USERS_AT_ONCE):
-        weekday = rows["test_weekday"].to_numpy()
-        batch = with_context(spec, rows.drop(["test_weekday"]), weekday, config.score.filter_seen)
+        batch = with_context(catalogue, rows, rows["day"].to_numpy(), config.score.filter_seen)
         lists = scorer.top_k(batch, k)
         items.append(lists.items.numpy())
         scores.append(lists.scores.numpy())
@@ -112,10 +114,10 @@ def _rank(config: Config, spec: Any, scorer: Scorer, users: pa.Table) -> tuple[n
 
 
 def _measure(
-    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, items: pa.Table
+    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, catalogue: Items
 ) -> dict[str, dict[str, float]]:
     relevant_U = np.bincount(truth[:, 0], minlength=len(users))
-    width = items.num_rows + 1
+    width = len(catalogue) + 1
     wanted = truth[:, 0] * width + truth[:, 1]
     hits_UK = np.isin(np.arange(len(users))[:, None] * width + items_UK, wanted)
     per_user = {
@@ -128,12 +130,12 @@ def _measure(
         name: {"value": float(values.mean()), "low": float(low), "high": float(high)}
         for (name, values), (low, high) in zip(per_user.items(), intervals, strict=True)
     }
-    train_I = items["count"].to_numpy()
     for k in config.evaluation.k:
         listed_I = np.bincount(items_UK[:, :k].ravel(), minlength=width)[1:]
-        low, high = coverage_interval(listed_I, len(users))
-        figures[f"coverage@{k}"] = {"value": coverage(listed_I), "low": low, "high": high}
-        figures[f"novelty@{k}"] = {"value": novelty(listed_I, train_I)}
+        present_I = listed_I[catalogue.present]
+        low, high = coverage_interval(present_I, len(users))
+        figures[f"coverage@{k}"] = {"value": coverage(present_I), "low": low, "high": high}
+        figures[f"novelty@{k}"] = {"value": novelty(listed_I, catalogue.counts)}
     return figures
 
 

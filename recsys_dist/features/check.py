@@ -1,5 +1,6 @@
 """Which rows of the raw log are set aside, and why. Nothing else drops a row."""
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 
@@ -8,61 +9,122 @@ from pyspark.sql import Column, DataFrame, SparkSession, Window
 from pyspark.sql import functions as F
 from pyspark.sql.types import TimestampType
 
-from recsys_dist.config import Source
+from recsys_dist.config import Config, Source
 from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.features.numeric import LIMIT
+from recsys_dist.features.read import readable
 
 DUPLICATE = "duplicate"
+OUT_OF_RANGE = "value out of range"
+FUTURE = "future timestamp"
+SPLITS = ("train", "valid", "test")
+YES, NO = ("1", "true", "1.0"), ("0", "false", "0.0")
 # Seconds of 0001-01-01 and 10000-01-01: what a date of four digits can say.
 FIRST_SECOND, END_SECOND = -62135596800, 253402300800
 
 
-def check_events(events: DataFrame, source: Source, positive: Column) -> DataFrame:
+def check_events(rows: DataFrame, config: Config, date_micros: int | None) -> DataFrame:
     """Parse time and value, say which rows are unusable and which of the others are positive.
 
     Args:
-        events: of `read`.
-        source: says how times are written.
-        positive: of `positive_condition`.
+        rows: of `read`, in a session with the settings of `session.start`.
+        config: its sections `data.events` and `label` are used.
+        date_micros: start of `score.date`, in microseconds since 1970: rows from then on are of the future.
 
     Returns:
-        user and item (string), micros (bigint, since 1970), value (double; 1 where the source has none),
-        positive (boolean), the further columns, `_source`, `_raw` and `_reason` (null: a usable row).
+        user and item (string), micros (bigint, since 1970), value (double: the event type's weight, the
+        column, or 1), `event` and `split` (string) where the source has such a column, positive (boolean;
+        false for an unusable row), the further columns, `_hash`, `_source`, `_raw` and `_reason` (null: a
+        usable row).
+
+    Raises:
+        ConfigError: `label.positive_when` is not a condition on these columns.
     """
-    has_value = "value" in events.columns
-    value = F.col("value").try_cast("double") if has_value else F.lit(1.0)
-    parsed = events.withColumns({"micros": _microseconds(events, source.timestamp_format), "value": value})
-    parsed = parsed.withColumn("timestamp", F.timestamp_micros("micros"))
+    source, label, has = config.data.events, config.label, set(rows.columns)
+    assert source is not None
+    rows = rows.withColumn("micros", _microseconds(rows, "timestamp", source))
     # A value must also be finite as float32, the type it is stored in.
     single = F.col("value").cast("float")
     unusable = F.col("value").isNull() | F.isnan(single) | (F.abs(single) == float("inf"))
-    reason = F.coalesce(
+    reasons = [
         F.col("_broken"),
         F.when(_missing("user"), "missing user"),
         F.when(_missing("item"), "missing item"),
         F.when(F.col("micros").isNull(), "unparseable timestamp"),
-        F.when(unusable, "unparseable value"),
+    ]
+    if date_micros is not None:
+        reasons.append(F.when(F.col("micros") >= date_micros, FUTURE))
+    if label.weights:
+        weights = [F.when(F.col("event") == event, float(weight)) for event, weight in label.weights.items()]
+        rows = rows.withColumn("value", F.coalesce(*weights))
+        reasons.append(F.when(F.col("value").isNull(), "unknown event type"))
+    elif "value" in has:
+        # Java's numbers may end in the letter of their type.
+        is_number = F.expr("right(rtrim(value), 1) < 'A'")
+        rows = rows.withColumn("value", F.when(is_number, F.expr("try_cast(value AS double)")))
+        reasons.append(F.when(unusable, "unparseable value"))
+        low, high = source.value_range
+        # Sums of such values would not be exact.
+        reasons.append(F.when(F.abs("value") >= LIMIT, OUT_OF_RANGE))
+        for limit, outside in ((low, F.col("value") < F.lit(low)), (high, F.col("value") > F.lit(high))):
+            if limit is not None:
+                reasons.append(F.when(outside, OUT_OF_RANGE))
+    else:
+        rows = rows.withColumn("value", F.lit(1.0))
+    if label.kind == "column":
+        text = F.lower(F.trim("label"))
+        positive = F.coalesce(text.isin(*YES), F.lit(False))
+        reasons.append(F.when(~F.coalesce(text.isin(*YES, *NO), F.lit(False)), "label is not 0 or 1"))
+    else:
+        positive = positive_condition(rows.sparkSession, label.positive_when, "event" in has)
+    if "split" in has:
+        rows = rows.withColumn("split", F.trim("split"))
+        reasons.append(F.when(~F.coalesce(F.col("split").isin(*SPLITS), F.lit(False)), "unknown split"))
+    rows = rows.withColumn("_reason", F.coalesce(*reasons)).withColumn(
+        "timestamp", F.timestamp_micros("micros")
     )
-    checked = parsed.withColumn("_reason", reason)
-    return checked.withColumn("positive", F.col("_reason").isNull() & positive).drop("_broken", "timestamp")
+    usable = F.col("_reason").isNull()
+    return rows.withColumn("positive", usable & positive).drop("_broken", "timestamp", "label")
 
 
-def check_table(rows: DataFrame, key: str) -> DataFrame:
-    """Say which rows of a table with one row a user or item are unusable.
+def check_table(rows: DataFrame, key: str, source: Source) -> DataFrame:
+    """Say which rows of a table with one row a user or item are unusable, and parse its times.
 
-    Of several rows with one id the first by text is used.
+    Of several usable rows with one id the first by text is used.
+
+    Args:
+        rows: of `read`.
+        key: `user` or `item`.
+        source: says how times are written.
+
+    Returns:
+        the columns of `rows`, `active_from` and `active_to` as timestamps (null: no limit), and `_reason` in
+        place of `_broken`.
     """
-    repeated = F.row_number().over(Window.partitionBy(key).orderBy("_raw", "_source")) > 1
-    reason = F.coalesce(
-        F.col("_broken"), F.when(_missing(key), f"missing {key}"), F.when(repeated, f"{key} listed before")
-    )
-    return rows.withColumn("_reason", reason).drop("_broken")
+    reasons = [F.col("_broken"), F.when(_missing(key), f"missing {key}")]
+    for column in ("active_from", "active_to"):
+        if column in rows.columns:
+            # Parsed under another name: the text says whether there is a time at all.
+            rows = rows.withColumn(f"_{column}", F.timestamp_micros(_microseconds(rows, column, source)))
+            given = F.trim(F.col(column).cast("string")) != ""
+            reasons.append(F.when(given & F.col(f"_{column}").isNull(), f"unparseable {column}"))
+    rows = rows.withColumn("_reason", F.coalesce(*reasons))
+    for column in ("active_from", "active_to"):
+        if column in rows.columns:
+            rows = rows.withColumn(column, F.col(f"_{column}")).drop(f"_{column}")
+    # Unusable rows each by their own text, so that those without an id are not all in one place.
+    usable = F.col("_reason").isNull()
+    same = Window.partitionBy(usable, F.when(usable, F.col(key)).otherwise(F.col("_raw")))
+    first = F.row_number().over(same.orderBy("_raw", "_source")) == 1
+    repeated = F.when(usable & ~first, f"{key} listed before")
+    return rows.withColumn("_reason", F.coalesce("_reason", repeated)).drop("_broken")
 
 
 def quarantine(*checked: DataFrame) -> DataFrame:
     """The rows set aside: source, reason, raw."""
     bad = [
         frame.where(F.col("_reason").isNotNull()).select(
-            F.col("_source").alias("source"), F.col("_reason").alias("reason"), F.col("_raw").alias("raw")
+            F.col("_source").alias("source"), F.col("_reason").alias("reason"), readable("_raw").alias("raw")
         )
         for frame in checked
     ]
@@ -75,12 +137,15 @@ def quarantine(*checked: DataFrame) -> DataFrame:
 def require_few(name: str, reasons: Counter[str], checked: DataFrame, limit: float) -> None:
     """Raise a DataError when more than `limit` of a source's rows are set aside, with examples.
 
+    Rows of the future are neither rows nor unusable here: a night that is made later has many.
+
     Args:
         name: the source's key under `data`.
         reasons: rows by reason; usable ones under the empty reason.
         checked: the rows with `_reason`, `_source` and `_raw`.
         limit: `data.max_bad_rows`.
     """
+    reasons = Counter({reason: count for reason, count in reasons.items() if reason != FUTURE})
     rows, bad = reasons.total(), reasons.total() - reasons[""]
     if bad <= limit * rows:
         return
@@ -98,22 +163,29 @@ def require_few(name: str, reasons: Counter[str], checked: DataFrame, limit: flo
     )
 
 
-def positive_condition(spark: SparkSession, condition: str | None) -> Column:
-    """The label's condition on user, item, timestamp and value; an unknown answer is no.
+def positive_condition(spark: SparkSession, condition: str | None, has_event: bool) -> Column:
+    """The label's condition on user, item, timestamp, value and event; an unknown answer is no.
+
+    Args:
+        spark: checks the condition.
+        condition: `label.positive_when`; None: every event is positive.
+        has_event: the events have an event type.
 
     Raises:
         ConfigError: it is not a condition on these columns.
     """
     if condition is None:
         return F.lit(True)
-    probe = spark.sql(
-        "SELECT '' AS user, '' AS item, timestamp_micros(0) AS timestamp, CAST(0 AS DOUBLE) AS value"
+    names = ["user", "item", "timestamp", "value", *(["event"] if has_event else [])]
+    types = {"timestamp": "timestamp", "value": "double"}
+    probe = spark.range(1).select(
+        *(F.lit(None).cast(types.get(name, "string")).alias(name) for name in names)
     )
     try:
         probe.where(F.expr(condition)).schema  # noqa: B018 the analysis is what can fail
     except PySparkException as error:
         raise ConfigError(
-            f"label.positive_when={condition!r} is no Spark SQL condition on user, item, timestamp and value "
+            f"label.positive_when={condition!r} is no Spark SQL condition on {', '.join(names)} "
             f"(these names, whatever the log's columns are called): "
             f"{_first_line(error)}"
         ) from None
@@ -122,31 +194,59 @@ def positive_condition(spark: SparkSession, condition: str | None) -> Column:
 
 def require_pattern(spark: SparkSession, name: str, source: Source) -> None:
     """Raise a ConfigError where `timestamp_format` is no pattern that Spark knows."""
-    if source.timestamp_format in ("seconds", "milliseconds", "iso"):
+    pattern = source.timestamp_format
+    if pattern in ("seconds", "milliseconds", "iso"):
         return
     try:
-        spark.range(1).select(F.try_to_timestamp(F.lit("2024"), F.lit(source.timestamp_format))).collect()
+        spark.range(1).select(F.try_to_timestamp(F.lit("2024"), F.lit(pattern))).collect()
     except PySparkException as error:
         raise ConfigError(
-            f"data.{name}.timestamp_format={source.timestamp_format!r} is neither seconds, milliseconds, iso "
+            f"data.{name}.timestamp_format={pattern!r} is neither seconds, milliseconds, iso "
             f"nor a datetime pattern that Spark knows: {_first_line(error)}"
         ) from None
+    if source.timezone != "UTC" and re.search(r"\[[^]]*[VzOXxZ]", _letters(pattern)):
+        raise ConfigError(
+            f"data.{name}.timestamp_format={pattern!r} has an optional zone, and timezone={source.timezone} "
+            f"is for times that have none. Use iso, or a pattern of times that all have one."
+        )
 
 
-def _microseconds(events: DataFrame, pattern: str) -> Column:
-    text = F.trim("timestamp")
-    if isinstance(events.schema["timestamp"].dataType, TimestampType):
-        exact = F.unix_micros("timestamp")
+def _microseconds(rows: DataFrame, column: str, source: Source) -> Column:
+    """Microseconds since 1970 of a column of times; null where it is none."""
+    pattern, zone, text = source.timestamp_format, source.timezone, F.trim(column)
+    if isinstance(rows.schema[column].dataType, TimestampType):
+        exact = F.unix_micros(column)
     elif pattern in ("seconds", "milliseconds"):
         scale = 6 if pattern == "seconds" else 3
-        number = text.try_cast(f"decimal(18,{scale})")
-        exact = (number * F.lit(10**scale)).cast("bigint")
+        # Most are whole, and integers are parsed in a fraction of a decimal's time.
+        whole = F.expr(f"try_cast({column} AS bigint)")
+        number = F.expr(f"try_cast({column} AS decimal(18,{scale}))")
+        is_day = whole.between(*(second * 10 ** (6 - scale) for second in (FIRST_SECOND, END_SECOND)))
+        exact = F.when(is_day, whole * 10**scale).when(
+            whole.isNull(), (number * F.lit(10**scale)).cast("bigint")
+        )
     elif pattern == "iso":
+        time = F.expr(f"try_cast(trim({column}) AS timestamp)")
         # The cast also takes a time alone, which it completes with today's date.
-        exact = F.unix_micros(F.when(text.rlike(r"^\d{4}-\d{2}-\d{2}"), text).try_cast("timestamp"))
+        exact = F.when(text.rlike(r"^\d{4}-\d{2}-\d{2}"), F.unix_micros(time))
+        if zone != "UTC":
+            has_zone = text.rlike(r"^.{11}.*[A-Za-z+-]")
+            exact = F.when(has_zone, exact).otherwise(_of_zone(exact, zone))
     else:
         exact = F.unix_micros(F.try_to_timestamp(text, F.lit(pattern)))
+        if zone != "UTC" and not re.search("[VzOXxZ]", _letters(pattern)):
+            exact = _of_zone(exact, zone)
     return F.when((exact >= FIRST_SECOND * 10**6) & (exact < END_SECOND * 10**6), exact)
+
+
+def _of_zone(micros: Column, zone: str) -> Column:
+    """A time that was taken for one of UTC, as what it is in another zone."""
+    return F.unix_micros(F.to_utc_timestamp(F.timestamp_micros(micros), zone))
+
+
+def _letters(pattern: str) -> str:
+    """A datetime pattern without its quoted text."""
+    return re.sub("'[^']*'", "", pattern)
 
 
 def _missing(column: str) -> Column:

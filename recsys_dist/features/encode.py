@@ -1,128 +1,252 @@
-"""Vocabularies: raw ids and words to indices from 1, the most frequent of the train part first.
+"""Vocabularies: raw ids and words to indices from 1, which never move from night to night.
 
-Indices are assigned from sorted partitions and their offsets: no step sees a whole vocabulary at once.
+A new vocabulary begins with the most frequent tokens of the train part; the next night's continues it: known
+tokens keep their index, new ones come after. Indices are assigned from sorted partitions and their offsets:
+no step sees a whole vocabulary at once.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
+
+from recsys_dist.errors import DataError
+from recsys_dist.features.session import AT_ONCE, literal_rows, read_table, write
+from recsys_dist.schema import VOCAB, VocabularySpec
 
 COUNTS = ("count", "positives", "tested")
 """Of a token: train events (ids) or rows; positive train events; test events."""
 ROW_BITS = 33
 """monotonically_increasing_id holds a row's place in its partition in its lower 33 bits."""
+ANCESTORS_KEPT = 400
+"""More than a year of nights."""
+
+
+@dataclass(frozen=True)
+class Parent:
+    """An earlier night's vocabulary."""
+
+    rows: DataFrame
+    """index and token."""
+    spec: VocabularySpec
+    where: str
+    """Its folder, for error messages."""
 
 
 class Vocabularies:
-    """The vocabularies of all fields in one cached frame.
+    """The vocabularies of all fields, in the run's vocab/.
 
     Args:
-        tokens: of `tokens_of`, a token any number of times; a token whose count is 0 enters too.
-        fields: names of the fields.
+        tokens: `field`, `token`, COUNTS; a token any number of times; one whose count is 0 enters too.
+        least: field to the count below which a new token gets no index.
+        parents: field to the vocabulary that it continues.
+        uri: of the folder vocab/, which is written here: whoever reads an index reads it from there, and
+            not by the long way from the log.
+
+    Raises:
+        DataError: a parent is not what its description says.
     """
 
-    def __init__(self, tokens: DataFrame, fields: Sequence[str]) -> None:
+    def __init__(
+        self, tokens: DataFrame, least: Mapping[str, int], parents: Mapping[str, Parent], uri: str
+    ) -> None:
+        self._session, self._uri = tokens.sparkSession, uri
+        fields = sorted(least)
         counted = tokens.groupBy("field", "token").agg(*(F.sum(name).alias(name) for name in COUNTS))
-        ordered = counted.orderBy("field", F.desc("count"), "token").select(
+        known = None
+        if parents:
+            known = reduce(
+                DataFrame.unionByName,
+                [parent.rows.withColumn("field", F.lit(name)) for name, parent in parents.items()],
+            )
+            counted = counted.join(known, ["field", "token"], "full_outer")
+        else:
+            counted = counted.withColumn("index", F.lit(None).cast("int"))
+        rare = [
+            (F.col("field") == name) & F.col("index").isNull() & (F.col("count") < n)
+            for name, n in least.items()
+            if n > 1
+        ]
+        if rare:
+            counted = counted.where(~reduce(Column.__or__, rare))
+        # Known tokens first, so that the place of a new one among the field's rows is its place after them.
+        ordered = counted.orderBy("field", F.asc_nulls_last("index"), F.desc("count"), "token").select(
             "*",
             F.spark_partition_id().alias("_partition"),
             F.monotonically_increasing_id().bitwiseAND((1 << ROW_BITS) - 1).alias("_row"),
         )
         # Cached, so that the partitions that are counted are those that are numbered.
-        self._ordered = ordered.cache()
-        is_cold = (F.col("count") == 0) & (F.col("tested") > 0)
-        found = (
-            self._ordered.groupBy("field", "_partition")
-            .agg(F.count("*").alias("rows"), F.count_if(is_cold).alias("cold"))
-            .collect()
-        )
+        cached = ordered.cache()
+        found = cached.groupBy("field", "_partition").agg(F.count("*").alias("rows")).collect()
         rows = {(str(row["field"]), int(row["_partition"])): int(row["rows"]) for row in found}
-        self.sizes = {name: sum(n for (field, _), n in rows.items() if field == name) for name in fields}
-        """Number of tokens of each field."""
-        self.cold = {name: sum(row["cold"] for row in found if row["field"] == name) for name in fields}
-        """Number of tokens of each field that the test part has and the train part has not."""
-        last = max((partition for _, partition in rows), default=0)
-        of_partition = [
-            sum(n for (_, p), n in rows.items() if p == partition) for partition in range(last + 1)
-        ]
-        self._before_partition = [0, *accumulate(of_partition)]
-        in_order = sorted(name for name in fields)
-        self._before_field = dict(
-            zip(in_order, [0, *accumulate(self.sizes[name] for name in in_order)], strict=False)
-        )
+        # Where a field's rows begin among those of a partition: fields are in order there.
+        places = []
+        for name in fields:
+            before = 0
+            for partition in sorted(p for field, p in rows if field == name):
+                within = sum(rows.get((other, partition), 0) for other in fields if other < name)
+                places.append({"field": name, "_partition": partition, "_before": before - within})
+                before += rows[name, partition]
+        offsets = literal_rows(self._session, places, "field string, _partition int, _before bigint")
+        numbered = cached.join(F.broadcast(offsets), ["field", "_partition"])
+        place = (F.col("_before") + F.col("_row") + 1).cast("int")
+        rows = numbered.select(
+            "field",
+            place.alias("index"),
+            "token",
+            F.coalesce("count", F.lit(0)).alias("count"),
+            F.coalesce("positives", F.lit(0)).alias("positives"),
+            F.coalesce("tested", F.lit(0)).alias("tested"),
+            F.col("count").isNotNull().alias("present"),
+            F.col("index").alias("_known"),
+        ).cache()
+        self.specs, self.cold = self._describe(rows, fields, parents)
+
+        def save(name: str) -> None:
+            write(rows.where(F.col("field") == name), f"{uri}/{name}", VOCAB)
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(save, fields))
+        rows.unpersist()
+        cached.unpersist()
+
+    def _describe(
+        self, rows: DataFrame, fields: Sequence[str], parents: Mapping[str, Parent]
+    ) -> tuple[dict[str, VocabularySpec], dict[str, int]]:
+        token = F.xxhash64("index", "token")
+        known = F.col("_known").isNotNull()
+        found = {
+            row["field"]: row
+            for row in rows.groupBy("field")
+            .agg(
+                F.count("*").alias("size"),
+                F.bit_xor(token).alias("fingerprint"),
+                F.count_if(~F.col("present")).alias("gone"),
+                F.count_if((F.col("count") == 0) & (F.col("tested") > 0)).alias("cold"),
+                F.count_if(known).alias("known"),
+                F.count_if(known & (F.col("_known") != F.col("index"))).alias("moved"),
+                F.bit_xor(F.when(known, token)).alias("inherited"),
+            )
+            .collect()
+        }
+        specs = {}
+        for name in fields:
+            row = found.get(name)
+            if row is None:
+                specs[name] = VocabularySpec(size=0, fingerprint=_hex(None))
+                continue
+            ancestors: tuple[tuple[int, str], ...] = ()
+            if name in parents:
+                parent = parents[name]
+                inherited = (int(row["known"]), _hex(row["inherited"]))
+                if row["moved"] or inherited != (parent.spec.size, parent.spec.fingerprint):
+                    raise DataError(
+                        f"{parent.where} holds {inherited[0]} tokens with fingerprint {inherited[1]}, its "
+                        f"features.json says {parent.spec.size} and {parent.spec.fingerprint}: they are of "
+                        f"different lineages. Restore them, pin another run (storage.pin.features), or begin "
+                        f"anew: featurize.py --rebuild."
+                    )
+                own = (parent.spec.size, parent.spec.fingerprint)
+                ancestors = parent.spec.ancestors
+                if int(row["size"]) != parent.spec.size:
+                    ancestors = (*ancestors, own)[-ANCESTORS_KEPT:]
+            specs[name] = VocabularySpec(
+                size=int(row["size"]),
+                fingerprint=_hex(row["fingerprint"]),
+                ancestors=ancestors,
+                gone=int(row["gone"]),
+            )
+        return specs, {name: int(found[name]["cold"]) if name in found else 0 for name in fields}
 
     def of(self, field: str) -> DataFrame:
-        """One field's vocabulary: index (int, from 1), token, count, positives."""
-        offsets = F.array(*(F.lit(before) for before in self._before_partition))
-        place = F.element_at(offsets, F.col("_partition") + 1) + F.col("_row")
-        index = (place - self._before_field[field] + 1).cast("int")
-        rows = self._ordered.where(F.col("field") == field)
-        return rows.select(index.alias("index"), "token", "count", "positives")
-
-    def unpersist(self) -> None:
-        """Give the memory back."""
-        self._ordered.unpersist()
+        """One field's vocabulary, ascending: index (int, from 1), token, count, positives, present."""
+        return read_table(self._session, f"{self._uri}/{field}", VOCAB)
 
 
-def values(column: str, delimiter: str | None) -> Column:
-    """A column's values as an array without empty ones."""
-    parts = F.array(column) if delimiter is None else F.split(column, _literal(delimiter))
+def _hex(fingerprint: int | None) -> str:
+    return f"{(fingerprint or 0) & ((1 << 64) - 1):016x}"
+
+
+def values(rows: DataFrame, column: str, delimiter: str | None) -> Column:
+    """A column's values as an array without empty ones; the column is text or an array of texts."""
+    if dict(rows.dtypes)[column].startswith("array"):
+        parts = F.col(f"`{column}`")
+    elif delimiter is None:
+        parts = F.array(F.col(f"`{column}`"))
+    else:
+        parts = F.split(F.col(f"`{column}`"), _literal(delimiter))
     return F.filter(parts, lambda part: part.isNotNull() & (F.trim(part) != ""))
 
 
-def encode(rows: DataFrame, column: str, vocabulary: DataFrame, delimiter: str | None) -> DataFrame:
-    """Replace a string column by the index of its value, or the indices of its values.
+def bucket(token: Column, buckets: int) -> Column:
+    """The index of a hashed value: 1 + hash modulo buckets."""
+    return (F.pmod(F.xxhash64(token), F.lit(buckets)) + 1).cast("int")
+
+
+def hashed(rows: DataFrame, column: str, delimiter: str | None, several: bool, buckets: int) -> DataFrame:
+    """Replace a column by the hash of its value, or the hashes of its values; 0: missing."""
+    found = F.transform(values(rows, column, delimiter), lambda token: bucket(token, buckets))
+    if several:
+        return rows.withColumn(column, F.coalesce(found, F.array().cast("array<int>")))
+    return rows.withColumn(column, F.when(F.size(found) > 0, F.get(found, F.lit(0))).otherwise(0))
+
+
+def encode(
+    rows: DataFrame, column: str, vocabulary: DataFrame, delimiter: str | None, several: bool
+) -> DataFrame:
+    """Replace a column by the index of its value, or the indices of its values.
 
     Args:
         rows: any frame with the column.
-        column: a string, or null.
+        column: text, an array of texts, or null.
         vocabulary: token and index.
-        delimiter: splits the column into several values; None: one value.
-
-    Returns:
-        `rows` with the column as int (0: missing or not in the vocabulary), or as array<int>.
+        delimiter: splits a text into several values.
+        several: the result is array<int>, else int (0: missing or not in the vocabulary).
     """
-    if delimiter is None:
+    if not several:
         codes = vocabulary.select(F.col("token").alias("_text"), F.col("index").alias("_code"))
         unknown = F.lit(0)
     else:
         # Each distinct text is split and looked up once, however many rows have it.
-        parts = rows.select(F.col(column).alias("_text")).distinct()
-        parts = parts.select("_text", F.posexplode(values("_text", delimiter)).alias("_place", "token"))
+        parts = rows.select(F.col(f"`{column}`").alias("_text")).distinct()
+        split = values(parts, "_text", delimiter)
+        parts = parts.select("_text", F.posexplode(split).alias("_place", "token"))
         found = parts.join(vocabulary.select("token", "index"), "token", "left")
         code = F.struct("_place", F.coalesce("index", F.lit(0)).alias("index"))
         codes = found.groupBy("_text").agg(F.array_sort(F.collect_list(code))["index"].alias("_code"))
         unknown = F.array().cast("array<int>")
-    joined = rows.join(codes, rows[column] == codes["_text"], "left")
+    joined = rows.join(codes, rows[f"`{column}`"] == codes["_text"], "left")
     return joined.withColumn(column, F.coalesce("_code", unknown)).drop("_text", "_code")
 
 
 def tokens_of(
-    rows: DataFrame, fields: Sequence[tuple[str, str, str | None]], counts: Mapping[str, Column]
-) -> Iterator[DataFrame]:
-    """The tokens of several columns, read in one pass.
+    rows: DataFrame, field: str, column: str, delimiter: str | None, counts: Mapping[str, Column]
+) -> DataFrame:
+    """The tokens of one column: field, token and COUNTS, each token once.
 
     Args:
         rows: any frame.
-        fields: (field, column, delimiter).
+        field: the vocabulary's name.
+        column: text or array of texts.
+        delimiter: splits a text into several values.
         counts: name in COUNTS to what a row adds to it; others get nothing.
-
-    Yields:
-        at most one frame of field, token and COUNTS.
     """
-    if fields:
-        arrays = [
-            F.transform(values(column, delimiter), _named(field)) for field, column, delimiter in fields
-        ]
-        numbers = [counts.get(name, F.lit(0)).cast("bigint").alias(name) for name in COUNTS]
-        exploded = rows.select(F.explode(F.concat(*arrays)).alias("_value"), *numbers)
-        yield exploded.select("_value.field", "_value.token", *COUNTS)
-
-
-def _named(field: str) -> Callable[[Column], Column]:
-    return lambda token: F.struct(F.lit(field).alias("field"), token.alias("token"))
+    numbers = {name: counts.get(name, F.lit(0)).cast("bigint") for name in COUNTS}
+    if delimiter is None and not dict(rows.dtypes)[column].startswith("array"):
+        token = F.col(f"`{column}`")
+        tokens = rows.where(token.isNotNull() & (F.trim(token) != "")).select(
+            token.alias("token"), *(number.alias(name) for name, number in numbers.items())
+        )
+    else:
+        tokens = rows.select(
+            F.explode(values(rows, column, delimiter)).alias("token"),
+            *(number.alias(name) for name, number in numbers.items()),
+        )
+    counted = tokens.groupBy("token").agg(*(F.sum(name).alias(name) for name in COUNTS))
+    return counted.select(F.lit(field).alias("field"), "token", *COUNTS)
 
 
 def _literal(text: str) -> str:

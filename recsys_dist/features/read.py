@@ -1,22 +1,28 @@
-"""Raw inputs as string columns by role, each row with the file it came from and its own text.
+"""Raw inputs as columns by role, each row with a hash, the file it came from and its own text.
 
-A row is a line: csv and tsv are read line by line, so a quoted value cannot hold a line break.
+A row of text is a line: a quoted value of a csv file cannot hold a line break. The two halves of a row with
+one have the wrong number of columns.
 """
 
-import difflib
-import json
+import re
+import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import reduce
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.fs
-import pyarrow.parquet as pq
+from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
+from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession
 from pyspark.sql import functions as F
 from pyspark.sql.types import (
+    ArrayType,
+    DateType,
     DoubleType,
     FloatType,
+    LongType,
     StringType,
     StructField,
     StructType,
@@ -25,248 +31,304 @@ from pyspark.sql.types import (
 )
 
 from recsys_dist.config import Source, absolute
-from recsys_dist.errors import DataError
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.features.heads import Head, delimiter, is_wide, quote
 from recsys_dist.features.session import spark_uri
-from recsys_dist.workspace import raw_files
+from recsys_dist.features.source import Group, Opened
 
-HEAD_BYTES = 1 << 20
-HEAD_LINES = 100
 WRONG_COLUMNS = "wrong number of columns"
 NOT_JSON = "not JSON"
+TIMES = ("timestamp", "active_from", "active_to")
+"""Our names of columns that stay times where they are."""
+LITERAL_PATHS = {"__globPaths__": "false"}
+"""Spark's own option; without it a path is a glob."""
+PACKED = (".gz", ".bz2", ".zst")
+UNPACKED = "/unpacked-zstd/"
+"""Folder of the scratch place that decompressed files are in, under the path they had."""
+END, CORRUPT = "_recsys_dist_end", "_recsys_dist_corrupt"
+"""Names that no JSON object has as a key."""
 
 
-@dataclass(frozen=True)
-class Opened:
-    """A source whose files are there and have the columns that are asked for."""
-
-    name: str
-    """`events`, `items` or `users`: its key under `data`."""
-    source: Source
-    uris: tuple[str, ...]
-    """The files, as Spark names them."""
-    size: int
-    """Bytes of all files."""
-    header: tuple[str, ...]
-    """csv and tsv: all columns in order."""
-    header_lines: tuple[str, ...]
-    """csv and tsv: the texts of the header lines, which are no rows."""
-    columns: dict[str, str]
-    """Our name of a column to the source's."""
-    nanoseconds: frozenset[str]
-    """parquet: the columns that hold nanoseconds."""
-
-
-def open_source(name: str, source: Source, columns: dict[str, str]) -> Opened:
-    """List a source's files and check their columns, before Spark is started.
+def read(spark: SparkSession, opened: Opened, scratch: str) -> DataFrame:
+    """Read the rows of a source.
 
     Args:
-        name: the source's key under `data`, for error messages.
-        source: what to read.
-        columns: our name of a column to the source's.
-
-    Raises:
-        DataError: there is no file, all are empty, or a column is missing; names file and columns found.
-    """
-    found = raw_files(source.path)
-    if not found:
-        raise DataError(
-            f"data.{name}.path={source.path}: there is no such file, folder or match (looked for "
-            f"{absolute(source.path)}). A relative path is relative to the repository."
-        )
-    full = [info for info in found if info.size]
-    if not full:
-        raise DataError(
-            f"data.{name}.path={source.path}: all {len(found)} files are empty, first {found[0].path}"
-        )
-    filesystem, _ = pyarrow.fs.FileSystem.from_uri(
-        absolute(full[0].path) if "://" not in source.path else source.path.partition("*")[0]
-    )
-    with ThreadPoolExecutor(16) as pool:
-        heads = list(pool.map(lambda info: _head(filesystem, info.path, source), full))
-    first = heads[0].columns
-    for info, head in zip(full, heads, strict=True):
-        _require(name, source, info.path, head.columns, columns)
-        if source.format in ("csv", "tsv") and head.columns != first:
-            raise DataError(
-                f"data.{name}: {info.path} has the columns {', '.join(head.columns)}, but {full[0].path} has "
-                f"{', '.join(first)}. Files of one source need the same header line."
-            )
-    if not any(head.has_rows for head in heads):
-        raise DataError(
-            f"data.{name}.path={source.path}: no rows, only header lines, first in {full[0].path}"
-        )
-    return Opened(
-        name=name,
-        source=source,
-        uris=tuple(_uri(source.path, info.path) for info in full),
-        size=sum(info.size for info in full),
-        header=first,
-        header_lines=tuple(sorted({head.line for head in heads})),
-        columns=columns,
-        nanoseconds=frozenset().union(*(head.nanoseconds for head in heads)),
-    )
-
-
-def read(spark: SparkSession, opened: Opened) -> DataFrame:
-    """Read a source, lazily.
+        spark: with the settings of `session.start`.
+        opened: of `open_source`.
+        scratch: path or URI of a folder for decompressed copies, where Spark cannot read the files itself.
+            They must stay there until the rows are no longer used.
 
     Returns:
-        the asked columns as strings (`timestamp` as a timestamp where Parquet has one), `_source` (path of
-        the file), `_raw` (the row's text) and `_broken` (why the row has no columns, else null).
+        the columns by our names, as strings, or as array<string> where they hold lists; null for an empty
+        value. Times of Parquet files are timestamps. Further columns: `_hash` (bigint, of the row and its
+        file: equal for equal texts in one file), `_source` (path of the file), `_raw` (the row's text; may
+        hold bytes that are not UTF-8: see `readable`) and `_broken` (why the row has no columns, else null).
+        `_source` and `_raw` take time only where they are used.
+
+    Raises:
+        ConfigError: Java does not know the encoding.
+        DataError: a file cannot be decompressed.
     """
-    if opened.source.format == "parquet":
-        return _read_parquet(spark, opened)
-    lines = spark.read.text(list(opened.uris)).select(_path().alias("_source"), F.col("value").alias("_raw"))
-    lines = lines.where(F.trim("_raw") != "")
-    if opened.source.format == "jsonl":
-        names = list(dict.fromkeys(opened.columns.values()))
-        parsed = F.from_json("_raw", _schema(len(names), names), {"columnNameOfCorruptRecord": "_corrupt"})
-        reason = NOT_JSON
+    one = _read_parquet if opened.source.format == "parquet" else _read_text
+    return reduce(DataFrame.unionByName, [one(spark, opened, group, scratch) for group in opened.groups])
+
+
+def unreadable(error: Exception, opened: Iterable[Opened] = ()) -> str | None:
+    """The path of the raw file for which a Spark job failed; None: it failed for another reason.
+
+    Args:
+        error: what the job raised.
+        opened: the sources that it read. Spark 3.5 does not always name the file: then the packed ones of
+            these are read, once, to find the one that cannot be.
+    """
+    for pattern in (
+        r"while reading file (\S+?)\.?\s",
+        r"footer for file:? (\S+?)\.?\s",
+        r"File (\S+) does not",
+    ):
+        found = re.search(pattern, f"{error} ")
+        if found:
+            return re.sub("^file:/+", "/", unquote(found[1]))
+    if "FileScanRDD" in str(error):
+        for source in opened:
+            for path in (path for group in source.groups for path in group.paths if path.endswith(PACKED)):
+                try:
+                    with source.filesystem.open_input_stream(path) as stream:
+                        while stream.read(1 << 24):
+                            pass
+                except (OSError, pa.ArrowInvalid):
+                    return path
+    return None
+
+
+def readable(column: str) -> Column:
+    """A text as Java reads it: with U+FFFD for what is not UTF-8."""
+    return F.regexp_extract(column, "(?s).*", 0)
+
+
+def reads_zstd(spark: SparkSession) -> bool:
+    """Spark reads zstd text since 4.3; before, only where Hadoop has its native library."""
+    return tuple(map(int, spark.version.split(".")[:2])) >= (4, 3)
+
+
+def unpack(filesystem: pyarrow.fs.FileSystem, paths: Iterable[str], scratch: str) -> list[str]:
+    """Decompress files into a folder of `scratch`, under the paths they have without their last suffix.
+
+    Returns:
+        the copies, as Spark names them.
+
+    Raises:
+        DataError: a file cannot be decompressed; names it.
+    """
+    to, folder = pyarrow.fs.FileSystem.from_uri(absolute(scratch))
+
+    def copy(path: str) -> str:
+        name = UNPACKED + path.lstrip("/").rpartition(".")[0]
+        if not to.get_file_info(folder + name).is_file:
+            to.create_dir((folder + name).rpartition("/")[0], recursive=True)
+            try:
+                with (
+                    filesystem.open_input_stream(path) as packed,
+                    to.open_output_stream(f"{folder}{name}.tmp") as plain,
+                ):
+                    shutil.copyfileobj(packed, plain, 1 << 24)
+            except (OSError, pa.ArrowInvalid) as error:
+                raise DataError(f"{path} cannot be decompressed: {error}. Is it complete?") from None
+            to.move(f"{folder}{name}.tmp", folder + name)
+        return spark_uri(absolute(scratch).rstrip("/") + name)
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(copy, paths))
+
+
+def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) -> DataFrame:
+    source, encoding = opened.source, group.head.encoding
+    charset = _charset(spark, opened.name, source, encoding)
+    uris, path = list(group.uris), F.col("_metadata.file_path")
+    if group.paths[0].endswith(".zst") and not reads_zstd(spark):
+        uris = unpack(opened.filesystem, group.paths, scratch)
+        origin = group.uris[0].removesuffix(group.paths[0].lstrip("/"))
+        path = F.concat(F.lit(origin), F.substring_index(path, UNPACKED, -1), F.lit(".zst"))
+    wide = {"encoding": charset, "lineSep": "\n"} if is_wide(encoding) else {}
+    # Spark decodes no text: to it all bytes are UTF-8.
+    binary = F.col("value").cast("binary")
+    line = F.col("value") if encoding == "utf-8" else F.decode(binary, charset)
+    lines = spark.read.options(**LITERAL_PATHS, **wide).text(uris)
+    lines = lines.select(path.alias("_path"), binary.alias("_bytes"), line.alias("_line"))
+    if wide:
+        lines = lines.withColumn("_line", F.expr("trim(BOTH '\\r\ufeff' FROM _line)"))
+    # Most lines begin with a visible character: they are not blank, whatever follows.
+    lines = lines.where((F.col("_line") >= "!") | (F.trim("_line") != ""))
+    if group.lines:
+        lines = lines.where(~F.col("_line").isin(list(group.lines)))
+
+    if source.format == "jsonl":
+        names = [name for name in dict.fromkeys(group.columns.values()) if not group.head.of_folder(name)]
+        parsed, reason = _from_json(names), NOT_JSON
     else:
-        names = list(opened.header)
-        lines = lines.where(~F.col("_raw").isin(list(opened.header_lines)))
-        parsed = F.from_csv("_raw", F.lit(_schema(len(names)).simpleString()), _csv_options(opened.source))
-        reason = WRONG_COLUMNS
+        names = list(group.head.columns)
+        parts, mark = F.split("_line", _literal(delimiter(source))), quote(source)
+        # Splitting takes half as long as parsing, and means the same where there is no quote.
+        has_quote = F.col("_line").contains(mark) if mark else F.lit(False)
+        lines = lines.withColumn("_parts", F.when(~has_quote, parts))
+        parsed, reason = _from_delimited(len(names), source), WRONG_COLUMNS
     # A generator is evaluated once a row; several columns of one struct might each parse the line anew.
-    rows = lines.select("_source", "_raw", F.inline(F.array(parsed)))
-    return rows.select(
-        *(
-            F.col(f"`{rows.columns[2 + names.index(column)]}`").alias(ours)
-            for ours, column in opened.columns.items()
-        ),
-        "_source",
-        "_raw",
-        F.when(F.col("_corrupt").isNotNull(), reason).alias("_broken"),
+    places = [f"_{place}" for place in range(len(names))]
+    rows = lines.select(
+        "_path", "_bytes", "_line", F.inline(F.array(parsed)).alias(*places, "_end", "_corrupt")
     )
 
-
-def _read_parquet(spark: SparkSession, opened: Opened) -> DataFrame:
-    rows = spark.read.parquet(*(opened.uris))
-    columns = []
-    for ours, column in opened.columns.items():
-        kind, values = rows.schema[column].dataType, rows[f"`{column}`"]
-        if column in opened.nanoseconds:
-            values = F.timestamp_micros(F.expr(f"`{column}` div 1000"))
-        elif isinstance(kind, DoubleType | FloatType) and ours in ("user", "item"):
-            # Integers that pandas made floats of, for one missing value: 7.0 is the id 7.
-            whole = values.cast("decimal(38,0)")
-            values = F.when(whole == values, whole.cast("string")).otherwise(values.cast("string"))
-        elif not isinstance(kind, TimestampType | TimestampNTZType):
-            values = values.cast("string")
+    if encoding == "utf-8":
+        invalid = readable("_line") != F.col("_line")
+    else:
+        invalid = F.encode(F.decode("_bytes", charset), charset) != F.col("_bytes")
+    corrupt = F.col("_corrupt").isNotNull()
+    columns, suspect = [], corrupt
+    for ours, name in group.columns.items():
+        if group.head.of_folder(name):
+            value = _of_folder(group.head.keys[name])
         else:
-            values = values.cast("timestamp")
-        columns.append(values.alias(ours))
-    raw = F.to_json(F.struct(*(rows[f"`{column}`"] for column in rows.columns)))
+            value = F.col(places[names.index(name)])
+            value = F.when(value != "", value)
+            suspect = suspect | F.coalesce(value.contains("\ufffd"), F.lit(False))
+        columns.append((_values(value) if ours in opened.several else value).alias(ours))
     return rows.select(
-        *columns, _path().alias("_source"), raw.alias("_raw"), F.lit(None).cast("string").alias("_broken")
+        *columns,
+        F.xxhash64("_line", "_path").alias("_hash"),
+        _source().alias("_source"),
+        F.col("_line").alias("_raw"),
+        F.when(suspect & invalid, f"not {source.encoding}").when(corrupt, reason).alias("_broken"),
     )
 
 
-def _path() -> Column:
-    return F.regexp_replace(F.col("_metadata.file_path"), "^file:/+", "/")
-
-
-def _schema(columns: int, names: list[str] | None = None) -> StructType:
-    fields = names or [f"_{position}" for position in range(columns)]
-    return StructType([StructField(name, StringType()) for name in [*fields, "_corrupt"]])
-
-
-def _csv_options(source: Source) -> dict[str, str]:
-    quote = _quote(source)
-    return {
-        "sep": _delimiter(source),
-        "quote": quote,
-        "escape": quote,  # RFC 4180: a quote in a quoted value is doubled
+def _from_delimited(columns: int, source: Source) -> Column:
+    """Struct of a line's values, of what follows them, and of a text: null where all is well."""
+    parts, mark = F.col("_parts"), quote(source)
+    names = [f"_{place}" for place in range(columns)]
+    fits = F.size(parts) == columns
+    nothing = F.lit(None).cast("string")
+    split = F.struct(
+        *(F.get(parts, F.lit(place)).alias(name) for place, name in enumerate(names)),
+        nothing.alias("_end"),
+        F.when(~fits, "").alias("_corrupt"),
+    )
+    if not mark:
+        return split
+    options = {
+        "sep": delimiter(source).replace("\\", "\\\\"),  # a backslash begins an escape
+        "quote": mark,
+        "escape": mark,  # RFC 4180: a quote in a quoted value is doubled
         "columnNameOfCorruptRecord": "_corrupt",
         "mode": "PERMISSIVE",
     }
+    # One more delimiter: a quote that is not closed swallows it, and the number of columns is wrong.
+    closed = F.concat("_line", F.lit(delimiter(source)))
+    parsed = F.from_csv(closed, F.lit(_strings(*names, "_end", "_corrupt").simpleString()), options)
+    return F.when(parts.isNotNull(), split).otherwise(parsed)
 
 
-def _delimiter(source: Source) -> str:
-    return source.delimiter or {"csv": ",", "tsv": "\t"}[source.format]
+def _from_json(keys: list[str]) -> Column:
+    """As `_from_delimited`, of a line with a JSON object; the key of nothing is null."""
+    options = {"columnNameOfCorruptRecord": CORRUPT, "mode": "PERMISSIVE"}
+    nothing = [F.lit(None).cast("string").alias(key) for key in [*keys, END]]
+    is_object = F.ltrim("_line").startswith("{") & F.rtrim("_line").endswith("}")
+    return F.when(is_object, F.from_json("_line", _strings(*keys, END, CORRUPT), options)).otherwise(
+        F.struct(*nothing, F.lit("").alias(CORRUPT))
+    )
 
 
-def _quote(source: Source) -> str:
-    return ({"csv": '"', "tsv": ""}[source.format]) if source.quote is None else source.quote
+def _values(text: Column) -> Column:
+    """The values of a JSON list; of another value itself."""
+    return F.coalesce(F.from_json(text, ArrayType(StringType())), F.when(text.isNotNull(), F.array(text)))
 
 
-@dataclass(frozen=True)
-class _Head:
-    """The beginning of a file."""
-
-    columns: tuple[str, ...]
-    has_rows: bool
-    line: str = ""
-    """csv and tsv: the header line, without a byte order mark, as Spark reads it."""
-    nanoseconds: frozenset[str] = frozenset()
+def _strings(*names: str) -> StructType:
+    return StructType([StructField(name, StringType()) for name in names])
 
 
-def _head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> _Head:
+def _literal(text: str) -> str:
+    """A regular expression that matches the text itself."""
+    return re.sub(r"(\W)", r"\\\1", text)
+
+
+def _charset(spark: SparkSession, name: str, source: Source, encoding: str) -> str:
+    """Java's name of an encoding of Python's; sets how Spark 4 decodes, as Spark 3 does."""
+    if encoding == "utf-8":
+        return encoding
+    for key in ("javaCharsets", "codingErrorAction"):
+        spark.conf.set(f"spark.sql.legacy.{key}", "true")
+    charset = re.sub(r"^utf-(16|32)-(le|be)$", r"UTF-\1\2", encoding)
     try:
-        if source.format == "parquet":
-            with filesystem.open_input_file(path) as file:
-                parquet = pq.ParquetFile(file)
-                schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
-                nanoseconds = {
-                    column.name
-                    for column in schema
-                    if pa.types.is_timestamp(column.type) and column.type.unit == "ns"
-                }
-                return _Head(tuple(schema.names), rows > 0, nanoseconds=frozenset(nanoseconds))
-        with filesystem.open_input_stream(path) as stream:
-            lines = stream.read(HEAD_BYTES).decode(errors="replace").splitlines()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise DataError(f"{path} cannot be read as {source.format}: {error}") from None
-    full = [line for line in lines if line.strip()]
-    if source.format == "jsonl":
-        keys = dict.fromkeys(key for line in full[:HEAD_LINES] for key in _keys(line))
-        return _Head(tuple(keys), bool(full))
-    line = lines[0].removeprefix("\ufeff") if lines else ""
-    columns = _split(line, _delimiter(source), _quote(source))
-    return _Head(tuple(columns), len(full) > 1, line)
+        spark.range(1).select(F.encode(F.lit(""), charset)).collect()
+    except (PySparkException, Py4JJavaError):
+        raise ConfigError(
+            f"data.{name}.encoding={source.encoding!r} is not known to Java. Give another name of it, "
+            f"such as windows-1252 in place of cp1252."
+        ) from None
+    return charset
 
 
-def _keys(line: str) -> Iterable[str]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return ()
-    return row if isinstance(row, dict) else ()
+def _path() -> Column:
+    """Spark's name of a row's file, decoded; a plus sign is not encoded in it."""
+    return F.url_decode(F.replace("_path", F.lit("+"), F.lit("%2B")))
 
 
-def _split(line: str, delimiter: str, quote: str) -> list[str]:
-    """The values of a header line; Python's csv module knows no delimiter of several characters."""
-    names = line.split(delimiter)
-    if quote:
-        names = [name[1:-1] if len(name) > 1 and name[0] == name[-1] == quote else name for name in names]
-    return names
+def _source() -> Column:
+    return F.regexp_replace(_path(), "^file:/+", "/")
 
 
-def _require(name: str, source: Source, path: str, header: tuple[str, ...], columns: dict[str, str]) -> None:
-    for ours, column in columns.items():
-        if header.count(column) == 1:
-            continue
-        key = (
-            f"data.{name}.columns.{ours}"
-            if ours in source.columns
-            else f"fields: {ours.removeprefix('raw:')}.column"
-        )
-        if column in header:
-            raise DataError(f"{path}: the column {column!r} ({key}) is there {header.count(column)} times")
-        close = difflib.get_close_matches(column, header, n=1, cutoff=0.5)
-        near = f"; nearest: {close[0]!r}" if close else ""
-        raise DataError(
-            f"{path} has no column {column!r} ({key}){near}. Columns found: {', '.join(header)} "
-            f"(read as {source.format}). Name another column, or check data.{name}.format"
-            + (" and .delimiter." if source.format in ("csv", "tsv") else ".")
-        )
+def _of_folder(key: str) -> Column:
+    """The value of the last folder `key=value` of a row's path, which writers encode as in a URI."""
+    value = F.regexp_extract(_path(), f".*/{_literal(key)}=([^/]*)/", 1)
+    encoded = value.contains("%") & value.rlike("^([^%]|%[0-9A-Fa-f]{2})*$")
+    value = F.when(encoded, F.url_decode(F.replace(value, F.lit("+"), F.lit("%2B")))).otherwise(value)
+    return F.when(~value.isin("", "__HIVE_DEFAULT_PARTITION__"), value)
 
 
-def _uri(given: str, path: str) -> str:
-    """The URI of a file: pyarrow's paths have no scheme, and on HDFS no host either."""
-    if "://" not in given:
-        return spark_uri(path)
-    scheme, _, rest = given.partition("://")
-    if path.startswith("/"):
-        return f"{scheme}://{rest.partition('/')[0]}{path}"
-    return spark_uri(f"{scheme}://{path}")
+def _read_parquet(spark: SparkSession, opened: Opened, group: Group, scratch: str) -> DataFrame:
+    rows = spark.read.options(**LITERAL_PATHS).parquet(*group.uris)
+    everything = F.struct(*(F.col(_quoted(column)) for column in rows.columns))
+    columns = []
+    for ours, column in group.columns.items():
+        if group.head.of_folder(column):
+            value = _of_folder(group.head.keys[column])
+        elif ours in opened.several:
+            value = F.col(_quoted(column)).cast("array<string>")
+        elif ours in TIMES:
+            value = _time(rows, column, group.head, opened.source.timezone)
+        else:
+            value = _text(rows, column, ours)
+        columns.append(value.alias(ours))
+    return rows.withColumn("_path", F.col("_metadata.file_path")).select(
+        *columns,
+        # A row's place in its file, unlike all its columns, costs nothing to read.
+        F.xxhash64("_path", "_metadata.row_index").alias("_hash"),
+        _source().alias("_source"),
+        F.to_json(everything).alias("_raw"),
+        F.lit(None).cast("string").alias("_broken"),
+    )
+
+
+def _text(rows: DataFrame, column: str, ours: str) -> Column:
+    text = F.col(_quoted(column)).cast("string")
+    if ours != "value" and isinstance(rows.schema[column].dataType, DoubleType | FloatType):
+        # Integers that pandas made floats of, for one missing value: 7.0 is the id 7.
+        whole = F.expr(f"try_cast({_quoted(column)} AS decimal(38,0))")
+        return F.when(whole == F.col(_quoted(column)), whole.cast("string")).otherwise(text)
+    return text
+
+
+def _time(rows: DataFrame, column: str, head: Head, timezone: str) -> Column:
+    """A timestamp where the column holds times or days, else its text."""
+    value, type_ = F.col(_quoted(column)), rows.schema[column].dataType
+    local = isinstance(type_, TimestampNTZType | DateType)
+    if isinstance(type_, LongType) and column in head.nanoseconds:
+        value, local = F.timestamp_micros(F.expr(f"{_quoted(column)} div 1000")), column in head.local
+    elif not local and not isinstance(type_, TimestampType):
+        return _text(rows, column, "timestamp")
+    value = value.cast("timestamp")
+    return F.to_utc_timestamp(value, timezone) if local and timezone != "UTC" else value
+
+
+def _quoted(column: str) -> str:
+    return "`" + column.replace("`", "``") + "`"

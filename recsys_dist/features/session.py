@@ -1,25 +1,35 @@
 """The Spark session that the stages run in: quiet, in UTC, sized for the data."""
 
+import json
 import logging
 import math
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
-from pyspark.logger import PySparkLogger
 from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
 
 from recsys_dist.config import DEFAULT_CONF, Config
 from recsys_dist.job import require_java
 
 MEBIBYTE = 1 << 20
+AT_ONCE = 3
+"""Jobs that run side by side, so that the end of one does not leave cores idle."""
+SMALL, LARGE = 8 * MEBIBYTE, 256 * MEBIBYTE
 
-# Spark's Python side logs every failed query with its Java stack; our errors say what was wrong.
-PySparkLogger.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
+try:
+    from pyspark.logger import PySparkLogger
+except ImportError:
+    pass  # PySpark 3.5, which does not log what it raises
+else:
+    # Spark's Python side logs every failed query with its Java stack; our errors say what was wrong.
+    PySparkLogger.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
 LAPTOP = DEFAULT_CONF.parent / "spark"
 """Spark's own configuration where no installed Spark has one: how it logs."""
 
@@ -27,6 +37,20 @@ LAPTOP = DEFAULT_CONF.parent / "spark"
 RUNTIME = {
     "spark.sql.session.timeZone": "UTC",
     "spark.sql.adaptive.enabled": "true",
+    # What is no number or date is found by try_cast and set aside; anything else must not become null.
+    "spark.sql.ansi.enabled": "true",
+    # Spark 3 raises on a time that Spark 2 would have read in another way.
+    "spark.sql.legacy.timeParserPolicy": "CORRECTED",
+    # Aggregates over rows in order, as a user's events are, read them one after the other.
+    "spark.sql.execution.useObjectHashAggregateExec": "false",
+    "spark.sql.execution.replaceHashWithSortAgg": "true",
+    # Parts of a partitioned table are written side by side, without sorting all rows by the part's name.
+    "spark.sql.optimizer.plannedWrite.enabled": "false",
+    "spark.sql.maxConcurrentOutputFileWriters": "8",
+    # Vocabularies of a million tokens are joined without a shuffle of the log.
+    "spark.sql.autoBroadcastJoinThreshold": "64m",
+    # The example's columns are taken from the user's array in compiled code, however many there are.
+    "spark.sql.codegen.maxFields": "1000",
     "spark.sql.parquet.compression.codec": "zstd",
     # What Arrow calls timestamp[us, UTC]; Spark's own default is INT96.
     "spark.sql.parquet.outputTimestampType": "TIMESTAMP_MICROS",
@@ -46,6 +70,8 @@ _TYPES = {
     pa.timestamp("us", tz="UTC"): "timestamp",
     pa.list_(pa.int32()): "array<int>",
     pa.list_(pa.float32()): "array<float>",
+    pa.bool_(): "boolean",
+    pa.date32(): "date",
 }
 
 
@@ -83,11 +109,7 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
     spark = running or _new(name, config)
     try:
         if "spark.sql.shuffle.partitions" not in config.spark.conf:
-            cores = spark.sparkContext.defaultParallelism
-            # A task for every 32 MiB of input; of a small input one for every MiB, while there are cores.
-            partitions = max(
-                min(cores, math.ceil(input_bytes / MEBIBYTE)), math.ceil(input_bytes / (32 * MEBIBYTE)), 1
-            )
+            partitions = shuffle_partitions(input_bytes, spark.sparkContext.defaultParallelism)
             spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
         for key, value in RUNTIME.items():
             if key not in config.spark.conf:
@@ -96,6 +118,14 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
     finally:
         if running is None:
             spark.stop()
+
+
+def shuffle_partitions(input_bytes: int, cores: int) -> int:
+    """A task for every 256 MiB, which makes files of 128 to 512 MiB; of less input one for every 8 MiB while
+    there are cores, and never a last round with idle ones.
+    """
+    tasks = max(math.ceil(input_bytes / LARGE), min(cores, math.ceil(input_bytes / SMALL)), 1)
+    return tasks if tasks < cores else math.ceil(tasks / cores) * cores
 
 
 def _new(name: str, config: Config) -> SparkSession:
@@ -131,6 +161,29 @@ def write(frame: DataFrame, uri: str, schema: pa.Schema, partition_by: str | Non
         columns.append(frame[partition_by])
     writer = frame.select(*columns).write
     (writer.partitionBy(partition_by) if partition_by else writer).parquet(spark_uri(uri))
+
+
+def read_table(spark: SparkSession, uri: str, schema: pa.Schema) -> DataFrame:
+    """Read a Parquet folder that `write` wrote."""
+    columns = ", ".join(f"`{column.name}` {_TYPES[column.type]}" for column in schema)
+    return spark.read.schema(columns).parquet(spark_uri(uri))
+
+
+def literal_rows(spark: SparkSession, rows: Sequence[Mapping[str, Any]], columns: str) -> DataFrame:
+    """A few rows of the driver's as a frame; unlike createDataFrame it needs no Python where the tasks run.
+
+    Args:
+        spark: the session.
+        rows: a mapping a row, of JSON types.
+        columns: names and Spark types, such as `name string, n bigint`.
+    """
+    return spark.range(1).select(
+        F.inline(F.from_json(F.lit(json.dumps(rows)), f"array<struct<{_struct(columns)}>>"))
+    )
+
+
+def _struct(columns: str) -> str:
+    return ",".join(":".join(column.split()) for column in columns.split(","))
 
 
 def remove_checksums(filesystem: pyarrow.fs.FileSystem, path: str) -> None:

@@ -1,56 +1,161 @@
-"""The log in each user's order of time, cut into train, valid and test."""
+"""The log in each user's order of time: duplicates set aside, what came before counted, parts told apart."""
 
+import datetime as dt
 from collections.abc import Sequence
 
-from pyspark.sql import DataFrame, Window
+from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
+from recsys_dist.config import Split
 from recsys_dist.features.check import DUPLICATE
+from recsys_dist.features.numeric import EXACT, quantiles
 
 SPLITS = ("train", "valid", "test")
+TIEBREAK = "_hash"
+"""Of rows that tell the same event, the one with the smallest hash of its text and file stays."""
 
 
-def arrange(events: DataFrame, fractions: Sequence[float]) -> DataFrame:
-    """Bring each user's events together, set duplicates aside and split the rest.
+def matches(when: str) -> Column:
+    """Is a usable event one of those that `when` means: any, positive, or those of an event type?"""
+    if when == "any":
+        return F.lit(True)
+    return F.col("positive") if when == "positive" else F.coalesce(F.col("event") == when, F.lit(False))
+
+
+def gather(events: DataFrame) -> DataFrame:
+    """Bring each user's events together in order of time and set duplicates aside.
 
     This is the one shuffle of the log: all later steps work within a user.
 
     Args:
         events: of `check_events`.
-        fractions: shares of train and valid; the rest is test.
 
     Returns:
-        the rows of `events`, usable ones with `position` (from 0, in the order of micros, item and value),
-        `split`, `earlier_any` and `earlier_positive` (numbers of the user's events with smaller micros).
-        Unusable ones keep `_source`, `_raw` and `_reason`, usable ones lose them; the `user` of an
-        unusable row is its text, which spreads such rows.
+        the rows of `events`. Usable ones lose `_source` and `_raw`; duplicates get their reason and keep only
+        `_hash`, by which `duplicates` finds their text. The `user` of an unusable row means nothing: it
+        spreads such rows.
     """
     usable = F.col("_reason").isNull()
-    gathered = events.withColumn("user", F.when(usable, F.col("user")).otherwise(F.col("_raw")))
-    gathered = gathered.repartition("user")
-    # All windows here need rows sorted by a prefix of this one's order, so that they are sorted once.
-    same = Window.partitionBy("user", "micros", "item", "value").orderBy("_raw", "_source")
-    repeated = F.when(F.row_number().over(same) > 1, DUPLICATE)
-    marked = gathered.withColumn("_reason", F.coalesce("_reason", repeated))
-    marked = marked.withColumn("positive", F.col("positive") & usable)
-    for column in ("_source", "_raw"):
-        marked = marked.withColumn(column, F.when(~usable, F.col(column)))
+    order = order_of(events)
+    spread = F.concat(F.lit("\0"), F.col(TIEBREAK).cast("string"))
+    gathered = events.withColumn("user", F.when(usable, F.col("user")).otherwise(spread)).withColumns(
+        {column: F.when(~usable, F.col(column)) for column in ("_source", "_raw")}
+    )
+    gathered = gathered.repartition("user").sortWithinPartitions("user", *order, TIEBREAK)
+    in_order = Window.partitionBy("user").orderBy(*order, TIEBREAK)
+    same = F.lag(F.struct(*order)).over(in_order).eqNullSafe(F.struct(*order))
+    return gathered.withColumn("_reason", F.coalesce("_reason", F.when(same, DUPLICATE)))
 
-    in_order = Window.partitionBy("user").orderBy("micros", "item", "value")
+
+def order_of(events: DataFrame) -> list[str]:
+    """The columns that order a user's events; rows equal in all of them tell the same event."""
+    return ["micros", "item", "value", *(["event"] if "event" in events.columns else [])]
+
+
+def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> DataFrame:
+    """Say of each usable event where it stands among its user's, and what is strictly earlier.
+
+    Events of the same moment do not see each other.
+
+    Args:
+        events: of `gather`.
+        sums: `when`s of which the values are added up and the last moment is kept.
+        counts: `when`s of which the events are counted.
+
+    Returns:
+        the rows with `position` (from 0, in the order of `order_of`), `_events` (of the user), and of events
+        with smaller micros `_n:<when>`, `_sum:<when>` (decimal, null without any) and `_last:<when>`
+        (micros). `_n:any` and `_last:any` are always there.
+    """
+    usable = F.col("_reason").isNull()
+    in_order = Window.partitionBy("user").orderBy(*order_of(events), TIEBREAK)
     until_now = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
-    before = Window.partitionBy("user").orderBy("micros").rangeBetween(Window.unboundedPreceding, -1)
-    counted = marked.withColumns(
-        {
-            "position": F.count(F.when(usable, 1)).over(until_now) - 1,
-            "earlier_any": F.count(F.when(usable, 1)).over(before),
-            "earlier_positive": F.count(F.when(F.col("positive"), 1)).over(before),
-            "_events": F.count(F.when(usable, 1)).over(Window.partitionBy("user")),
-        }
-    )
-    share = (F.col("position") + 0.5) / F.col("_events")
-    split = (
-        F.when(share < fractions[0], "train")
-        .when(share < fractions[0] + fractions[1], "valid")
-        .otherwise("test")
-    )
-    return counted.withColumn("split", F.when(usable, split)).drop("_events")
+    by_time = Window.partitionBy("user").orderBy("micros")
+    whole = by_time.rangeBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    before = by_time.rangeBetween(Window.unboundedPreceding, -1)
+    placed = events.withColumn("position", F.count(F.when(usable, 1)).over(until_now) - 1)
+    earlier = {"_events": F.max("position").over(whole) + 1}
+    for when in dict.fromkeys(["any", *counts, *sums]):
+        earlier[f"_n:{when}"] = F.count(F.when(usable & matches(when), 1)).over(before)
+    for when in dict.fromkeys(["any", *sums]):
+        earlier[f"_last:{when}"] = F.max(F.when(usable & matches(when), F.col("micros"))).over(before)
+    for when in sums:
+        value = F.when(usable & matches(when), F.col("value").cast(EXACT))
+        earlier[f"_sum:{when}"] = F.sum(value).over(before)
+    return placed.withColumns(earlier)
+
+
+def assign(events: DataFrame, split: Split) -> DataFrame:
+    """Add `split` (train, valid, test) to the usable events of `look_back`; null for the others."""
+    if split.kind == "column":
+        return events
+    if split.kind == "leave_last":
+        left = F.col("_events") - F.col("position")
+        enough = F.col("_events") > 2 * split.last
+        part = F.when(enough & (left <= split.last), "test").when(enough & (left <= 2 * split.last), "valid")
+    elif split.kind == "per_user_time":
+        share = (F.col("position") + 0.5) / F.col("_events")
+        begin = (split.fractions[0], split.fractions[0] + split.fractions[1])
+        part = F.when(share >= begin[1], "test").when(share >= begin[0], "valid")
+    else:
+        moments = [_midnight(day) for day in split.dates] if split.dates else _moments(events, split)
+        part = F.when(F.col("micros") >= moments[1], "test").when(F.col("micros") >= moments[0], "valid")
+    return events.withColumn("split", F.when(F.col("_reason").isNull(), F.coalesce(part, F.lit("train"))))
+
+
+def _moments(events: DataFrame, split: Split) -> list[int]:
+    """Begin of valid and test: as many events are earlier as the fractions say, or fewer in case of ties."""
+    usable = events.where(F.col("_reason").isNull())
+    begin = (split.fractions[0], split.fractions[0] + split.fractions[1])
+    found = quantiles(usable.select(F.lit("micros").alias("name"), F.col("micros").alias("x")), begin)
+    return [int(moment) for moment in found.get("micros", (0, 0))]
+
+
+def _midnight(day: dt.date) -> int:
+    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 10**6
+
+
+def duplicates(events: DataFrame, again: DataFrame) -> DataFrame:
+    """The texts of the duplicates: `_source`, `_reason`, `_raw`.
+
+    Args:
+        events: of `gather`.
+        again: a second look at the checked log, with `_hash`, `_source`, `_raw` and `_reason`.
+    """
+    times = events.where(F.col("_reason") == DUPLICATE).groupBy(TIEBREAK).count()
+    texts = again.where(F.col("_reason").isNull()).join(times, TIEBREAK, "left_semi")
+    texts = texts.groupBy(TIEBREAK).agg(F.min("_source").alias("_source"), F.min("_raw").alias("_raw"))
+    each = F.explode(F.sequence(F.lit(1), F.col("count").cast("int"))).alias("_time")
+    return texts.join(times, TIEBREAK).select("_source", F.lit(DUPLICATE).alias("_reason"), "_raw", each)
+
+
+def k_core(events: DataFrame, user: int, item: int) -> tuple[DataFrame, int, int]:
+    """Drop the events of users and items with fewer events than asked for, until there are none.
+
+    Args:
+        events: of `gather`, cached; rows that are set aside neither count nor are dropped.
+        user: least number of events of a user.
+        item: least number of events of an item.
+
+    Returns:
+        the rows that stay, the number of events dropped, and the number of rounds until nothing changed.
+    """
+    usable = F.col("_reason").isNull()
+    kept = events.where(usable).select("user", "item")
+    whole = left = kept.count()
+    rounds = 0
+    while True:
+        before = left
+        for key, least in (("item", item), ("user", user)):
+            if least > 1:
+                many = kept.groupBy(key).count().where(F.col("count") >= least).select(key)
+                kept = kept.join(many, key, "left_semi").select("user", "item")
+        # Each round reads the last one's result, or the plan would double with every round.
+        kept = kept.localCheckpoint(eager=False)
+        left = kept.count()
+        rounds += 1
+        if left in (0, before):
+            break
+    pairs = kept.distinct()
+    stay = events.where(usable).join(pairs, ["user", "item"], "left_semi")
+    return stay.unionByName(events.where(~usable)), whole - left, rounds

@@ -21,13 +21,19 @@ class Lists:
     """[B, K] float32, descending; equal scores ascend by item."""
 
 
-def top_k(scores_BI: Tensor, k: int, excluded: tuple[Tensor, Tensor] | None = None) -> Lists:
+def top_k(
+    scores_BI: Tensor,
+    k: int,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    listable: Tensor | None = None,
+) -> Lists:
     """The K best items of each row.
 
     Args:
         scores_BI: [B, I] float32; changed in place where items are excluded.
         k: list length; may exceed the catalogue.
         excluded: (row, item) pairs, two [E] int64 tensors, that must not be listed.
+        listable: [B, I] or [1, I] bool: no other item is listed.
 
     Raises:
         ValueError: a score is NaN.
@@ -35,6 +41,8 @@ def top_k(scores_BI: Tensor, k: int, excluded: tuple[Tensor, Tensor] | None = No
     scores_BI[:, UNKNOWN] = -torch.inf
     if excluded is not None:
         scores_BI[excluded] = -torch.inf
+    if listable is not None:
+        scores_BI.masked_fill_(~listable, -torch.inf)
     if torch.isnan(scores_BI).any():
         raise ValueError("a score is NaN")
     taken = min(k, scores_BI.shape[1])
@@ -58,7 +66,11 @@ def top_k(scores_BI: Tensor, k: int, excluded: tuple[Tensor, Tensor] | None = No
 
 
 def nearest_items(
-    users_BR: Tensor, items_IR: Tensor, k: int, excluded: tuple[Tensor, Tensor] | None = None
+    users_BR: Tensor,
+    items_IR: Tensor,
+    k: int,
+    excluded: tuple[Tensor, Tensor] | None = None,
+    listable: Tensor | None = None,
 ) -> Lists:
     """The K items with the greatest inner product for each user, over all items (exact search).
 
@@ -67,5 +79,6 @@ def nearest_items(
         items_IR: [I, R] float32, row i the vector of item index i.
         k: list length.
         excluded: see `top_k`.
+        listable: see `top_k`.
     """
-    return top_k(users_BR @ items_IR.T, k, excluded)
+    return top_k(users_BR @ items_IR.T, k, excluded, listable)

@@ -2,11 +2,9 @@
 
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from recsys_dist import config
+from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import load
-from recsys_dist.schema import FeatureSpec
 from recsys_dist.scoring.scorers import FM, Exhaustive, Factors, Popularity, Ranker, Scorer, TwoStage
 from recsys_dist.workspace import Run
 
@@ -15,9 +13,8 @@ from recsys_dist.workspace import Run
 class Models:
     """Everything that lists are made with."""
 
-    spec: FeatureSpec
-    items: pa.Table
-    """items/ of the features run."""
+    items: Items
+    """Of the features run."""
     ranker: Ranker
     sources: dict[str, Scorer]
     """Recall sources by the names used in score.candidates."""
@@ -38,8 +35,8 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     """Load the models of these runs (features, als, deepfm)."""
     features = inputs["features"]
     spec = features.spec()
-    items = features.table("items").sort_by("item")
-    ranker = Ranker(spec, load(inputs["deepfm"], spec), items)
+    items = Items(features, spec)
+    ranker = Ranker(load(inputs["deepfm"], spec), items)
     sources: dict[str, Scorer] = {
         "als": Factors(spec, inputs["als"].table("user_factors"), inputs["als"].table("item_factors")),
         "fm": FM(ranker),
@@ -48,4 +45,4 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     chosen: dict[str, tuple[Scorer, int]] = {
         name: (sources[name], quota) for name, quota in score.candidates.items()
     }
-    return Models(spec, items, ranker, sources, TwoStage(chosen, ranker))
+    return Models(items, ranker, sources, TwoStage(chosen, ranker))

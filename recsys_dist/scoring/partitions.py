@@ -12,6 +12,7 @@ import torch
 from ray.util import ActorPool
 
 from recsys_dist.config import Config
+from recsys_dist.deepfm.items import day_number
 from recsys_dist.schema import REASON, TOPK, UNKNOWN
 from recsys_dist.scoring.models import Models, load_models
 from recsys_dist.scoring.reasons import reasons
@@ -25,15 +26,24 @@ LISTS = "lists"
 def score_partitions(config: Config, run: OpenRun, date: dt.date) -> list[dict[str, Any]]:
     """Write every user's list to the run's lists/ and return each partition's figures.
 
-    A task takes `score.partition_users` consecutive user indices, so that its memory does not depend on
-    the number of users.
+    A task takes `score.partition_users` users, so that its memory does not depend on their number.
     """
-    n_users = run.inputs["features"].spec().n_users
-    parts = list(enumerate(range(1, n_users + 1, config.score.partition_users)))
+    users = run.inputs["features"].table("users/as_of=date", columns=["user"])["user"].to_numpy()
+    parts = partitions(users, config.score.partition_users)
     workers = min(len(parts), int(ray.cluster_resources().get("CPU", 1)))
     actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(PartitionScorer)
     pool = ActorPool([actor.remote(config, run, date) for _ in range(workers)])
     return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
+
+
+def partitions(users: np.ndarray, size: int) -> list[tuple[int, int, int | None]]:
+    """Cut the users that are there, whose indices may have gaps, into parts of `size` consecutive ones.
+
+    Returns:
+        of each part its number, its first user's index and that of the next part, None after the last.
+    """
+    firsts = np.sort(users)[::size].tolist()
+    return list(zip(range(len(firsts)), firsts, [*firsts[1:], None], strict=False))
 
 
 class PartitionScorer:
@@ -44,13 +54,21 @@ class PartitionScorer:
         self.models = load_models(run.inputs, config.score)
         self.users = run.inputs["features"].dataset("users/as_of=date")
 
-    def score(self, part: int, start: int) -> dict[str, Any]:
-        """Score the users from index `start`, write the partition's file, return its figures."""
+    def score(self, part: int, start: int, stop: int | None) -> dict[str, Any]:
+        """Score some users, write the partition's file, return its figures.
+
+        Args:
+            part: number of the partition.
+            start: the first user's index.
+            stop: the next partition's first; None: there is none.
+        """
         settings = self.config.score
-        wanted = (pc.field("user") >= start) & (pc.field("user") < start + settings.partition_users)
+        wanted = pc.field("user") >= start
+        if stop is not None:
+            wanted &= pc.field("user") < stop
         rows = self.users.to_table(filter=wanted).sort_by("user")
-        weekday = np.full(len(rows), self.date.weekday())
-        batch = with_context(self.models.spec, rows, weekday, settings.filter_seen)
+        days = np.full(len(rows), day_number(self.date), np.int32)
+        batch = with_context(self.models.items, rows, days, settings.filter_seen)
         table, figures = published_rows(self.models, batch, settings.k, self.date, self.run.run_id)
         self.run.write_table(LISTS, table, part)
         return figures
@@ -61,10 +79,10 @@ def published_rows(
     models: Models, users: Users, k: int, date: dt.date, run_id: str
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
-    lists, proposed_BKS = models.two_stage.rank(users, min(k, models.spec.n_items))
+    lists, proposed_BKS = models.two_stage.rank(users, min(k, len(models.items)))
     why = reasons(models.ranker, users, lists)
     names = np.array(list(models.two_stage.sources))
-    item_ids = np.append([""], models.items["item_id"].to_numpy(zero_copy_only=False))
+    item_ids = np.append([""], models.items.table["item_id"].to_numpy(zero_copy_only=False))
     rows, places = np.nonzero(lists.items.numpy() != UNKNOWN)
     listed = lists.items.numpy()[rows, places]
     spoken = why.items[rows, places]

@@ -33,12 +33,16 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
 
     A history field enters the FM as the mean (or sum) of its items' embeddings, so that its second-order
     term with the listed item, <mean_j e_j, sum_i>, is a sum over j of <e_j, sum_i> / n: j's contribution.
-    An item that occurs in several history fields adds up.
+    An item that occurs in several history fields adds up. Histories of items' attributes name no item and
+    are left out.
     """
-    listed_BKD = ranker.items.sum[lists.items]
+    width = ranker.model.settings.embedding_dim
+    listed_BKD = torch.empty(*lists.items.shape, width)
+    for rows, catalogue in ranker.by_day(users):
+        listed_BKD[rows] = catalogue.sum[lists.items[rows]]
     places, contributions = [], []
     for field in ranker.spec.fields:
-        if field.kind != "history":
+        if field.kind != "history" or field.of != "item":
             continue
         history_BH = torch.zeros(len(users), field.last or 1, dtype=torch.int64)
         rows, items = tensor_pairs(users.table[field.name])
@@ -46,7 +50,7 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
         start_B = torch.cumsum(length_B, 0) - length_B
         history_BH[rows, torch.arange(len(rows)) - start_B[rows]] = items
         table = ranker.model.user_tables.embedding_bags[f"table_{field.name}"].weight
-        embedded_BHD = table[history_BH][..., : listed_BKD.shape[-1]]
+        embedded_BHD = table[history_BH][..., :width]
         if field.pooling == "mean":
             embedded_BHD = embedded_BHD / length_B.clamp(min=1)[:, None, None]
         share_BKH = torch.einsum("bkd,bhd->bkh", listed_BKD, embedded_BHD)

@@ -3,8 +3,10 @@
 Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank.
 """
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recsys_dist.deepfm.batches import side_batch
+from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
 from recsys_dist.schema import UNKNOWN, FeatureSpec
@@ -22,20 +25,20 @@ class Scorer(Protocol):
     """Ranks items for users."""
 
     def top_k(self, users: Users, k: int) -> Lists:
-        """The best K items for each user, none of them excluded."""
+        """The best K items for each user, all of them listable and none excluded."""
         ...
 
 
 class Popularity:
     """The items with the most positive train events, the same for everyone."""
 
-    def __init__(self, items: pa.Table) -> None:
-        """Take items/ of a features run."""
-        self.counts_I = torch.from_numpy(np.append([0], items["count"].to_numpy()).astype(np.float32))
+    def __init__(self, items: Items) -> None:
+        """Take the items of a features run."""
+        self.counts_I = torch.from_numpy(np.append([0], items.counts).astype(np.float32))
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
-        return top_k(self.counts_I.repeat(len(users), 1), k, users.excluded)
+        return top_k(self.counts_I.repeat(len(users), 1), k, users.excluded, users.listable)
 
 
 class Factors:
@@ -48,55 +51,66 @@ class Factors:
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
-        scores_BI = self.users_UR[users.indices] @ self.items_IR.T
-        scores_BI[:, ~self.known_I] = -torch.inf
-        scores_BI[~self.known_U[users.indices]] = -torch.inf
-        return top_k(scores_BI, k, users.excluded)
+        listable = users.listable & self.known_I & self.known_U[users.indices, None]
+        return nearest_items(self.users_UR[users.indices], self.items_IR, k, users.excluded, listable)
 
 
 class Ranker:
-    """A DeepFM with the item side of the whole catalogue computed once."""
+    """A DeepFM with the item side of the whole catalogue, computed once, or once a day with daily fields."""
 
-    def __init__(self, spec: FeatureSpec, model: DeepFM, items: pa.Table) -> None:
-        """Take a published model and items/ of the features run it was trained on."""
-        self.spec = spec
+    def __init__(self, model: DeepFM, items: Items) -> None:
+        """Take a published model and the items of the features run it was trained on."""
+        self.spec = items.spec
         self.model = model
-        fields = spec.side("item")
-        schema = pa.schema([(field.name, field.arrow_type) for field in fields])
-        unknown: dict[str, Any] = {field.name: [] if field.type == "indices" else 0 for field in fields}
-        # Not concat_tables at once: the files' columns may be declared as never null.
-        rows = pa.concat_tables(
-            [pa.Table.from_pylist([unknown], schema), items.select(schema.names).cast(schema)]
-        )
-        self.items: Side = model.item_side(side_batch(rows, fields))
+        self.items = items
+        # The users of a batch are taken day by day, so no more than the last day is worth keeping.
+        self._side = functools.lru_cache(maxsize=1)(self._item_side)
+
+    def catalogue(self, day: int) -> Side:
+        """[I] the item side of all items, the unknown one first, as of a day (days since 1970)."""
+        return self._side(day if self.spec.daily else 0)
 
     def users(self, users: Users) -> Side:
         """The user side of a batch."""
         return self.model.user_side(side_batch(users.table, self.spec.side("user", "context")))
 
-    def logits(self, user: Side, items_BC: Tensor) -> Tensor:
+    def by_day(self, users: Users) -> Iterator[tuple[Tensor, Side]]:
+        """The batch in groups for which the items' fields are the same: rows of it and the catalogue."""
+        days = users.days if self.spec.daily else torch.zeros_like(users.days)
+        for day in days.unique().tolist():
+            yield torch.nonzero(days == day).squeeze(1), self.catalogue(day)
+
+    def logits(self, users: Users, items_BC: Tensor) -> Tensor:
         """[B, C] logits of the given items for each user."""
-        return self.model.logits(user.leading(-1, 1), Side(*(part[items_BC] for part in self.items)))
+        user = self.users(users)
+        logits_BC = torch.empty(items_BC.shape)
+        for rows, items in self.by_day(users):
+            logits_BC[rows] = self.model.logits(user.take(rows[:, None]), items.take(items_BC[rows]))
+        return logits_BC
+
+    def _item_side(self, day: int) -> Side:
+        every = torch.arange(len(self.items) + 1)
+        return self.model.item_side(self.items.at(every, torch.tensor([day], dtype=torch.int32)))
 
 
 class FM:
     """The FM part of a DeepFM alone, as an exact inner-product search.
 
-    For one user the FM logit is a constant plus <sum_u, sum_i> + first_i + pair_i: an inner product of
-    (sum_u, 1) with (sum_i, first_i + pair_i). The constant does not change the order.
+    For one user the FM logit is a constant plus <sum_u, sum_i> + first_i + pair_i. The constant does not
+    change the order.
     """
 
     def __init__(self, ranker: Ranker) -> None:
         """Use the FM part of this model."""
         self.ranker = ranker
-        items = ranker.items
-        self.items_IR = torch.cat([items.sum, (items.first + items.pair)[:, None]], dim=1)
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer. The scores lack the user's constant."""
         user = self.ranker.users(users)
-        users_BR = torch.cat([user.sum, torch.ones(len(users), 1)], dim=1)
-        return nearest_items(users_BR, self.items_IR, k, users.excluded)
+        scores_BI = torch.empty(len(users), len(self.ranker.items) + 1)
+        for rows, items in self.ranker.by_day(users):
+            scores_BI[rows] = torch.addmm(items.first + items.pair, user.sum[rows], items.sum.T)
+        return top_k(scores_BI, k, users.excluded, users.listable)
 
 
 class Exhaustive:
@@ -112,12 +126,11 @@ class Exhaustive:
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
         user = self.ranker.users(users)
-        items = self.ranker.items.leading(1, -1)
-        scores = [
-            self.ranker.model.logits(user.rows(start, start + self.USERS_AT_ONCE).leading(-1, 1), items)
-            for start in range(0, len(users), self.USERS_AT_ONCE)
-        ]
-        return top_k(torch.cat(scores), k, users.excluded)
+        scores_BI = torch.empty(len(users), len(self.ranker.items) + 1)
+        for rows, items in self.ranker.by_day(users):
+            for some in rows.split(self.USERS_AT_ONCE):
+                scores_BI[some] = self.ranker.model.logits(user.take(some[:, None]), items.leading(1, -1))
+        return top_k(scores_BI, k, users.excluded, users.listable)
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class Candidates:
 
 
 class TwoStage:
-    """Recall from several sources, then ranking by DeepFM. A source's excluded items never enter."""
+    """Recall from several sources, then ranking by DeepFM. What a source may not list never enters."""
 
     def __init__(self, sources: dict[str, tuple[Scorer, int]], ranker: Ranker) -> None:
         """Take the sources by name, each with the number of items it proposes a user."""
@@ -157,7 +170,7 @@ class TwoStage:
     def rank(self, users: Users, k: int) -> tuple[Lists, Tensor]:
         """The best K candidates for each user, and which sources proposed each: [B, K, S] bool."""
         candidates = self.candidates(users)
-        scores_BC = self.ranker.logits(self.ranker.users(users), candidates.items)
+        scores_BC = self.ranker.logits(users, candidates.items)
         scores_BC[candidates.items == UNKNOWN] = -torch.inf
         # A column in front stands for the unknown item, which top_k never lists.
         places = top_k(torch.nn.functional.pad(scores_BC, (1, 0), value=-torch.inf), k)

@@ -1,4 +1,4 @@
-"""A batch of users as a Scorer sees them: their state as of a cut, the context, and what not to list."""
+"""A batch of users as a Scorer sees them: their state as of a cut, the context, and what may be listed."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,22 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recsys_dist.schema import SEEN_COLUMN, FeatureSpec, SeenFilter, pairs
+from recsys_dist.deepfm.items import Items, weekdays
+from recsys_dist.schema import SEEN_COLUMN, SeenFilter, pairs
 
 
 @dataclass(frozen=True)
 class Users:
-    """B rows of a features run's users/, with the context columns added."""
+    """B rows of a features run's users/, with the context columns added, each to get the list of a day."""
 
     table: pa.Table
     """Every user and context field of the FeatureSpec, and the lists `seen` and `liked`."""
     excluded: tuple[Tensor, Tensor]
     """(row, item) pairs that must not be listed, two [E] int64 tensors."""
+    listable: Tensor
+    """[B, I] or [1, I] bool: the items that may be listed on the day (Items.listable)."""
+    days: Tensor
+    """[B] int32, days since 1970 (UTC): the day of each list, which items' daily fields are as of."""
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -28,25 +33,22 @@ class Users:
         return torch.from_numpy(self.table["user"].to_numpy().astype(np.int64))
 
 
-def with_context(
-    spec: FeatureSpec,
-    rows: pa.Table,
-    weekday: np.ndarray,
-    filter_seen: SeenFilter,
-) -> Users:
+def with_context(items: Items, rows: pa.Table, days: np.ndarray, filter_seen: SeenFilter) -> Users:
     """Make a batch of rows of users/.
 
     Args:
-        spec: of the features run that the rows come from.
+        items: of the features run that the rows come from.
         rows: B rows.
-        weekday: [B] int, 0 (Monday) to 6, of the day that each list is for.
+        days: [B] int32, days since 1970 (UTC), that each list is for.
         filter_seen: which items of the user's are excluded.
     """
-    for name, column in spec.context(weekday).items():
+    for name, column in items.spec.context(weekdays(days)).items():
         rows = rows.append_column(name, column)
     column = SEEN_COLUMN.get(filter_seen)
     empty = torch.empty(0, dtype=torch.int64)
-    return Users(rows.combine_chunks(), tensor_pairs(rows[column]) if column else (empty, empty))
+    excluded = tensor_pairs(rows[column]) if column else (empty, empty)
+    moment = torch.from_numpy(days.astype(np.int32))
+    return Users(rows.combine_chunks(), excluded, items.listable(moment), moment)
 
 
 def tensor_pairs(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:

@@ -11,17 +11,18 @@ FIELDS = (
     FieldSpec(
         name="recent", kind="history", side="user", type="indices", cardinality=10, pooling="mean", last=3
     ),
-    FieldSpec(name="activity", kind="count", side="user", type="value", cardinality=1),
+    FieldSpec(name="tastes", kind="aggregate", side="user", type="vector", cardinality=2),
+    FieldSpec(name="activity", kind="aggregate", side="user", type="value", cardinality=1),
 )
 ROWS = [
-    {"user": 3, "recent": [1, 2], "activity": 0.5},
-    {"user": None, "recent": [], "activity": None},
-    {"user": 9, "recent": None, "activity": -1.0},
-    {"user": 1, "recent": [4, None, 5], "activity": 2.0},
+    {"user": 3, "recent": [1, 2], "activity": 0.5, "tastes": [0.25, 0.75]},
+    {"user": None, "recent": [], "activity": None, "tastes": None},
+    {"user": 9, "recent": None, "activity": -1.0, "tastes": [0.0, 1.0]},
+    {"user": 1, "recent": [4, None, 5], "activity": 2.0, "tastes": [None, 0.5]},
 ]
 SCHEMA = pa.schema([(field.name, field.arrow_type) for field in FIELDS])
 EXPECTED = {"user": [[3], [0], [9], [1]], "recent": [[1, 2], [], [], [4, 0, 5]]}
-VALUES = [[0.5], [0.0], [-1.0], [2.0]]
+VALUES = [[0.25, 0.75, 0.5], [0.0, 0.0, 0.0], [0.0, 1.0, -1.0], [0.0, 0.5, 2.0]]
 
 
 def bags(batch):
@@ -55,8 +56,28 @@ def test_a_slice_holds_only_its_rows(table, start, length):
 
 def test_sliced_arrays_under_a_null_list():
     lists = pa.array([[7, 8], None, [9]], SCHEMA.field("recent").type)
+    vectors = pa.array([[7.0, 8.0], None, [1.0, 2.0]], SCHEMA.field("tastes").type)
     columns = {"user": pa.array([1, 2], pa.int32()), "recent": lists[1:], "activity": pa.array([0.0, 1.0])}
-    assert bags(side_batch(columns, FIELDS))["recent"] == [[], [9]]
+    batch = side_batch(columns | {"tastes": vectors[1:]}, FIELDS)
+    assert bags(batch)["recent"] == [[], [9]]
+    assert batch.values.tolist() == [[0.0, 0.0, 0.0], [1.0, 2.0, 1.0]]
+
+
+def test_a_side_of_numbers_only_or_of_indices_only(table):
+    numbers = side_batch(table, FIELDS[2:])
+    assert numbers.indices.keys() == []
+    assert numbers.take(torch.tensor([3, 0])).values.tolist() == [VALUES[3], VALUES[0]]
+    indices = side_batch(table, FIELDS[:2])
+    assert indices.values.shape == (len(table), 0)
+    assert bags(indices.take(torch.tensor([2]))) == {"user": [[9]], "recent": [[]]}
+
+
+@pytest.mark.parametrize("vector", [[], [1.0], [1.0, 2.0, 3.0]])
+def test_a_vector_of_another_length_is_refused(table, vector):
+    columns = {name: table[name] for name in table.column_names}
+    columns["tastes"] = pa.array([[0.0, 0.0], vector, None, [0.0, 0.0]], SCHEMA.field("tastes").type)
+    with pytest.raises(DataError, match=f"tastes has a vector of {len(vector)} numbers, .* expects 2"):
+        side_batch(columns, FIELDS)
 
 
 def test_several_chunks(table):
@@ -72,7 +93,7 @@ def test_take_repeats_and_reorders(table):
 
 
 def test_a_missing_column_is_named(table):
-    with pytest.raises(DataError, match="recent are not among the columns user, activity"):
+    with pytest.raises(DataError, match="recent are not among the columns user, tastes, activity"):
         side_batch(table.drop(["recent"]), FIELDS)
 
 

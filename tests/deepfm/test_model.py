@@ -1,3 +1,4 @@
+import contextlib
 import itertools
 import json
 from pathlib import Path
@@ -8,8 +9,9 @@ from torch import nn
 
 from recsys_dist.deepfm.batches import Batch, side_batch
 from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.model import BLOCK, DeepFM, initial_rows, load, publish
-from recsys_dist.errors import DataError
+from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features
 
@@ -37,8 +39,10 @@ def sides(features, model):
     examples = features.table("examples").sort_by("timestamp")
     rows = examples.slice(0, USERS)
     assert min(len(bag) for bag in rows["recent"].to_pylist()) == 0
-    items = features.table("items")
-    return side_batch(rows, model.user_fields), side_batch(items, model.item_fields)
+    items = Items(features, features.spec())
+    every = torch.arange(1, len(items) + 1)
+    days = torch.from_numpy(days_of(rows["timestamp"]))[:1]
+    return side_batch(rows, model.user_fields), items.at(every, days)
 
 
 def embedded(model, batch, fields, collection, values, row):
@@ -46,9 +50,10 @@ def embedded(model, batch, fields, collection, values, row):
     width = model.settings.embedding_dim + 1
     jagged, numbers, found = batch.indices.to_dict(), 0, []
     for field in fields:
-        if field.type == "value":
-            found.append(batch.values[row, numbers] * values[numbers])
-            numbers += 1
+        if field.type in ("value", "vector"):
+            parts = [batch.values[row, numbers + n] * values[numbers + n] for n in range(field.cardinality)]
+            found.append(torch.stack(parts).sum(0))
+            numbers += field.cardinality
             continue
         start, stop = jagged[field.name].offsets()[row : row + 2].tolist()
         bag = jagged[field.name].values()[start:stop].long()
@@ -90,13 +95,26 @@ def test_equals_the_papers_formula(model, sides):
 
 
 @torch.no_grad()
+def test_a_vector_is_one_field(model, features):
+    """Its numbers have embeddings of their own, and together the place of one field in the MLP."""
+    fields = {field.name: field for field in model.user_fields}
+    assert model.user_values.shape == (
+        sum(f.cardinality for f in fields.values() if f.type != "index" and f.type != "indices"),
+        5,
+    )
+    assert model.user_hidden.in_features == len(fields) * model.settings.embedding_dim
+
+
+@torch.no_grad()
 def test_fm_and_mlp_add_up(model, sides):
     user, item = model.user_side(sides[0]).leading(-1, 1), model.item_side(sides[1]).leading(1, -1)
     torch.testing.assert_close(model.fm(user, item) + model.mlp(user, item), model.logits(user, item))
 
 
 def test_forward_scores_each_positive_with_its_own_items(config, features, model):
-    batch = Examples(features, features.spec(), config).batch(epoch=0, step=0, rank=0, world_size=1)
+    batch = Examples(features, Items(features, features.spec()), config).batch(
+        epoch=0, step=0, rank=0, world_size=1
+    )
     loss, logits = model(batch)
     width = 1 + config.deepfm.negatives
     for row in (0, 5):
@@ -110,7 +128,9 @@ def test_forward_scores_each_positive_with_its_own_items(config, features, model
 
 
 def test_rows_without_weight_do_not_count(config, features, model):
-    batch = Examples(features, features.spec(), config).batch(epoch=0, step=0, rank=0, world_size=1)
+    batch = Examples(features, Items(features, features.spec()), config).batch(
+        epoch=0, step=0, rank=0, world_size=1
+    )
     half = torch.arange(len(batch.weight)) < 32
     loss, logits = model(Batch(batch.user, batch.item, batch.log_probability, half / 32))
     assert loss.item() == pytest.approx(
@@ -176,6 +196,17 @@ def test_a_model_of_other_fields_is_refused(published, features):
     spec = features.spec()
     with pytest.raises(DataError, match=r"was trained on the fields user, item, .* weekday"):
         load(published, spec.model_copy(update={"fields": spec.fields[:-1]}))
+
+
+def test_a_model_whose_indices_mean_something_else_is_refused(published, features):
+    spec = features.spec()
+    genres = spec.vocabularies["genres"]
+    other = genres.model_copy(update={"fingerprint": "other"})
+    grown = other.model_copy(update={"ancestors": ((genres.size, genres.fingerprint),)})
+    for found, fits in ((other, False), (grown, True)):
+        changed = spec.model_copy(update={"vocabularies": spec.vocabularies | {"genres": found}})
+        with contextlib.nullcontext() if fits else pytest.raises(ConfigError, match="vocabulary genres"):
+            load(published, changed)
 
 
 def test_a_damaged_model_is_refused(published, features, tmp_path):

@@ -6,12 +6,20 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.checkpoint import complete, load_weights
 from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM
 from recsys_dist.deepfm.validation import Validation
-from tests.deepfm.workers import one_step, run_workers, train_in
-from tests.synthetic import synthetic_config, synthetic_features
+from tests.deepfm.workers import one_step, run_workers, train_in, validated
+from tests.synthetic import (
+    items_as_of,
+    listable,
+    synthetic_config,
+    synthetic_features,
+    without_daily,
+)
 
 LARGE = {"table_user", "table_item", "table_recent"}
 
@@ -55,14 +63,14 @@ def unsharded(plain, features):
     spec = features.spec()
     model = DeepFM(spec, plain.deepfm, seed=plain.seed)
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    loss, logits = model(Examples(features, spec, plain).batch(0, 0, rank=0, world_size=1))
+    loss, logits = model(Examples(features, Items(features, spec), plain).batch(0, 0, rank=0, world_size=1))
     loss.backward()
     return model, start, loss.item(), logits.detach()
 
 
 def test_tables_are_really_sharded(two, features):
     spec = features.spec()
-    rows = {f"table_{f.name}": f.cardinality for f in spec.fields if f.type != "value"}
+    rows = {f"table_{f.name}": f.cardinality for f in spec.fields if f.type in ("index", "indices")}
     assert {name.split(".")[-2] for name in two[0]["shards"]} == set(rows)
     owners = []
     for name, shards in two[0]["shards"].items():
@@ -120,7 +128,7 @@ def test_a_step_equals_the_unsharded_models(workers, one, two, unsharded, plain)
 
 
 def test_workers_shares_make_up_the_step(plain, features):
-    examples = Examples(features, features.spec(), plain)
+    examples = Examples(features, Items(features, features.spec()), plain)
     for step in (0, examples.steps - 1):
         whole = examples.batch(1, step, rank=0, world_size=1)
         parts = [examples.batch(1, step, rank, world_size=3) for rank in range(3)]
@@ -139,7 +147,7 @@ def test_workers_shares_make_up_the_step(plain, features):
 
 
 def test_an_epoch_visits_every_positive_once(plain, features):
-    examples = Examples(features, features.spec(), plain)
+    examples = Examples(features, Items(features, features.spec()), plain)
     width = 1 + plain.deepfm.negatives
     visited = []
     for step in range(examples.steps):
@@ -219,7 +227,7 @@ def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp
     # What is kept as the best is the model of that evaluation, not the last one.
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
     try:
-        spec, validation = features.spec(), Validation(features, features.spec(), changed)
+        spec, validation = features.spec(), Validation(features, Items(features, features.spec()), changed)
         for line, path in ((lines[best], progress["best_step"]), (lines[-1], progress["step"])):
             model = DeepFM(spec, patient)
             found = next(place for step, _, place in complete(tmp_path) if step == path)
@@ -238,47 +246,92 @@ def test_a_diverged_training_leaves_no_evaluation_to_publish(config, features, t
     assert not np.isfinite(float(found["loss"]))
 
 
-@pytest.mark.parametrize("filter_seen", ["all", "none"])
-@pytest.mark.parametrize("few", [False, True])
-def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, filter_seen, few):
+@pytest.mark.parametrize(
+    ("filter_seen", "few", "daily"),
+    [
+        ("all", False, True),
+        ("none", False, True),
+        ("all", True, True),
+        ("none", True, False),
+        ("all", False, False),
+    ],
+)
+def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, filter_seen, few, daily):
     """Also where fewer than ten items are left to rank."""
     if few:
         config = synthetic_config(tmp_path / "few")
         features = synthetic_features(config, users=20, items=12, events=11)
     score = config.score.model_copy(update={"filter_seen": filter_seen})
     config = config.model_copy(update={"score": score})
-    spec = features.spec()
+    spec = features.spec() if daily else without_daily(features.spec())
     model = DeepFM(spec, config.deepfm.model_copy(update={"init_scale": 0.5})).eval()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
     try:
-        validation = Validation(features, spec, config)
+        validation = Validation(features, Items(features, spec), config)
         found = validation.ndcg(model, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
     rows = [row for row in features.table("examples").to_pylist() if row["split"] == "valid"]
     states = {row["user"]: row for row in features.table("users/as_of=valid").to_pylist()}
-    truth = {}
+    truth, first, weekdays = {}, {}, {}
     for row in sorted(rows, key=lambda row: row["timestamp"]):
         if row["label"]:
             truth.setdefault(row["user"], set()).add(row["item"])
+            first.setdefault(row["user"], int(row["timestamp"].timestamp() // 86_400))
+            weekdays.setdefault(row["user"], row["weekday"])
     users = validation.user.indices.to_dict()["user"].values().tolist()
-    assert users == sorted(truth)
+    assert sorted(users) == sorted(truth)
+    assert few or len({frozenset(listable(features, day)) for day in first.values()}) > 1
     with torch.no_grad():
-        logits = model.logits(
-            model.user_side(validation.user).leading(-1, 1), model.item_side(validation.item).leading(1, -1)
-        )
+        sides = {
+            day: model.item_side(side_batch(items_as_of(features, day), model.item_fields))
+            for day in set(first.values())
+        }
+        user_side = model.user_side(validation.user)
+        logits = [
+            model.logits(user_side.rows(row, row + 1), sides[first[user]]) for row, user in enumerate(users)
+        ]
     total = 0.0
     for row, user in enumerate(users):
         ranked = [int(i) + 1 for i in logits[row].argsort(descending=True)]
-        seen = states[user]["seen"] if filter_seen == "all" else []
-        ranked = [item for item in ranked if item not in seen][:10]
+        allowed = listable(features, first[user]) - set(states[user]["seen"] if filter_seen == "all" else [])
+        ranked = [item for item in ranked if item in allowed][:10]
         gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranked) if item in truth[user])
         total += gain / sum(1 / np.log2(place + 2) for place in range(min(10, len(truth[user]))))
     assert found == pytest.approx(total / len(users), abs=1e-6)
     indices = validation.user.indices.to_dict()
     assert set(indices["hour"].values().tolist()) == {spec.hour + 1}
-    first = {}
-    for row in sorted(rows, key=lambda row: row["timestamp"]):
-        if row["label"]:
-            first.setdefault(row["user"], row["weekday"])
-    assert indices["weekday"].values().tolist() == [first[user] for user in users]
+    assert indices["weekday"].values().tolist() == [weekdays[user] for user in users]
+
+
+def test_validation_is_the_same_for_any_number_of_workers(config, features, tmp_path):
+    (one,) = run_workers(1, validated, tmp_path / "one", config, features)
+    assert run_workers(2, validated, tmp_path / "two", config, features) == [pytest.approx(one, abs=1e-6)] * 2
+
+
+@torch.no_grad()
+def test_positives_and_drawn_items_have_the_fields_of_the_positives_day(plain, features):
+    spec = features.spec()
+    examples = Examples(features, Items(features, spec), plain)
+    days = {
+        (row["user"], row["item"]): int(row["timestamp"].timestamp() // 86_400)
+        for row in features.table("examples").to_pylist()
+    }
+    width = 1 + plain.deepfm.negatives
+    found = {}
+    for step in range(examples.steps):
+        batch = examples.batch(0, step, rank=0, world_size=1)
+        users = batch.user.indices.to_dict()["user"].values().tolist()
+        bags = batch.item.indices.to_dict()
+        items = bags["item"].values().view(-1, width).tolist()
+        ages = bags["age"].values().view(-1, width).tolist()
+        trends = batch.item.values[:, [f.name for f in spec.side("item") if f.type == "value"].index("trend")]
+        for user, row, age, trend in zip(users, items, ages, trends.view(-1, width).tolist(), strict=True):
+            for item, *values in zip(row, age, trend, strict=True):
+                found.setdefault(days[user, row[0]], set()).add((item, *values))
+    assert len(found) > 3
+    for day, drawn in found.items():
+        rows = items_as_of(features, day).to_pylist()
+        expected = {row["item"]: (row["age"], row["trend"]) for row in rows}
+        assert drawn == {(item, *expected[item]) for item, *_ in drawn}
+        assert {item for item, *_ in drawn} <= {row["item"] for row in rows if row["present"]}

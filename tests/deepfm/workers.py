@@ -22,6 +22,7 @@ def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> 
 def one_step(config: Any, features: Any) -> dict[str, Any]:
     """Shard, take the first step, and return what changed. Tables come whole from rank 0, None elsewhere."""
     from recsys_dist.deepfm.examples import Examples
+    from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import DeepFM
     from recsys_dist.deepfm.optimizer import dense_optimizer
     from recsys_dist.deepfm.sharding import shard
@@ -43,7 +44,7 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
                     [part.metadata.shard_offsets[0], part.tensor.shape[0]] for part in tensor.local_shards()
                 ],
             }
-    batch = Examples(features, spec, config).batch(0, 0, rank, world_size)
+    batch = Examples(features, Items(features, spec), config).batch(0, 0, rank, world_size)
     loss, logits = sharded(batch)
     loss.backward()
     answer |= {"loss": loss.item(), "logits": logits.detach(), "weight": batch.weight}
@@ -59,6 +60,17 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
         for state in found.values()
     }
     return answer
+
+
+def validated(config: Any, features: Any) -> float:
+    """The validation metric of the initial model, whole in each process."""
+    from recsys_dist.deepfm.items import Items
+    from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.validation import Validation
+
+    items = Items(features, features.spec())
+    model = DeepFM(items.spec, config.deepfm.model_copy(update={"init_scale": 0.5}))
+    return Validation(features, items, config).ndcg(model, torch.device("cpu"))
 
 
 def train_in(config: Any, features: Any, folder: Path) -> dict[str, Any]:

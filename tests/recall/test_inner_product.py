@@ -27,6 +27,16 @@ def test_equals_brute_force_with_ties_and_exclusions(k, seed):
     assert torch.isneginf(lists.scores[~listed]).all()
 
 
+@pytest.mark.parametrize("rows", [1, 20])
+def test_only_what_is_listable_is_listed(rows):
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randint(0, 6, (20, 50), generator=generator).float()
+    listable = torch.rand(rows, 50, generator=generator) < 0.5
+    left_out = torch.nonzero(~listable.expand(20, 50)).tolist()
+    expected = brute_force(scores, 30, {(row, item) for row, item in left_out})
+    assert top_k(scores, 30, listable=listable).items.tolist() == expected
+
+
 def test_inner_products_equal_brute_force():
     generator = torch.Generator().manual_seed(0)
     users, items = torch.randn(7, 4, generator=generator), torch.randn(30, 4, generator=generator)

@@ -3,21 +3,31 @@ import pyarrow as pa
 import pytest
 import torch
 
+from recsys_dist.deepfm.batches import side_batch
+from recsys_dist.deepfm.items import day_number
 from recsys_dist.recall.inner_product import top_k
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.reasons import ITEMS, reasons
-from recsys_dist.scoring.scorers import Exhaustive, TwoStage
+from recsys_dist.scoring.scorers import Exhaustive, Ranker, TwoStage
 from recsys_dist.scoring.users import with_context
 from tests.models import untrained_night
-from tests.synthetic import synthetic_config
+from tests.synthetic import START, items_as_of, listable, synthetic_config
 
 K = 10
+DAY = day_number(START.date())
+GONE = 7
+SCORERS = ["popularity", "als", "fm", "deepfm", "two_stage"]
 
 
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
     config = synthetic_config(tmp_path_factory.mktemp("root"))
-    return config, untrained_night(config)
+    return config, untrained_night(config, gone=GONE)
+
+
+@pytest.fixture(scope="module")
+def features(night):
+    return night[1]["features"]
 
 
 @pytest.fixture(scope="module")
@@ -27,46 +37,116 @@ def models(night):
 
 
 @pytest.fixture(scope="module")
-def users(night, models):
-    rows = night[1]["features"].table("users/as_of=test").sort_by("user")
-    return with_context(models.spec, rows, np.arange(len(rows)) % 7, "all")
+def rows(features):
+    return features.table("users/as_of=test").sort_by("user")
 
 
-@pytest.mark.parametrize("name", ["popularity", "als", "fm", "deepfm", "two_stage"])
-def test_no_scorer_lists_a_seen_item_or_one_twice(models, users, name):
+@pytest.fixture(scope="module")
+def users(models, rows):
+    """Lists of many days in one batch."""
+    return with_context(models.items, rows, DAY + np.arange(len(rows), dtype=np.int32) % 7, "all")
+
+
+@pytest.fixture(scope="module")
+def catalogues(features, models, users):
+    """The item side by day, from the tables themselves; row 0 stands for the unknown item."""
+    model, sides = models.ranker.model, {}
+    for day in set(users.days.tolist()):
+        items = items_as_of(features, day)
+        padded = pa.concat_tables([items.slice(0, 1), items])
+        sides[day] = model.item_side(side_batch(padded, model.item_fields))
+    return sides
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_no_scorer_lists_a_seen_a_gone_or_an_inactive_item_or_one_twice(features, models, users, name):
     lists = models.all()[name].top_k(users, K)
     assert lists.items.shape == (len(users), K)
+    allowed = {day: listable(features, day) for day in users.days.tolist()}
     seen = users.table["seen"].to_pylist()
     for row, items in enumerate(lists.items.tolist()):
         listed = [item for item in items if item]
-        assert len(set(listed)) == len(listed) == min(K, models.spec.n_items - len(seen[row]))
-        assert not set(listed) & set(seen[row])
+        left = allowed[int(users.days[row])] - set(seen[row])
+        assert len(set(listed)) == len(listed) == min(K, len(left))
+        assert set(listed) <= left
     finite = torch.where(torch.isneginf(lists.scores), -1e30, lists.scores)
     assert (finite.diff(dim=1) <= 0).all()
 
 
-@pytest.mark.parametrize("name", ["popularity", "als", "fm", "deepfm", "two_stage"])
+@pytest.mark.parametrize("name", SCORERS)
+def test_no_scorer_lists_an_item_that_only_its_mask_keeps_out(features, models, rows, name):
+    """Everything that may be listed is, and nothing else, when the list has room and nothing is left out."""
+    days = np.full(len(rows), DAY + 4, np.int32)
+    scorer = models.all()[name]
+    if name == "two_stage":
+        sources = {source: (models.sources[source], len(models.items)) for source in models.sources}
+        scorer = TwoStage(sources, models.ranker)
+    lists = scorer.top_k(with_context(models.items, rows, days, "none"), len(models.items))
+    for items in lists.items.tolist():
+        assert {item for item in items if item} == listable(features, DAY + 4)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_a_list_does_not_depend_on_the_batch(models, rows, users, name):
+    """A user alone gets the list that he gets among users of other days."""
+    together = models.all()[name].top_k(users, K)
+    for row in (0, 5, 23):
+        single = with_context(models.items, rows.slice(row, 1), users.days[row : row + 1].numpy(), "all")
+        alone = models.all()[name].top_k(single, K)
+        assert torch.equal(alone.items[0], together.items[row])
+        torch.testing.assert_close(alone.scores[0], together.scores[row])
+
+
+@pytest.mark.parametrize("name", SCORERS)
 def test_lists_longer_than_the_catalogue_end_in_unknown(models, users, name):
-    lists = models.all()[name].top_k(users, models.spec.n_items + 5)
+    lists = models.all()[name].top_k(users, len(models.items) + 5)
     assert (lists.items[:, -5:] == 0).all()
     assert torch.isneginf(lists.scores[:, -5:]).all()
 
 
 @torch.inference_mode()
-def test_fm_search_ranks_as_the_full_fm_formula(models, users):
+def test_deepfm_ranks_by_its_logits_as_of_each_list_s_day(models, users, catalogues):
     ranker = models.ranker
-    user, items = ranker.users(users), ranker.items
-    full = ranker.model.fm(user.leading(-1, 1), items.leading(1, -1))
-    expected = top_k(full.clone(), K, users.excluded)
+    user = ranker.users(users)
+    logits = torch.cat(
+        [
+            ranker.model.logits(user.rows(row, row + 1), catalogues[day])[None]
+            for row, day in enumerate(users.days.tolist())
+        ]
+    )
+    expected = top_k(logits, K, users.excluded, users.listable)
+    found = Exhaustive(ranker).top_k(users, K)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert (found.items == expected.items).float().mean() > 0.99
+    assert (catalogues[DAY].hidden != catalogues[DAY + 5].hidden).any()
+
+
+@torch.inference_mode()
+def test_fm_search_ranks_as_the_full_fm_formula(models, users, catalogues):
+    ranker = models.ranker
+    user = ranker.users(users)
+    full = torch.cat(
+        [
+            ranker.model.fm(user.rows(row, row + 1), catalogues[day])[None]
+            for row, day in enumerate(users.days.tolist())
+        ]
+    )
+    expected = top_k(full, K, users.excluded, users.listable)
     found = models.sources["fm"].top_k(users, K)
     # Equal up to each user's constant, so gaps between places agree and the order with them.
     torch.testing.assert_close(found.scores.diff(), expected.scores.diff(), rtol=1e-4, atol=1e-5)
     assert (found.items == expected.items).float().mean() > 0.99
 
 
+def test_the_catalogue_is_computed_once_a_day(models):
+    ranker = Ranker(models.ranker.model, models.items)
+    assert ranker.catalogue(DAY) is ranker.catalogue(DAY)
+    assert ranker.catalogue(DAY) is not ranker.catalogue(DAY + 1)
+
+
 @torch.inference_mode()
 def test_two_stage_with_all_items_as_candidates_equals_the_exhaustive_ranking(models, users):
-    everything = TwoStage({"popularity": (models.sources["popularity"], models.spec.n_items)}, models.ranker)
+    everything = TwoStage({"popularity": (models.sources["popularity"], len(models.items))}, models.ranker)
     expected = Exhaustive(models.ranker).top_k(users, K)
     found = everything.top_k(users, K)
     torch.testing.assert_close(found.scores, expected.scores)
@@ -84,30 +164,31 @@ def test_two_stage_lists_only_what_its_sources_proposed_and_says_which(models, u
     assert torch.equal(proposed.any(-1), lists.items > 0)
 
 
-def test_filter_positives_leaves_disliked_items_in(night, models):
-    rows = night[1]["features"].table("users/as_of=test").sort_by("user")
-    batch = with_context(models.spec, rows, np.zeros(len(rows), int), "positives")
-    lists = models.all()["popularity"].top_k(batch, models.spec.n_items)
+def test_filter_positives_leaves_disliked_items_in(features, models, rows):
+    batch = with_context(models.items, rows, np.full(len(rows), DAY, np.int32), "positives")
+    lists = models.all()["popularity"].top_k(batch, len(models.items))
     for row, liked, seen in zip(
         lists.items.tolist(), *(rows[c].to_pylist() for c in ("liked", "seen")), strict=True
     ):
         assert not set(row) & set(liked)
-        assert set(seen) - set(liked) <= set(row)
+        assert (set(seen) - set(liked)) & listable(features, DAY) <= set(row)
 
 
 @torch.inference_mode()
-def test_reasons_add_up_to_the_models_history_term(models, users):
-    """With one history field, the contributions of all its items are its FM interaction with the item."""
+def test_reasons_add_up_to_the_models_history_term(models, users, catalogues):
+    """With one history of items, the contributions of all its items are its FM interaction with the item.
+
+    The history of genres beside it names no item.
+    """
     lists = models.two_stage.top_k(users, K)
     why = reasons(models.ranker, users, lists)
     table = models.ranker.model.user_tables.embedding_bags["table_recent"].weight
-    dim = models.ranker.items.sum.shape[1]
+    dim = models.ranker.model.settings.embedding_dim
     checked = 0
     for row, history in enumerate(users.table["recent"].to_pylist()):
+        catalogue = catalogues[int(users.days[row])]
         for place, item in enumerate(lists.items[row].tolist()):
-            shares = {
-                h: float(table[h, :dim] @ models.ranker.items.sum[item]) / len(history) for h in history
-            }
+            shares = {h: float(table[h, :dim] @ catalogue.sum[item]) / len(history) for h in history}
             best = sorted((h for h in shares if shares[h] > 0), key=lambda h: -shares[h])[:ITEMS]
             named = [h for h in why.items[row, place] if h] if item else []
             assert named == (best if item else [])
@@ -118,12 +199,12 @@ def test_reasons_add_up_to_the_models_history_term(models, users):
     assert checked > 100
 
 
-def test_a_user_without_history_is_served(night, models):
-    rows = night[1]["features"].table("users/as_of=test").sort_by("user").slice(0, 1)
-    for name in ("seen", "liked", "recent"):
+def test_a_user_without_history_is_served(models, rows):
+    rows = rows.slice(0, 1)
+    for name in ("seen", "liked", "recent", "genres_seen"):
         empty = pa.chunked_array([pa.array([[]], pa.list_(pa.int32()))])
         rows = rows.set_column(rows.column_names.index(name), name, empty)
-    batch = with_context(models.spec, rows, np.zeros(1, int), "all")
+    batch = with_context(models.items, rows, np.array([DAY], np.int32), "all")
     lists = models.two_stage.top_k(batch, K)
     assert (lists.items > 0).all()
     assert not reasons(models.ranker, batch, lists).items.any()

@@ -1,0 +1,102 @@
+"""Every user and item with its index, and the fields of their tables."""
+
+from collections.abc import Mapping, Sequence
+
+from pyspark.sql import DataFrame
+from pyspark.sql import functions as F
+
+from recsys_dist.config import AnyField, Categorical, Numeric
+from recsys_dist.features.encode import Vocabularies, encode, hashed
+from recsys_dist.features.numeric import Fitted, fit, number
+
+SOURCES = {"context": "events", "item": "items", "user": "users"}
+"""Side of a field to the source that has its column."""
+Column = Categorical | Numeric
+"""The fields that are read from a column of a source."""
+
+
+def raw(field: str) -> str:
+    """A field's column before it is written, distinct from all columns of our own."""
+    return f"raw:{field}"
+
+
+def column_fields(fields: Sequence[AnyField], side: str) -> list[Column]:
+    """The fields of a side that are read from a column of its source."""
+    return [field for field in fields if isinstance(field, Column) and field.side == side]
+
+
+def vocabulary_fields(fields: Sequence[AnyField]) -> list[Categorical]:
+    """The fields that have a vocabulary of their own."""
+    return [field for field in fields if isinstance(field, Categorical) and not field.hash_buckets]
+
+
+def asked_columns(fields: Sequence[AnyField], side: str) -> dict[str, str]:
+    """Our name of a field's column to the source's."""
+    return {raw(field.name): field.column for field in column_fields(fields, side)}
+
+
+def list_columns(fields: Sequence[AnyField], side: str) -> set[str]:
+    """Our names of the columns that hold lists."""
+    return {raw(f.name) for f in column_fields(fields, side) if isinstance(f, Categorical) and f.list}
+
+
+def with_numbers(rows: DataFrame, fields: Sequence[AnyField], side: str) -> DataFrame:
+    """Numeric fields' columns as numbers; null where the text is none."""
+    numbers = {
+        raw(f.name): number(raw(f.name)) for f in column_fields(fields, side) if isinstance(f, Numeric)
+    }
+    return rows.withColumns(numbers) if numbers else rows
+
+
+def fit_numeric(train: DataFrame, fields: Sequence[AnyField], side: str) -> dict[str, Fitted]:
+    """Fit the numeric fields of a side on rows of the train part."""
+    numeric = [field for field in column_fields(fields, side) if isinstance(field, Numeric)]
+    return fit(train, numeric, {field.name: raw(field.name) for field in numeric})
+
+
+def encode_fields(
+    rows: DataFrame,
+    fields: Sequence[AnyField],
+    side: str,
+    vocabularies: Vocabularies,
+    fitted: Mapping[str, Fitted],
+) -> DataFrame:
+    """The fields' columns, under their own names, as they are stored."""
+    for field in column_fields(fields, side):
+        column = raw(field.name)
+        if isinstance(field, Numeric):
+            x = F.col(f"`{column}`")
+            if field.indicator and not field.buckets:
+                rows = rows.withColumn(f"{field.name}_missing", x.isNull().cast("float"))
+            rows = rows.withColumn(column, fitted[field.name].column(x))
+        elif field.hash_buckets:
+            rows = hashed(rows, column, field.delimiter, field.several, field.hash_buckets)
+        else:
+            vocabulary = vocabularies.of(field.name)
+            rows = encode(rows, column, vocabulary, field.delimiter, field.several)
+        rows = rows.withColumnRenamed(column, field.name)
+    return rows
+
+
+def table_of(
+    key: str,
+    vocabularies: Vocabularies,
+    table: DataFrame | None,
+    fields: Sequence[AnyField],
+) -> DataFrame:
+    """All users or items with their table's columns, not yet encoded.
+
+    Returns:
+        token, index, count, positives, present, and of items title, active_from and active_to.
+    """
+    rows = vocabularies.of(key)
+    if table is not None:
+        table = table.drop("_source", "_raw", "_reason", "_hash").withColumnRenamed(key, "token")
+        rows = rows.join(with_numbers(table, fields, key), "token", "left")
+    if key == "item":
+        title = F.coalesce("title", "token") if "title" in rows.columns else F.col("token")
+        rows = rows.withColumn("title", title)
+        for column in ("active_from", "active_to"):
+            if column not in rows.columns:
+                rows = rows.withColumn(column, F.lit(None).cast("timestamp"))
+    return rows

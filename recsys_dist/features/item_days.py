@@ -1,0 +1,127 @@
+"""What is known of an item before a day: popularity and mean value over windows, and age.
+
+Events are counted by item and day first, so that an item in a third of all events costs no more than its
+days. A row is written only for days on which something changes; it holds until the item's next row.
+"""
+
+from collections.abc import Sequence
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from recsys_dist.config import Aggregate, AnyField
+from recsys_dist.features.numeric import EXACT, Fitted, moments
+from recsys_dist.features.split import matches
+from recsys_dist.features.state import DAY, doubling
+
+MOST_AGE = 15
+"""Index of 2^14 days and more."""
+
+
+def daily_fields(fields: Sequence[AnyField]) -> tuple[Aggregate, ...]:
+    """The fields of item_days/, in order."""
+    return tuple(field for field in fields if isinstance(field, Aggregate) and field.side == "item")
+
+
+def fit_days(train: DataFrame, fields: Sequence[AnyField]) -> dict[str, Fitted]:
+    """The scale of mean values: that of the train events' own values. Counts enter as log(1 + n)."""
+    wanted = [field for field in daily_fields(fields) if field.measure == "mean_value"]
+    found = moments(train, {field.name: F.when(matches(field.when), F.col("value")) for field in wanted})
+    fitted = {name: Fitted(0.0, False, about.mean, about.stddev) for name, about in found.items()}
+    counts = [field.name for field in daily_fields(fields) if field.measure == "count"]
+    return fitted | {name: Fitted(0.0, True) for name in counts}
+
+
+def item_days(
+    events: DataFrame,
+    items: DataFrame,
+    fields: Sequence[AnyField],
+    fitted: dict[str, Fitted],
+    first: int,
+    end: int,
+) -> DataFrame:
+    """The rows of item_days/: item, day, and the daily fields.
+
+    Args:
+        events: usable events with `item` (raw id), micros, value, positive and, where there is one, event.
+        items: `token`, `index` and `active_from` of every item.
+        fields: of the configuration.
+        fitted: of `fit_days`.
+        first: micros of the log's first event: every item has a row for its day.
+        end: micros of the start of the day after which nothing is asked.
+    """
+    wanted = daily_fields(fields)
+    whens = list(dict.fromkeys(["any", *(field.when for field in wanted)]))
+    number = {when: i for i, when in enumerate(whens)}
+    day = ((F.col("micros") - F.pmod("micros", F.lit(DAY))) / DAY).cast("int")
+    sums = [F.count(F.when(matches(when), 1)).alias(f"n{i}") for when, i in number.items()]
+    sums += [F.sum(F.when(matches(w), F.col("value").cast(EXACT))).alias(f"s{i}") for w, i in number.items()]
+    counted = events.groupBy("item", day.alias("day")).agg(*sums)
+    indexed = counted.join(items.select(F.col("token").alias("item"), "index"), "item").drop("item")
+
+    windows: list[tuple[str, int | None]] = [
+        (field.when, field.days) for field in wanted if field.measure != "age"
+    ]
+    windows = list(dict.fromkeys(windows))
+    enter = [_change(windows, number, None)]
+    leave = [_change(windows, number, days) for days in sorted({days for _, days in windows if days})]
+    changes = indexed.select("index", F.inline(F.array(*enter, *leave)))
+
+    start = first // DAY
+    none = [F.lit(0).cast("decimal(34,9)").alias(f"{kind}{i}") for i in range(len(windows)) for kind in "ns"]
+    base = items.select("index", F.lit(start).cast("int").alias("day"), *none)
+    changes = changes.unionByName(base).withColumn("age", F.lit(0))
+    if any(field.measure == "age" for field in wanted):
+        changes = changes.unionByName(_ages(indexed, items, windows))
+    changes = changes.withColumn("day", F.greatest("day", F.lit(start).cast("int")))
+    changes = changes.where(F.col("day") <= end // DAY)
+    totals = [F.sum(f"{kind}{i}").alias(f"{kind}{i}") for i in range(len(windows)) for kind in "ns"]
+    by_day = changes.groupBy("index", "day").agg(*totals, F.max("age").alias("age"))
+    until_now = Window.partitionBy("index").orderBy("day").rowsBetween(Window.unboundedPreceding, 0)
+    running = {
+        f"{kind}{i}": F.sum(f"{kind}{i}").over(until_now) for i in range(len(windows)) for kind in "ns"
+    }
+    known = by_day.withColumns(running | {"age": F.max("age").over(until_now)})
+    columns = []
+    for field in wanted:
+        if field.measure == "age":
+            columns.append(F.col("age").alias(field.name))
+            continue
+        i = windows.index((field.when, field.days))
+        n, total = F.col(f"n{i}").cast("double"), F.col(f"s{i}").cast("double")
+        raw = n if field.measure == "count" else F.when(n > 0, total / n)
+        value = F.coalesce(fitted[field.name].scaled(raw), F.lit(0.0)).cast("float")
+        columns.append(value.alias(field.name))
+    return known.select(F.col("index").alias("item"), F.date_from_unix_date("day").alias("day"), *columns)
+
+
+def _change(windows: Sequence[tuple[str, int | None]], number: dict[str, int], leaving: int | None) -> Column:
+    """What a day's events change: they enter every window the day after, and leave it `days` days later."""
+    sign = 1 if leaving is None else -1
+    parts = []
+    for i, (when, days) in enumerate(windows):
+        moves = leaving is None or days == leaving
+        for kind in "ns":
+            value = F.coalesce(F.col(f"{kind}{number[when]}"), F.lit(0)) * sign if moves else F.lit(0)
+            parts.append(value.cast("decimal(34,9)").alias(f"{kind}{i}"))
+    return F.struct((F.col("day") + 1 + (leaving or 0)).cast("int").alias("day"), *parts)
+
+
+def _ages(indexed: DataFrame, items: DataFrame, windows: Sequence[tuple[str, int | None]]) -> DataFrame:
+    """A row for every day on which an item's age has doubled, counted from its birth.
+
+    The first event shows that an item exists on the day after; active_from is known beforehand.
+    """
+    first = indexed.groupBy("index").agg(F.min("day").alias("seen"))
+    declared = F.unix_date(F.to_date("active_from"))
+    born = items.select("index", declared.alias("declared")).join(first, "index", "left")
+    birth = F.least("declared", "seen")  # leaves out nulls
+    born = born.where(birth.isNotNull()).withColumn("birth", birth)
+    begins = F.when(F.col("birth") == F.col("declared"), F.lit(0)).otherwise(1)
+    power = F.explode(F.sequence(begins, F.lit(MOST_AGE - 1))).alias("power")
+    ages = born.select("index", "birth", power)
+    days = (F.pow(F.lit(2), "power") - 1).cast("int")
+    none = [F.lit(0).cast("decimal(34,9)").alias(f"{kind}{i}") for i in range(len(windows)) for kind in "ns"]
+    return ages.select(
+        "index", (F.col("birth") + days).cast("int").alias("day"), *none, doubling(days).alias("age")
+    )

@@ -1,0 +1,160 @@
+"""The log and its tables, checked: what can be used, what is set aside, and what one look over it tells."""
+
+import datetime as dt
+from collections import Counter
+from dataclasses import dataclass
+
+from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import functions as F
+
+from recsys_dist.config import Config, KCore, absolute
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.features import ids
+from recsys_dist.features.check import FUTURE, check_events, check_table, require_pattern
+from recsys_dist.features.read import read
+from recsys_dist.features.session import spark_uri
+from recsys_dist.features.source import Opened
+from recsys_dist.features.split import SPLITS
+from recsys_dist.workspace import raw_files
+
+HASH_BUCKETS = 1_000_000
+
+
+class Inputs:
+    """Reads the sources as often as is asked, always the same rows.
+
+    Args:
+        spark: the session.
+        config: what to read.
+        opened: the sources.
+        scratch: URI of a folder for what is needed only while the run is made.
+    """
+
+    def __init__(self, spark: SparkSession, config: Config, opened: dict[str, Opened], scratch: str) -> None:
+        self.spark, self.config, self.opened, self.scratch = spark, config, opened, scratch
+        for name in ("events", "items"):
+            if name in opened:
+                require_pattern(spark, name, opened[name].source)
+        self._forgotten = self._forget()
+
+    def events(self) -> DataFrame:
+        """The log's rows, of `check_events`, numeric context columns as numbers."""
+        date = self.config.score.date
+        rows = self._kept(read(self.spark, self.opened["events"], self.scratch))
+        checked = check_events(rows, self.config, midnight(date) if date else None)
+        return ids.with_numbers(checked, self.config.fields, "context")
+
+    def tables(self) -> dict[str, DataFrame]:
+        """The rows of the items and users tables that there are, of `check_table`."""
+        tables = {}
+        for name, key in (("items", "item"), ("users", "user")):
+            if name in self.opened:
+                rows = read(self.spark, self.opened[name], self.scratch)
+                rows = self._kept(rows) if name == "users" else rows
+                tables[name] = check_table(rows, key, self.opened[name].source)
+        return tables
+
+    def _kept(self, rows: DataFrame) -> DataFrame:
+        """The rows of the users that are sampled, by a hash of the raw id, and not forgotten."""
+        share = self.config.data.sample_users
+        if share < 1:
+            bucket = F.pmod(F.xxhash64(F.coalesce("user", "_raw")), F.lit(HASH_BUCKETS))
+            rows = rows.where(bucket < share * HASH_BUCKETS)
+        if self._forgotten is not None:
+            rows = rows.join(F.broadcast(self._forgotten), "user", "left_anti")
+        return rows
+
+    def _forget(self) -> DataFrame | None:
+        path = self.config.data.forget
+        if path is None:
+            return None
+        if not raw_files(path):
+            raise ConfigError(f"data.forget={path}: there is no such file. It has a user id a line.")
+        names = self.spark.read.text(spark_uri(absolute(path))).select(F.trim("value").alias("user"))
+        return names.where(F.col("user") != "").distinct()
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one look over the split events tells."""
+
+    reasons: Counter[str]
+    """Rows by the reason for which they are set aside; usable rows under the empty reason."""
+    rows: dict[str, int]
+    """Examples by split."""
+    positives: dict[str, int]
+    """Positive examples by split."""
+    hour: int
+    """Most frequent hour of the train part; of equally frequent ones the earliest."""
+    first_micros: int
+    last_micros: int
+
+
+def look_over(events: DataFrame) -> Look:
+    """Count the events of `split.assign`."""
+    hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
+    counted = (
+        events.groupBy("_reason", "split", "positive", hour.alias("hour"))
+        .agg(F.count("*").alias("rows"), F.min("micros").alias("first"), F.max("micros").alias("last"))
+        .collect()
+    )
+    reasons: Counter[str] = Counter()
+    rows, positives = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
+    hours: Counter[int] = Counter()
+    usable = [row for row in counted if row["_reason"] is None]
+    for row in counted:
+        reasons[row["_reason"] or ""] += row["rows"]
+    for row in usable:
+        rows[row["split"]] += row["rows"]
+        positives[row["split"]] += row["rows"] * row["positive"]
+        if row["split"] == "train":
+            hours[row["hour"]] += row["rows"]
+    most = min(hours, key=lambda hour: (-hours[hour], hour), default=0)
+    first = min((row["first"] for row in usable), default=0)
+    return Look(reasons, rows, positives, most, first, max((row["last"] for row in usable), default=0))
+
+
+def require_usable(config: Config, look: Look) -> None:
+    """Raise a DataError where there is nothing to learn from."""
+    assert config.data.events
+    path = config.data.events.path
+    if not sum(look.rows.values()):
+        share = config.data.sample_users
+        sampled = f" with data.sample_users={share}" if share < 1 else ""
+        later = " before score.date" if look.reasons[FUTURE] else ""
+        dropped = " left by data.k_core" if config.data.k_core != KCore() else ""
+        raise DataError(f"data.events.path={path}: the input has no events{sampled}{later}{dropped}")
+    if not look.positives["train"]:
+        raise DataError(
+            f"data.events.path={path}: none of the {look.rows['train']} train events is positive, so there "
+            f"is nothing to learn. Check label.positive_when={config.label.positive_when!r} and split."
+        )
+
+
+def require_known(
+    side: str, key: str, opened: dict[str, Opened], table: DataFrame, events: DataFrame
+) -> None:
+    """Raise a DataError where not one id of a table occurs in the log: the two are written differently."""
+    if not table.join(events.select(key), key, "left_semi").isEmpty():
+        return
+    examples = [frame.select(key).orderBy(key).first() for frame in (table, events)]
+    found = [repr(row[0]) if row else "none" for row in examples]
+    source = opened[side].source
+    raise DataError(
+        f"data.{side}.path={source.path}: no {key} of it occurs in the events. It has ids such as "
+        f"{found[0]}, the events such as {found[1]}. Check data.{side}.columns.{key}={source.columns[key]!r}."
+    )
+
+
+def reasons_of(tables: dict[str, DataFrame]) -> dict[str, Counter[str]]:
+    """Rows of each table by the reason for which they are set aside; usable rows under the empty reason."""
+    found: dict[str, Counter[str]] = {name: Counter() for name in tables}
+    for name, frame in tables.items():
+        for row in frame.groupBy("_reason").count().collect():
+            found[name][row["_reason"] or ""] += row["count"]
+    return found
+
+
+def midnight(day: dt.date) -> int:
+    """The start of a day, UTC, in microseconds since 1970."""
+    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 10**6

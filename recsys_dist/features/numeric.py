@@ -1,0 +1,203 @@
+"""Statistics that have the same last digit however the data is partitioned, and what is made with them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from recsys_dist.config import Numeric
+from recsys_dist.features.session import literal_rows
+
+LIMIT = 1e15
+"""Greater numbers are not believed; below, sums of EXACT are exact for 10^10 rows."""
+EXACT = "decimal(24,9)"
+UNIT = "decimal(20,18)"
+"""Numbers from 0 to 1."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the values that are not missing."""
+
+    count: int = 0
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    stddev: float = 1.0
+    """Of the population; 1 where all values are equal."""
+
+
+def number(column: str) -> Column:
+    """A column's numbers; null where the text is none, or none that is believed."""
+    found = F.expr(f"try_cast(trim(`{column}`) as double)")
+    return F.when(F.abs(found) < LIMIT, found)
+
+
+def signed_log(x: Column) -> Column:
+    """sign(x) log(1 + |x|)"""
+    return F.signum(x) * F.log1p(F.abs(x))
+
+
+def moments(rows: DataFrame, values: Mapping[str, Column]) -> dict[str, Moments]:
+    """Mean and standard deviation of several expressions, over the rows where each is not null.
+
+    Values are mapped to [0, 1] between their extremes and added up as decimals.
+    """
+    if not values:
+        return {}
+    names = list(values)
+    columns = rows.select(*(values[name].cast("double").alias(f"x{i}") for i, name in enumerate(names)))
+    bounds = columns.agg(
+        *(function(f"x{i}").alias(f"{label}{i}") for i in range(len(names)) for label, function in EXTREMES)
+    ).first()
+    assert bounds is not None
+    sums = []
+    for i in range(len(names)):
+        low, width = bounds[f"low{i}"], _width(bounds[f"low{i}"], bounds[f"high{i}"])
+        unit = ((F.col(f"x{i}") - F.lit(low)) / F.lit(width)) if low is not None else F.lit(None)
+        sums.append(F.sum(unit.cast(UNIT)).alias(f"sum{i}"))
+        sums.append(F.sum((unit * unit).cast(UNIT)).alias(f"squares{i}"))
+    totals = columns.agg(*sums).first()
+    assert totals is not None
+    found = {}
+    for i, name in enumerate(names):
+        count, low, high = int(bounds[f"n{i}"]), bounds[f"low{i}"], bounds[f"high{i}"]
+        if not count:
+            found[name] = Moments()
+            continue
+        width = _width(low, high)
+        mean = float(totals[f"sum{i}"] / count)
+        variance = float(totals[f"squares{i}"] / count - (totals[f"sum{i}"] / count) ** 2)
+        stddev = math.sqrt(max(variance, 0.0)) * width
+        found[name] = Moments(count, float(low), float(high), low + mean * width, stddev or 1.0)
+    return found
+
+
+EXTREMES = (("n", F.count), ("low", F.min), ("high", F.max))
+
+
+def _width(low: float | None, high: float | None) -> float:
+    return (float(high) - float(low)) or 1.0 if low is not None and high is not None else 1.0
+
+
+def quantiles(values: DataFrame, shares: Sequence[float]) -> dict[str, tuple[float, ...]]:
+    """Exact quantiles: of n sorted values, number floor(share * n) from 0.
+
+    How often each value occurs is counted, and the counted values are sorted over all partitions; nothing
+    but one row a partition and the quantiles comes to the driver.
+
+    Args:
+        values: `name` and `x`, a number; null is left out.
+        shares: from 0 to below 1.
+
+    Returns:
+        by name, a value a share; names without a value are left out.
+    """
+    counted = values.where(F.col("x").isNotNull()).groupBy("name", "x").agg(F.count("*").alias("n"))
+    ordered = counted.orderBy("name", "x").withColumn("_partition", F.spark_partition_id()).cache()
+    parts = ordered.groupBy("name", "_partition").agg(F.sum("n").alias("n")).collect()
+    totals: dict[str, int] = {}
+    starts = {}
+    for part in sorted(parts, key=lambda part: (part["name"], part["_partition"])):
+        starts[part["name"], part["_partition"]] = totals.get(part["name"], 0)
+        totals[part["name"]] = totals.get(part["name"], 0) + part["n"]
+    wanted = [
+        {
+            "name": name,
+            "_partition": partition,
+            "i": i,
+            "place": min(int(share * totals[name]), totals[name] - 1) - start,
+        }
+        for (name, partition), start in starts.items()
+        for i, share in enumerate(shares)
+    ]
+    if not wanted:
+        ordered.unpersist()
+        return {}
+    within = Window.partitionBy("name", "_partition").orderBy("x")
+    reached = F.sum("n").over(within.rowsBetween(Window.unboundedPreceding, Window.currentRow))
+    columns = "name string, _partition int, i int, place bigint"
+    targets = literal_rows(ordered.sparkSession, wanted, columns)
+    found = (
+        ordered.withColumn("reached", reached)
+        .join(F.broadcast(targets), ["name", "_partition"])
+        .where((F.col("place") < F.col("reached")) & (F.col("place") >= F.col("reached") - F.col("n")))
+        .select("name", "i", "x")
+        .collect()
+    )
+    ordered.unpersist()
+    by_name: dict[str, dict[int, float]] = {}
+    for row in found:
+        by_name.setdefault(row["name"], {})[row["i"]] = row["x"]
+    return {name: tuple(places[i] for i in range(len(shares))) for name, places in by_name.items()}
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A numeric field's statistics, in the words of FieldSpec."""
+
+    fill: float = 0.0
+    log: bool = False
+    offset: float = 0.0
+    scale: float = 1.0
+    edges: tuple[float, ...] | None = None
+
+    def column(self, x: Column) -> Column:
+        """What is stored for a number that may be missing: float, or the bucket's index as int."""
+        if self.edges is not None:
+            edges = F.array(*(F.lit(edge) for edge in self.edges)).cast("array<double>")
+            above = F.size(F.filter(edges, lambda edge: edge <= x))
+            return F.when(x.isNull(), F.lit(0)).otherwise(1 + above)
+        filled = F.coalesce(x, F.lit(self.fill))
+        return self.scaled(filled).cast("float")
+
+    def scaled(self, x: Column) -> Column:
+        """(x - offset) / scale, after the logarithm where there is one."""
+        return ((signed_log(x) if self.log else x) - F.lit(self.offset)) / F.lit(self.scale)
+
+
+def fit(rows: DataFrame, fields: Sequence[Numeric], column: Mapping[str, str]) -> dict[str, Fitted]:
+    """Fit numeric fields of one side.
+
+    Args:
+        rows: of the train part.
+        fields: what to fit.
+        column: a field's name to its column in `rows`, numbers or null.
+    """
+    plain = {field.name: F.col(f"`{column[field.name]}`") for field in fields if not field.buckets}
+    logs = {f"{f.name}:log": signed_log(plain[f.name]) for f in fields if f.log and not f.buckets}
+    found = moments(rows, plain | logs)
+    shares: dict[str, tuple[float, ...]] = {}
+    for field in fields:
+        if field.buckets:
+            shares[field.name] = tuple(i / field.buckets for i in range(1, field.buckets))
+        elif field.impute == "median":
+            shares[field.name] = (0.5,)
+    wanted = tuple(sorted({share for several in shares.values() for share in several}))
+    at: dict[str, tuple[float, ...]] = {}
+    if wanted:
+        pairs = [
+            F.struct(F.lit(name).alias("name"), F.col(f"`{column[name]}`").alias("x")) for name in shares
+        ]
+        at = quantiles(rows.select(F.inline(F.array(*pairs))), wanted)
+    fitted = {}
+    for field in fields:
+        of = dict(zip(wanted, at.get(field.name, ()), strict=False))
+        if field.buckets:
+            edges = tuple(sorted({float(of[share]) for share in shares[field.name] if of}))
+            fitted[field.name] = Fitted(edges=edges)
+            continue
+        if field.impute == "mean":
+            fill = found[field.name].mean
+        else:
+            fill = float(of.get(0.5, 0.0)) if field.impute == "median" else float(field.impute)
+        about = found[f"{field.name}:log" if field.log else field.name]
+        if field.scale == "standardise":
+            fitted[field.name] = Fitted(fill, field.log, about.mean, about.stddev)
+        elif field.scale == "min_max":
+            fitted[field.name] = Fitted(fill, field.log, about.low, (about.high - about.low) or 1.0)
+        else:
+            fitted[field.name] = Fitted(fill, field.log)
+    return fitted

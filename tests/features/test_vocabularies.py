@@ -1,0 +1,108 @@
+"""Indices from night to night."""
+
+import pyarrow.parquet as pq
+import pytest
+
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.features.featurize import featurize
+from recsys_dist.workspace import Workspace
+from tests.logs import featurized, log_config
+
+FIELDS = [{"name": "shop", "kind": "categorical", "side": "context", "column": "shop", "min_count": 2}]
+HEADER = "user,item,timestamp,value,shop"
+
+
+def night(root, events, rebuild=False, **settings):
+    """A features run of (user, item, shop) events, a second apart."""
+    lines = [f"{user},{item},{second},5,{shop}" for second, (user, item, shop) in enumerate(events)]
+    config = log_config(root, lines, header=HEADER, fields=FIELDS, **settings)
+    run = Workspace(config).new("features", {}, {})
+    return run.commit(config, featurize(config, run, rebuild))
+
+
+def tokens(run, name):
+    return [row["token"] for row in run.table(f"vocab/{name}").sort_by("index").to_pylist()]
+
+
+FIRST = [("ann", "b", "x"), ("ann", "b", "y"), ("ann", "a", "x"), ("bob", "c", "z"), ("bob", "c", "z")] * 2
+
+
+def test_an_index_never_moves(spark, tmp_path):
+    one = night(tmp_path, FIRST)
+    assert tokens(one, "item") == ["b", "c", "a"]
+    assert one.spec().vocabularies["item"].ancestors == ()
+    # b, the most frequent, is gone; d and e are new, e is more frequent than d and than all known ones.
+    events = [("cat", "e", "q")] * 9 + [("ann", "d", "x"), ("bob", "c", "w"), ("bob", "a", "z")]
+    two = night(tmp_path, events + [("zoe", "c", "w")] * 3)
+    assert tokens(two, "item") == ["b", "c", "a", "e", "d"]
+    assert tokens(two, "user") == ["ann", "bob", "cat", "zoe"]
+    # z and y are as rare as w was, but known; w is known from two train events on
+    assert tokens(two, "shop")[:3] == tokens(one, "shop")
+    assert set(tokens(two, "shop")[3:]) == {"q", "w"}
+    assert two.manifest["figures"]["parent"] == one.run_id
+    ours, theirs = two.spec().vocabularies["item"], one.spec().vocabularies["item"]
+    assert ours.ancestors == ((theirs.size, theirs.fingerprint),)
+    assert ours.continues(theirs)
+    assert not theirs.continues(ours)
+    assert ours.gone == 1
+    items = two.table("items").sort_by("item").to_pylist()
+    assert [(row["item_id"], row["present"]) for row in items][:2] == [("b", False), ("c", True)]
+    assert {row["user_id"] for row in two.table("users").to_pylist()} == {"ann", "bob", "cat", "zoe"}
+    # a third night with the second's log is equal to it, the ancestors too
+    three = night(tmp_path, events + [("zoe", "c", "w")] * 3)
+    assert three.spec() == two.spec()
+    # ann is gone: an index, but no row
+    four = night(tmp_path, [event for event in events if event[0] != "ann"])
+    assert tokens(four, "user") == ["ann", "bob", "cat", "zoe"]
+    assert {row["user_id"] for row in four.table("users").to_pylist()} == {"bob", "cat"}
+    assert four.spec().n_users == 4
+
+
+def test_a_full_rebuild_compacts_and_forgets(spark, tmp_path):
+    (tmp_path / "forget.txt").write_text("bob\n\n")
+    night(tmp_path, FIRST)
+    events = [("ann", "b", "x")] * 3 + [("bob", "c", "z")] * 5 + [("cat", "a", "x")]
+    data = log_config(tmp_path, []).data.model_dump(mode="json") | {"forget": str(tmp_path / "forget.txt")}
+    two = night(tmp_path, events, data=data)
+    assert tokens(two, "user") == ["ann", "bob", "cat"]
+    assert {row["user_id"] for row in two.table("users").to_pylist()} == {"ann", "cat"}
+    assert sum(two.spec().rows.values()) == 4
+    three = night(tmp_path, events, rebuild=True, data=data)
+    assert tokens(three, "user") == ["ann", "cat"]
+    assert tokens(three, "item") == ["b", "a"]
+    assert three.manifest["figures"]["parent"] is None
+    with pytest.raises(ConfigError, match=r"vocabulary (user|item) of three does not continue that of two"):
+        three.spec().require_continues(two.spec(), "three", "two")
+    with pytest.raises(ConfigError, match=r"data\.forget=.*nowhere"):
+        night(tmp_path, events, data=data | {"forget": str(tmp_path / "nowhere")})
+
+
+def test_another_log_begins_anew(spark, tmp_path):
+    night(tmp_path, FIRST)
+    other = night(tmp_path, [("dan", "f", "x"), ("dan", "g", "x"), ("eve", "f", "x")])
+    assert tokens(other, "user") == ["dan", "eve"]
+    assert other.manifest["figures"]["parent"] is None
+
+
+def test_mixed_lineages_are_refused(spark, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    one = night(tmp_path / "a", FIRST)
+    other = night(tmp_path / "b", FIRST[::-1] + [("eve", "h", "x")] * 5)
+    (folder,) = {file["path"] for file in other.manifest["files"] if file["path"].startswith("vocab/user/")}
+    table = pq.read_table(f"{other.path}/{folder}")
+    (file,) = {file["path"] for file in one.manifest["files"] if file["path"].startswith("vocab/user/")}
+    pq.write_table(table, f"{one.path}/{file}")
+    with pytest.raises(DataError, match=r"vocab/user holds 3 tokens .* different lineages"):
+        night(tmp_path / "a", FIRST)
+
+
+def test_a_changed_field_begins_anew_and_others_go_on(spark, tmp_path):
+    one = night(tmp_path, FIRST)
+    other = {"name": "other", "kind": "categorical", "side": "context", "column": "shop"}
+    fields = [FIELDS[0] | {"delimiter": "+"}, other]
+    lines = [f"{u},{i},{second},5,{shop}" for second, (u, i, shop) in enumerate(FIRST)]
+    two = featurized(log_config(tmp_path, lines, header=HEADER, fields=fields))
+    assert two.spec().vocabularies["user"] == one.spec().vocabularies["user"]
+    assert two.spec().vocabularies["shop"].ancestors == ()
+    assert sorted(tokens(two, "other")) == ["x", "y", "z"]

@@ -1,0 +1,51 @@
+"""Published rows, part by part, without Ray."""
+
+import datetime as dt
+
+import numpy as np
+import pytest
+
+from recsys_dist.deepfm.items import day_number
+from recsys_dist.scoring.partitions import PartitionScorer, partitions
+from recsys_dist.scoring.users import with_context
+from recsys_dist.workspace import Workspace
+from tests.models import untrained_night
+from tests.synthetic import listable, synthetic_config
+
+GONE = 7
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 100])
+def test_partitions_hold_each_user_once_whatever_indices_are_missing(size):
+    users = np.array([3, 2, 9, 30, 31, 32, 8])
+    parts = partitions(users, size)
+    held = [[u for u in users if start <= u and (stop is None or u < stop)] for _, start, stop in parts]
+    assert sorted(user for part in held for user in part) == sorted(users)
+    assert [len(part) for part in held[:-1]] == [size] * (len(parts) - 1)
+    assert [number for number, *_ in parts] == list(range(len(parts)))
+
+
+def test_nobody_there_makes_no_partition():
+    assert partitions(np.empty(0, np.int32), 5) == []
+
+
+def test_lists_are_those_of_the_date_for_the_users_that_are_there(tmp_path):
+    config = synthetic_config(tmp_path)
+    runs = untrained_night(config, users=30, gone=GONE)
+    features, spec = runs["features"], runs["features"].spec()
+    assert spec.n_users == 30 + GONE
+    date = dt.date.fromisoformat(spec.date)
+    run = Workspace(config).new("score", {}, runs)
+    scorer = PartitionScorer(config, run, date)
+    state = features.table("users/as_of=date").sort_by("user")
+    figures = [scorer.score(*part) for part in partitions(state["user"].to_numpy(), 12)]
+    assert [found["users"] for found in figures] == [12, 12, 6]
+    lists = run.commit(config, {}).table("lists").to_pylist()
+    assert {row["user_id"] for row in lists} == {f"u{user}" for user in range(GONE + 1, GONE + 31)}
+    allowed = {f"i{item}" for item in listable(features, day_number(date))}
+    assert {row["item_id"] for row in lists} <= allowed
+    days = np.full(len(state), day_number(date), np.int32)
+    expected = scorer.models.two_stage.top_k(with_context(scorer.models.items, state, days, "all"), 10)
+    for user, items in zip(state["user_id"].to_pylist(), expected.items.tolist(), strict=True):
+        found = [row["item_id"] for row in lists if row["user_id"] == user]
+        assert found == [f"i{item}" for item in items if item]
