@@ -6,7 +6,7 @@ from typing import Any
 
 import pyspark
 from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
-from pyspark.errors import AnalysisException, ArithmeticException, NumberFormatException, PySparkException
+from pyspark.errors import ArithmeticException, NumberFormatException, PySparkException
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -67,8 +67,6 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
         file = unreadable(error, opened.values())
         if file:
             raise DataError(f"{file} cannot be read: {_cause(error)}. Restore the file.") from error
-        if isinstance(error, AnalysisException):
-            raise DataError(f"An input file cannot be read: {str(error).splitlines()[0]}") from error
         raise
     finally:
         session.__exit__(None, None, None)

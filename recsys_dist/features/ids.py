@@ -20,6 +20,11 @@ def raw(field: str) -> str:
     return f"raw:{field}"
 
 
+def stored(field: str) -> str:
+    """A field's column as it is written, until then distinct from all columns of our own."""
+    return f"field:{field}"
+
+
 def column_fields(fields: Sequence[AnyField], side: str) -> list[Column]:
     """The fields of a side that are read from a column of its source."""
     return [field for field in fields if isinstance(field, Column) and field.side == side]
@@ -61,20 +66,20 @@ def encode_fields(
     vocabularies: Vocabularies,
     fitted: Mapping[str, Fitted],
 ) -> DataFrame:
-    """The fields' columns, under their own names, as they are stored."""
+    """The fields' columns as they are written, named by `stored`."""
     for field in column_fields(fields, side):
         column = raw(field.name)
         if isinstance(field, Numeric):
             x = F.col(f"`{column}`")
             if field.indicator and not field.buckets:
-                rows = rows.withColumn(f"{field.name}_missing", x.isNull().cast("float"))
+                rows = rows.withColumn(stored(f"{field.name}_missing"), x.isNull().cast("float"))
             rows = rows.withColumn(column, fitted[field.name].column(x))
         elif field.hash_buckets:
             rows = hashed(rows, column, field.delimiter, field.several, field.hash_buckets)
         else:
             vocabulary = vocabularies.of(field.name)
             rows = encode(rows, column, vocabulary, field.delimiter, field.several)
-        rows = rows.withColumnRenamed(column, field.name)
+        rows = rows.withColumnRenamed(column, stored(field.name))
     return rows
 
 

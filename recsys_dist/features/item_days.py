@@ -10,10 +10,13 @@ from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Aggregate, AnyField
-from recsys_dist.features.numeric import EXACT, Fitted, moments
+from recsys_dist.features.ids import stored
+from recsys_dist.features.numeric import Fitted, moments, parts, total, whole
 from recsys_dist.features.split import matches
 from recsys_dist.features.state import DAY, doubling
 
+KINDS = COUNT, WHOLE, REST = "n", "w", "p"
+"""What is added up of a window's events: their number, and the two parts of their values."""
 MOST_AGE = 15
 """Index of 2^14 days and more."""
 
@@ -40,7 +43,7 @@ def item_days(
     first: int,
     end: int,
 ) -> DataFrame:
-    """The rows of item_days/: item, day, and the daily fields.
+    """The rows of item_days/: item, day, and the daily fields, named by `stored`.
 
     Args:
         events: usable events with `item` (raw id), micros, value, positive and, where there is one, event.
@@ -54,8 +57,11 @@ def item_days(
     whens = list(dict.fromkeys(["any", *(field.when for field in wanted)]))
     number = {when: i for i, when in enumerate(whens)}
     day = ((F.col("micros") - F.pmod("micros", F.lit(DAY))) / DAY).cast("int")
-    sums = [F.count(F.when(matches(when), 1)).alias(f"n{i}") for when, i in number.items()]
-    sums += [F.sum(F.when(matches(w), F.col("value").cast(EXACT))).alias(f"s{i}") for w, i in number.items()]
+    sums = []
+    for when, i in number.items():
+        value = F.when(matches(when), F.col("value"))
+        sums.append(F.count(value).alias(f"{COUNT}{i}"))
+        sums += [F.sum(whole(value)).alias(f"{WHOLE}{i}"), F.sum(parts(value)).alias(f"{REST}{i}")]
     counted = events.groupBy("item", day.alias("day")).agg(*sums)
     indexed = counted.join(items.select(F.col("token").alias("item"), "index"), "item").drop("item")
 
@@ -68,43 +74,49 @@ def item_days(
     changes = indexed.select("index", F.inline(F.array(*enter, *leave)))
 
     start = first // DAY
-    none = [F.lit(0).cast("decimal(34,9)").alias(f"{kind}{i}") for i in range(len(windows)) for kind in "ns"]
+    none = _nothing(windows)
     base = items.select("index", F.lit(start).cast("int").alias("day"), *none)
     changes = changes.unionByName(base).withColumn("age", F.lit(0))
     if any(field.measure == "age" for field in wanted):
         changes = changes.unionByName(_ages(indexed, items, windows))
     changes = changes.withColumn("day", F.greatest("day", F.lit(start).cast("int")))
     changes = changes.where(F.col("day") <= end // DAY)
-    totals = [F.sum(f"{kind}{i}").alias(f"{kind}{i}") for i in range(len(windows)) for kind in "ns"]
+    totals = [F.sum(f"{kind}{i}").alias(f"{kind}{i}") for i in range(len(windows)) for kind in KINDS]
     by_day = changes.groupBy("index", "day").agg(*totals, F.max("age").alias("age"))
     until_now = Window.partitionBy("index").orderBy("day").rowsBetween(Window.unboundedPreceding, 0)
     running = {
-        f"{kind}{i}": F.sum(f"{kind}{i}").over(until_now) for i in range(len(windows)) for kind in "ns"
+        f"{kind}{i}": F.sum(f"{kind}{i}").over(until_now) for i in range(len(windows)) for kind in KINDS
     }
     known = by_day.withColumns(running | {"age": F.max("age").over(until_now)})
     columns = []
     for field in wanted:
         if field.measure == "age":
-            columns.append(F.col("age").alias(field.name))
+            columns.append(F.col("age").alias(stored(field.name)))
             continue
         i = windows.index((field.when, field.days))
-        n, total = F.col(f"n{i}").cast("double"), F.col(f"s{i}").cast("double")
-        raw = n if field.measure == "count" else F.when(n > 0, total / n)
+        n = F.col(f"{COUNT}{i}").cast("double")
+        values = total(F.col(f"{WHOLE}{i}"), F.col(f"{REST}{i}"))
+        raw = n if field.measure == "count" else F.when(n > 0, values / n)
         value = F.coalesce(fitted[field.name].scaled(raw), F.lit(0.0)).cast("float")
-        columns.append(value.alias(field.name))
+        columns.append(value.alias(stored(field.name)))
     return known.select(F.col("index").alias("item"), F.date_from_unix_date("day").alias("day"), *columns)
 
 
 def _change(windows: Sequence[tuple[str, int | None]], number: dict[str, int], leaving: int | None) -> Column:
     """What a day's events change: they enter every window the day after, and leave it `days` days later."""
     sign = 1 if leaving is None else -1
-    parts = []
+    columns = []
     for i, (when, days) in enumerate(windows):
         moves = leaving is None or days == leaving
-        for kind in "ns":
+        for kind in KINDS:
             value = F.coalesce(F.col(f"{kind}{number[when]}"), F.lit(0)) * sign if moves else F.lit(0)
-            parts.append(value.cast("decimal(34,9)").alias(f"{kind}{i}"))
-    return F.struct((F.col("day") + 1 + (leaving or 0)).cast("int").alias("day"), *parts)
+            columns.append(value.cast("bigint").alias(f"{kind}{i}"))
+    return F.struct((F.col("day") + 1 + (leaving or 0)).cast("int").alias("day"), *columns)
+
+
+def _nothing(windows: Sequence[tuple[str, int | None]]) -> list[Column]:
+    none = F.lit(0).cast("bigint")
+    return [none.alias(f"{kind}{i}") for i in range(len(windows)) for kind in KINDS]
 
 
 def _ages(indexed: DataFrame, items: DataFrame, windows: Sequence[tuple[str, int | None]]) -> DataFrame:
@@ -121,7 +133,5 @@ def _ages(indexed: DataFrame, items: DataFrame, windows: Sequence[tuple[str, int
     power = F.explode(F.sequence(begins, F.lit(MOST_AGE - 1))).alias("power")
     ages = born.select("index", "birth", power)
     days = (F.pow(F.lit(2), "power") - 1).cast("int")
-    none = [F.lit(0).cast("decimal(34,9)").alias(f"{kind}{i}") for i in range(len(windows)) for kind in "ns"]
-    return ages.select(
-        "index", (F.col("birth") + days).cast("int").alias("day"), *none, doubling(days).alias("age")
-    )
+    day = (F.col("birth") + days).cast("int").alias("day")
+    return ages.select("index", day, *_nothing(windows), doubling(days).alias("age"))

@@ -42,6 +42,8 @@ class Inputs:
         date = self.config.score.date
         rows = self._kept(read(self.spark, self.opened["events"], self.scratch))
         checked = check_events(rows, self.config, midnight(date) if date else None)
+        # What is stored is what everything is computed from.
+        checked = checked.withColumn("value", F.col("value").cast("float").cast("double"))
         return ids.with_numbers(checked, self.config.fields, "context")
 
     def tables(self) -> dict[str, DataFrame]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
@@ -10,11 +11,13 @@ from pyspark.sql import functions as F
 from recsys_dist.config import Numeric
 from recsys_dist.features.session import literal_rows
 
-LIMIT = 1e15
-"""Greater numbers are not believed; below, sums of EXACT are exact for 10^10 rows."""
-EXACT = "decimal(24,9)"
-UNIT = "decimal(20,18)"
-"""Numbers from 0 to 1."""
+LIMIT = 1e12
+"""Greater numbers are not believed: of smaller ones millions can be added up exactly."""
+PARTS = 10**9
+"""A number is added up as its whole part and its billionths, two bigints: exact in any order, as decimals
+are, and many times as fast."""
+BITS = 26
+"""A number from 0 to 1 is added up as two times 26 bits."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,22 @@ def number(column: str) -> Column:
     return F.when(F.abs(found) < LIMIT, found)
 
 
+def whole(x: Column) -> Column:
+    """The whole part of a number, bigint; a sum of it and of `parts` is exact."""
+    return F.floor(x).cast("bigint")
+
+
+def parts(x: Column) -> Column:
+    """The billionths that `whole` leaves, bigint."""
+    # Not round(), which goes by the way of decimals.
+    return F.floor((x - F.floor(x)) * PARTS + 0.5).cast("bigint")
+
+
+def total(whole_sum: Column, parts_sum: Column) -> Column:
+    """The sum, as a double, of numbers whose parts were added up."""
+    return whole_sum.cast("double") + parts_sum.cast("double") / PARTS
+
+
 def signed_log(x: Column) -> Column:
     """sign(x) log(1 + |x|)"""
     return F.signum(x) * F.log1p(F.abs(x))
@@ -43,7 +62,7 @@ def signed_log(x: Column) -> Column:
 def moments(rows: DataFrame, values: Mapping[str, Column]) -> dict[str, Moments]:
     """Mean and standard deviation of several expressions, over the rows where each is not null.
 
-    Values are mapped to [0, 1] between their extremes and added up as decimals.
+    Values are mapped to [0, 1] between their extremes and added up as whole numbers.
     """
     if not values:
         return {}
@@ -56,9 +75,11 @@ def moments(rows: DataFrame, values: Mapping[str, Column]) -> dict[str, Moments]
     sums = []
     for i in range(len(names)):
         low, width = bounds[f"low{i}"], _width(bounds[f"low{i}"], bounds[f"high{i}"])
-        unit = ((F.col(f"x{i}") - F.lit(low)) / F.lit(width)) if low is not None else F.lit(None)
-        sums.append(F.sum(unit.cast(UNIT)).alias(f"sum{i}"))
-        sums.append(F.sum((unit * unit).cast(UNIT)).alias(f"squares{i}"))
+        unit = (F.col(f"x{i}") - F.lit(low or 0.0)) / F.lit(width)
+        for name, value in ((f"sum{i}", unit), (f"squares{i}", unit * unit)):
+            scaled = F.floor(value * (1 << 2 * BITS) + 0.5).cast("bigint")
+            sums.append(F.sum(F.shiftright(scaled, BITS)).alias(f"{name}:high"))
+            sums.append(F.sum(scaled.bitwiseAND((1 << BITS) - 1)).alias(f"{name}:low"))
     totals = columns.agg(*sums).first()
     assert totals is not None
     found = {}
@@ -68,10 +89,12 @@ def moments(rows: DataFrame, values: Mapping[str, Column]) -> dict[str, Moments]
             found[name] = Moments()
             continue
         width = _width(low, high)
-        mean = float(totals[f"sum{i}"] / count)
-        variance = float(totals[f"squares{i}"] / count - (totals[f"sum{i}"] / count) ** 2)
-        stddev = math.sqrt(max(variance, 0.0)) * width
-        found[name] = Moments(count, float(low), float(high), low + mean * width, stddev or 1.0)
+        mean, squares = (
+            Fraction((totals[f"{name}:high"] << BITS) + totals[f"{name}:low"], count << 2 * BITS)
+            for name in (f"sum{i}", f"squares{i}")
+        )
+        stddev = math.sqrt(max(float(squares - mean**2), 0.0)) * width
+        found[name] = Moments(count, float(low), float(high), low + float(mean) * width, stddev or 1.0)
     return found
 
 

@@ -47,6 +47,8 @@ RUNTIME = {
     # Parts of a partitioned table are written side by side, without sorting all rows by the part's name.
     "spark.sql.optimizer.plannedWrite.enabled": "false",
     "spark.sql.maxConcurrentOutputFileWriters": "8",
+    # What is cached is read a few times and thrown away: compressing it takes longer.
+    "spark.sql.inMemoryColumnarStorage.compressed": "false",
     # Vocabularies of a million tokens are joined without a shuffle of the log.
     "spark.sql.autoBroadcastJoinThreshold": "64m",
     # The example's columns are taken from the user's array in compiled code, however many there are.
@@ -167,6 +169,24 @@ def read_table(spark: SparkSession, uri: str, schema: pa.Schema) -> DataFrame:
     """Read a Parquet folder that `write` wrote."""
     columns = ", ".join(f"`{column.name}` {_TYPES[column.type]}" for column in schema)
     return spark.read.schema(columns).parquet(spark_uri(uri))
+
+
+def in_ranges(frame: DataFrame, key: str, size: int) -> DataFrame:
+    """One partition for each range of an index from 1 to `size`, ascending.
+
+    Unlike repartitionByRange it does not compute the frame twice, to sample it: the ranges are known.
+    """
+    spark = frame.sparkSession
+    partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
+    # Spark hashes what it partitions by: each partition is named by a number that is hashed to it.
+    hashed = F.pmod(F.hash(F.col("id").cast("int")), F.lit(partitions)).alias("partition")
+    found = spark.range(20 * partitions + 100).select("id", hashed).groupBy("partition").min("id").collect()
+    names = {row["partition"]: row["min(id)"] for row in found}
+    if len(names) < partitions:
+        return frame.repartitionByRange(key)
+    place = F.floor((F.col(key) - 1) * partitions / max(size, 1)).cast("int")
+    name = F.element_at(F.array(*(F.lit(names[i]).cast("int") for i in range(partitions))), place + 1)
+    return frame.repartition(partitions, name)
 
 
 def literal_rows(spark: SparkSession, rows: Sequence[Mapping[str, Any]], columns: str) -> DataFrame:

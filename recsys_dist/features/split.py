@@ -8,7 +8,7 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Split
 from recsys_dist.features.check import DUPLICATE
-from recsys_dist.features.numeric import EXACT, quantiles
+from recsys_dist.features.numeric import parts, quantiles, whole
 
 SPLITS = ("train", "valid", "test")
 TIEBREAK = "_hash"
@@ -49,7 +49,7 @@ def gather(events: DataFrame) -> DataFrame:
 
 def order_of(events: DataFrame) -> list[str]:
     """The columns that order a user's events; rows equal in all of them tell the same event."""
-    return ["micros", "item", "value", *(["event"] if "event" in events.columns else [])]
+    return ["micros", "item", "value", *(["event"] if "event" in events.columns else []), "positive"]
 
 
 def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> DataFrame:
@@ -64,24 +64,27 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
 
     Returns:
         the rows with `position` (from 0, in the order of `order_of`), `_events` (of the user), and of events
-        with smaller micros `_n:<when>`, `_sum:<when>` (decimal, null without any) and `_last:<when>`
-        (micros). `_n:any` and `_last:any` are always there.
+        with smaller micros `_n:<when>`, `_whole:<when>` and `_parts:<when>` (the sum of their values) and
+        `_last:<when>` (micros). `_n:any` and `_last:any` are always there.
     """
     usable = F.col("_reason").isNull()
     in_order = Window.partitionBy("user").orderBy(*order_of(events), TIEBREAK)
     until_now = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     by_time = Window.partitionBy("user").orderBy("micros")
-    whole = by_time.rangeBetween(Window.unboundedPreceding, Window.unboundedFollowing)
+    all_events = by_time.rangeBetween(Window.unboundedPreceding, Window.unboundedFollowing)
     before = by_time.rangeBetween(Window.unboundedPreceding, -1)
-    placed = events.withColumn("position", F.count(F.when(usable, 1)).over(until_now) - 1)
-    earlier = {"_events": F.max("position").over(whole) + 1}
+    position = (F.count(F.when(usable, 1)).over(until_now) - 1).cast("int")
+    # Of duplicates alone the hash is needed later; a column of nulls takes no room.
+    placed = events.withColumns({"position": position, TIEBREAK: F.when(~usable, F.col(TIEBREAK))})
+    earlier = {"_events": F.max("position").over(all_events) + 1}
     for when in dict.fromkeys(["any", *counts, *sums]):
-        earlier[f"_n:{when}"] = F.count(F.when(usable & matches(when), 1)).over(before)
+        earlier[f"_n:{when}"] = F.count(F.when(usable & matches(when), 1)).over(before).cast("int")
     for when in dict.fromkeys(["any", *sums]):
         earlier[f"_last:{when}"] = F.max(F.when(usable & matches(when), F.col("micros"))).over(before)
     for when in sums:
-        value = F.when(usable & matches(when), F.col("value").cast(EXACT))
-        earlier[f"_sum:{when}"] = F.sum(value).over(before)
+        value = F.when(usable & matches(when), F.col("value"))
+        earlier[f"_whole:{when}"] = F.sum(whole(value)).over(before)
+        earlier[f"_parts:{when}"] = F.sum(parts(value)).over(before)
     return placed.withColumns(earlier)
 
 

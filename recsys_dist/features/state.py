@@ -6,12 +6,14 @@ nothing compares events pair by pair, and nothing is computed for an event but i
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Aggregate, AnyField, History, Time
-from recsys_dist.features.numeric import EXACT, Fitted, Moments, moments, signed_log
+from recsys_dist.features.ids import stored
+from recsys_dist.features.numeric import Fitted, Moments, moments, parts, signed_log, total, whole
 from recsys_dist.features.split import matches
 
 DAY = 86_400_000_000
@@ -67,8 +69,8 @@ def fit_aggregates(train: DataFrame, fields: Sequence[AnyField]) -> dict[str, Fi
 class State:
     """Computes the fields that look back, the same way before an event and at a cut.
 
-    Args of both methods: events of `look_back` with item indices in `item`, the item's attributes that
-    histories and shares need in `attribute:<field>` (int or array<int>), and further columns to carry along.
+    Both methods take the usable events of `look_back`, with item indices in `item` and the item's attributes
+    that histories and shares need in `attribute:<field>` (int or array<int>).
     """
 
     fields: Before
@@ -77,26 +79,27 @@ class State:
     """Attributes with several values an item."""
     widths: Mapping[str, int]
     """Share field to its number of values."""
+    in_time: bool
+    """The parts follow one another in each user's time, so that what is known at a cut comes first."""
 
-    def events(self, indexed: DataFrame, carried: Sequence[str]) -> DataFrame:
-        """One row a user: `user` and `e`, the array of the user's events in order.
+    def before_events(self, indexed: DataFrame, own: DataFrame, carried: Sequence[str]) -> DataFrame:
+        """A row an event: the event's and the carried columns, those of `own`, the fields that look back
+        (named by `stored`).
 
         Args:
             indexed: the usable events.
-            carried: columns that every example has, besides those that look back.
+            own: `user`, and columns to carry along.
+            carried: columns of `indexed` that every example has.
         """
-        columns = [
-            F.col("position"),
-            F.col("micros"),
-            F.col("item"),
-            F.col("value").cast("float").alias("value"),
-        ]
-        columns += [F.col("positive"), F.col("split")]
-        columns += [F.col(f"`{name}`") for name in carried]
-        columns += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in self._attributes()]
-        for number, when in enumerate(self._whens()):
-            columns.append(F.col(f"`_n:{when}`").cast("int").alias(f"n_{number}"))
-            columns.append(matches(when).alias(f"match_{number}"))
+        whens = self._whens()
+        flags = reduce(
+            Column.bitwiseOR,
+            (F.when(matches(when), 1 << len(CUTS) + i).otherwise(0) for i, when in enumerate(whens)),
+        )
+        event = [F.col(name) for name in ("position", "micros", "item", "value", "positive", "split")]
+        event += [flags.alias("flags"), *(F.col(f"`{name}`") for name in carried)]
+        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in self._attributes()]
+        event += [F.col(f"`_n:{when}`").alias(f"n_{number}") for number, when in enumerate(whens)]
         shares = [field for field in self.fields if isinstance(field, Aggregate) and field.measure == "share"]
         if shares:
             indexed = indexed.withColumns({f"share:{f.name}": self._shares_before(f) for f in shares})
@@ -105,85 +108,103 @@ class State:
                 value = F.col(f"`share:{field.name}`")
                 if field.measure != "share":
                     value = self._scaled(field, _earlier(field))
-                columns.append(value.alias(field.name))
+                event.append(value.alias(stored(field.name)))
             elif isinstance(field, Time):
-                columns.append(_recency(F.col("micros") - F.col("`_last:any`")).alias(field.name))
+                event.append(_recency(F.col("micros") - F.col("`_last:any`")).alias(stored(field.name)))
+        # A sort that has nothing to do, as the rows are in order: it keeps the event's columns from being
+        # computed, one by one and not in compiled code, while the list is collected.
+        rows = indexed.select("user", F.struct(*event).alias("_event")).sortWithinPartitions("user")
         # The order is the array's own business, whatever order the rows arrive in.
-        return indexed.groupBy("user").agg(F.sort_array(F.collect_list(F.struct(*columns))).alias("e"))
-
-    def before_events(self, users: DataFrame) -> DataFrame:
-        """One row an event: the columns of `users` but `e`, the event's own, the fields that look back."""
-        kept = [name for name in users.columns if name != "e"]
-        arrays = {}
-        for field in self.fields:
-            if isinstance(field, History):
-                arrays[self._array(field)] = self._remembered(field, F.col("e"))
+        users = rows.groupBy("user").agg(F.sort_array(F.collect_list("_event")).alias("e")).join(own, "user")
+        histories = [field for field in self.fields if isinstance(field, History)]
+        arrays = {self._array(field): self._remembered(field, F.col("e")) for field in histories}
         # In a step of its own: functions on arrays interrupt the compiled code, and an event's slice is
         # taken without a copy of the whole array only within it.
-        whole = users.select(*kept, "e", *(array.alias(name) for name, array in arrays.items()))
-        rows = whole.select(*kept, *arrays, F.inline("e"))
-        for field in self.fields:
-            if isinstance(field, History):
-                n = F.col(f"n_{self._whens().index(field.when)}")
-                start, length = F.greatest(n - field.last + 1, F.lit(1)), F.least(n, F.lit(field.last))
-                rows = rows.withColumn(
-                    field.name, self._flat(field, F.slice(F.col(self._array(field)), start, length))
-                )
-        return rows
+        arranged = users.select(*own.columns, "e", *(array.alias(name) for name, array in arrays.items()))
+        examples = arranged.select(*own.columns, *arrays, F.inline("e"))
+        slices = {}
+        for field in histories:
+            n = F.col(f"n_{whens.index(field.when)}")
+            start, length = F.greatest(n - field.last + 1, F.lit(1)), F.least(n, F.lit(field.last))
+            slices[stored(field.name)] = self._flat(field, F.slice(F.col(self._array(field)), start, length))
+        return examples.withColumns(slices)
 
-    def at_cuts(self, users: DataFrame, end: int) -> DataFrame:
-        """A row a user and cut: the columns of `users` but `e`, `as_of`, `seen`, `liked` and the fields.
+    def at_cuts(self, indexed: DataFrame, own: DataFrame, end: int) -> DataFrame:
+        """A row a user and cut: the columns of `own`, `as_of`, `seen`, `liked` and the fields.
 
         valid: what is known before the user's first event that is not of the train part; test: before the
         first test event; date: before `end`. Times since an event count up to the start of that day (UTC).
 
         Args:
-            users: of `events`.
+            indexed: the usable events.
+            own: `user`, and columns to carry along.
             end: micros of the start of the day that `date` stands for.
         """
-        kept = [name for name in users.columns if name != "e"]
-        cuts = []
+        whens = self._whens()
+        bits = [_known(cut, end) for cut in CUTS] + [matches(when) for when in [*whens, "positive"]]
+        flags = reduce(Column.bitwiseOR, (F.when(b, 1 << i).otherwise(0) for i, b in enumerate(bits)))
+        event = [F.col("position"), F.col("item"), flags.alias("flags")]
+        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in self._attributes()]
+        measured = [F.sort_array(F.collect_list("_event")).alias("e")]
         for cut in CUTS:
-            known, unknown = _known(cut, end), _unknown(cut, end)
-            later = F.array_min(F.transform(F.filter("e", unknown), lambda x: x["micros"]))
+            measured.append(F.min(F.when(~_known(cut, end), F.col("micros"))).alias(f"later:{cut}"))
+            for number, when in enumerate(whens):
+                known = _known(cut, end) & matches(when)
+                value = F.when(known, F.col("value"))
+                measured += [
+                    F.count(F.when(known, 1)).alias(f"n:{number}:{cut}"),
+                    F.max(F.when(known, F.col("micros"))).alias(f"last:{number}:{cut}"),
+                    F.sum(whole(value)).alias(f"whole:{number}:{cut}"),
+                    F.sum(parts(value)).alias(f"parts:{number}:{cut}"),
+                ]
+        rows = indexed.withColumn("_event", F.struct(*event)).sortWithinPartitions("user")
+        users = rows.groupBy("user").agg(*measured).join(own, "user")
+        cuts = []
+        for place, cut in enumerate(CUTS):
+            later = F.col(f"`later:{cut}`")
             now = F.coalesce(later - F.pmod(later, F.lit(DAY)), F.lit(end))
-            k = F.filter("e", known)
-            cuts.append(F.struct(F.lit(cut).alias("as_of"), now.alias("now"), k.alias("k")))
-        rows = users.select(*kept, F.inline(F.array(*cuts)))
+            first = F.slice("e", F.lit(1), F.col(f"`n:0:{cut}`").cast("int"))
+            known = first if self.in_time else F.filter("e", _has(1 << place))
+            cuts.append(
+                F.struct(
+                    F.lit(cut).alias("as_of"),
+                    now.alias("now"),
+                    known.alias("k"),
+                    *(
+                        F.col(f"`{name}:{number}:{cut}`").alias(f"{name}_{number}")
+                        for number in range(len(whens))
+                        for name in ("n", "last", "whole", "parts")
+                    ),
+                )
+            )
+        each = users.select(*own.columns, F.inline(F.array(*cuts)))
         columns = [
-            F.array_sort(F.array_distinct(F.col("k.item"))).alias("seen"),
-            F.array_sort(
-                F.array_distinct(F.transform(F.filter("k", lambda x: x["positive"]), lambda x: x["item"]))
-            ).alias("liked"),
+            F.sort_array(F.array_distinct(F.col("k.item"))).alias("seen"),
+            F.sort_array(F.array_distinct(self._matching("positive", F.col("k"))["item"])).alias("liked"),
         ]
         for field in self.fields:
             if isinstance(field, History):
-                whole = self._remembered(field, F.col("k"))
-                start = F.greatest(F.size(whole) - field.last + 1, F.lit(1))
-                columns.append(self._flat(field, F.slice(whole, start, F.lit(field.last))).alias(field.name))
+                remembered = self._remembered(field, F.col("k"))
+                start = F.greatest(F.size(remembered) - field.last + 1, F.lit(1))
+                columns.append(
+                    self._flat(field, F.slice(remembered, start, F.lit(field.last))).alias(stored(field.name))
+                )
             elif isinstance(field, Time):
-                last = F.array_max(F.col("k.micros"))
-                columns.append(_recency(_since(last)).alias(field.name))
+                columns.append(_recency(_since(F.col("last_0"))).alias(stored(field.name)))
             elif field.measure == "share":
-                columns.append(self._shares_known(field).alias(field.name))
+                columns.append(self._shares_known(field).alias(stored(field.name)))
             else:
-                columns.append(self._scaled(field, self._known(field)).alias(field.name))
-        return rows.select(*kept, "as_of", *columns)
+                columns.append(self._scaled(field, self._known(field)).alias(stored(field.name)))
+        return each.select(*own.columns, "as_of", *columns)
 
     def _known(self, field: Aggregate) -> Column:
-        matching = self._matching(field.when, F.col("k"))
+        number = self._whens().index(field.when)
+        n = F.col(f"n_{number}")
         if field.measure == "count":
-            return F.size(matching)
+            return n
         if field.measure == "days_since":
-            last = F.array_max(F.transform(matching, lambda x: x["micros"]))
-            return _since(last) / DAY
-        exact = "decimal(34,9)"
-        total = F.aggregate(
-            matching,
-            F.lit(0).cast(exact),
-            lambda total, x: (total + x["value"].cast("double").cast(EXACT)).cast(exact),
-        )
-        return F.when(F.size(matching) > 0, total.cast("double") / F.size(matching))
+            return _since(F.col(f"last_{number}")) / DAY
+        return F.when(n > 0, total(F.col(f"whole_{number}"), F.col(f"parts_{number}")) / n)
 
     def _scaled(self, field: Aggregate, raw: Column) -> Column:
         return F.coalesce(self.fitted[field.name].scaled(raw), F.lit(0.0)).cast("float")
@@ -219,9 +240,7 @@ class State:
         return F.transform(places, share)
 
     def _remembered(self, field: History, events: Column) -> Column:
-        matching = self._matching(field.when, events)
-        name = "item" if field.of == "item" else f"attribute_{field.of}"
-        return matching[name] if field.when == "any" else F.transform(matching, lambda x: x[name])
+        return self._matching(field.when, events)["item" if field.of == "item" else f"attribute_{field.of}"]
 
     def _flat(self, field: History, values: Column) -> Column:
         if field.of == "item":
@@ -232,8 +251,7 @@ class State:
     def _matching(self, when: str, events: Column) -> Column:
         if when == "any":
             return events
-        name = f"match_{self._whens().index(when)}"
-        return F.filter(events, lambda x: x[name])
+        return F.filter(events, _has(1 << len(CUTS) + [*self._whens(), "positive"].index(when)))
 
     def _whens(self) -> list[str]:
         return counted_whens(self.fields)
@@ -253,18 +271,15 @@ def attributes(fields: Sequence[AnyField]) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def _known(cut: str, end: int) -> Callable[[Column], Column]:
+def _known(cut: str, end: int) -> Column:
     """Is an event known at a cut?"""
     if cut == "date":
-        return lambda event: event["micros"] < end
-    if cut == "valid":
-        return lambda event: event["split"] == "train"
-    return lambda event: event["split"] != "test"
+        return F.col("micros") < end
+    return F.col("split") == "train" if cut == "valid" else F.col("split") != "test"
 
 
-def _unknown(cut: str, end: int) -> Callable[[Column], Column]:
-    known = _known(cut, end)
-    return lambda event: ~known(event)
+def _has(flag: int) -> Callable[[Column], Column]:
+    return lambda event: event["flags"].bitwiseAND(flag) != 0
 
 
 def _earlier(field: Aggregate) -> Column:
@@ -272,7 +287,8 @@ def _earlier(field: Aggregate) -> Column:
     if field.measure == "count":
         return n
     if field.measure == "mean_value":
-        return F.when(n > 0, F.col(f"`_sum:{field.when}`").cast("double") / n)
+        known = total(F.col(f"`_whole:{field.when}`"), F.col(f"`_parts:{field.when}`"))
+        return F.when(n > 0, known / n)
     return (F.col("micros") - F.col(f"`_last:{field.when}`")) / DAY
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -15,7 +16,7 @@ from recsys_dist.features.encode import Vocabularies
 from recsys_dist.features.item_days import daily_fields, item_days
 from recsys_dist.features.log import Inputs, Look, midnight
 from recsys_dist.features.numeric import Fitted
-from recsys_dist.features.session import AT_ONCE, write
+from recsys_dist.features.session import AT_ONCE, in_ranges, write
 from recsys_dist.features.spec import share_width
 from recsys_dist.features.split import duplicates
 from recsys_dist.features.state import State, attributes, state_fields
@@ -58,34 +59,33 @@ class Tables:
 
     def examples(self) -> None:
         """examples/: an event a row."""
-        context = [field.name for field in self.spec.side("context")]
-        users = self._state.events(self._indexed(), context).join(self._own(), "user").drop("user")
-        rows = self._state.before_events(users).withColumnRenamed("user_index", "user")
+        context = [ids.stored(field.name) for field in self.spec.side("context")]
+        rows = self._state.before_events(self._indexed(), self._own(), context)
+        rows = rows.drop("user").withColumnRenamed("user_index", "user")
         moment = {"timestamp": F.timestamp_micros("micros"), "label": F.col("positive").cast("int")}
-        write(rows.withColumns(moment), f"{self.run.uri}/examples", self.spec.examples_schema(), "split")
+        _save(rows.withColumns(moment), f"{self.run.uri}/examples", self.spec.examples_schema(), "split")
 
     def users(self) -> None:
         """users/: a user a row and cut."""
-        users = self._state.events(self._indexed(), []).join(self._own(), "user")
-        users = users.withColumnsRenamed({"user": "user_id", "user_index": "user"})
-        rows = self._state.at_cuts(users, self._end)
-        rows = rows.repartitionByRange("user").sortWithinPartitions("as_of", "user")
-        write(rows, f"{self.run.uri}/users", self.spec.users_schema(), "as_of")
+        rows = self._state.at_cuts(self._indexed(), self._own(), self._end)
+        rows = rows.withColumnsRenamed({"user": "user_id", "user_index": "user"})
+        rows = in_ranges(rows, "user", self.spec.n_users).sortWithinPartitions("as_of", "user")
+        _save(rows, f"{self.run.uri}/users", self.spec.users_schema(), "as_of")
 
     def items(self) -> None:
         """items/: an item a row."""
         rows = self.catalogue.drop("count").withColumnsRenamed(
             {"index": "item", "token": "item_id", "positives": "count"}
         )
-        rows = rows.repartitionByRange("item").sortWithinPartitions("item")
-        write(rows, f"{self.run.uri}/items", self.spec.items_schema())
+        rows = in_ranges(rows, "item", self.spec.n_items).sortWithinPartitions("item")
+        _save(rows, f"{self.run.uri}/items", self.spec.items_schema())
 
     def days(self) -> None:
         """item_days/: an item a row and day on which something changed."""
         first, fields = self.look.first_micros, self.config.fields
         rows = item_days(self.usable, self.catalogue, fields, self.fitted, first, self._end)
-        rows = rows.repartitionByRange("item").sortWithinPartitions("item", "day")
-        write(rows, f"{self.run.uri}/item_days", self.spec.item_days_schema())
+        rows = in_ranges(rows, "item", self.spec.n_items).sortWithinPartitions("item", "day")
+        _save(rows, f"{self.run.uri}/item_days", self.spec.item_days_schema())
 
     def quarantine(self) -> None:
         """quarantine/: a row that was set aside."""
@@ -107,23 +107,38 @@ class Tables:
         looking = state_fields(self.config.fields)
         shares = [field for field in looking if isinstance(field, Aggregate) and field.measure == "share"]
         widths = {field.name: share_width(field, sizes) for field in shares}
-        return State(looking, self.fitted, frozenset(several), widths)
+        return State(looking, self.fitted, frozenset(several), widths, self.config.split.kind != "column")
 
     def _own(self) -> DataFrame:
         """The users' index and the fields of their table."""
         looking = {field.name for field in state_fields(self.config.fields)}
         own = [f.name for f in self.spec.side("user") if f.name != "user" and f.name not in looking]
-        rows = self.people.select(F.col("token").alias("user"), F.col("index").alias("user_index"), *own)
+        columns = [F.col(f"`{ids.stored(name)}`") for name in own]
+        rows = self.people.select(F.col("token").alias("user"), F.col("index").alias("user_index"), *columns)
         return _small(rows, self.spec.n_users)
 
     def _indexed(self) -> DataFrame:
         """The events with indices in place of item ids and words, and the context fields."""
-        named = [F.col(name).alias(f"attribute:{name}") for name in attributes(self.config.fields)]
+        named = [
+            F.col(f"`{ids.stored(name)}`").alias(f"attribute:{name}")
+            for name in attributes(self.config.fields)
+        ]
         item = self.catalogue.select(F.col("token").alias("item"), F.col("index").alias("_item"), *named)
-        rows = self.usable.join(_small(item, self.spec.n_items), "item").drop("item")
+        rows = (
+            self.usable.withColumns(_times(self.config))
+            .join(_small(item, self.spec.n_items), "item")
+            .drop("item")
+        )
         rows = rows.withColumnRenamed("_item", "item")
-        rows = ids.encode_fields(rows, self.config.fields, "context", self.vocabularies, self.fitted)
-        return rows.withColumns(_times(self.config))
+        return ids.encode_fields(rows, self.config.fields, "context", self.vocabularies, self.fitted)
+
+
+def _save(rows: DataFrame, uri: str, schema: pa.Schema, partition_by: str | None = None) -> None:
+    """Write the columns of a schema: fields under their own names, whatever else the rows have."""
+    names = [*schema.names, *([partition_by] if partition_by else [])]
+    fields = {name for name in names if ids.stored(name) in rows.columns}
+    columns = [F.col(f"`{ids.stored(name) if name in fields else name}`").alias(name) for name in names]
+    write(rows.select(*columns), uri, schema, partition_by)
 
 
 def _small(frame: DataFrame, rows: int) -> DataFrame:
@@ -139,9 +154,9 @@ def _times(config: Config) -> dict[str, Column]:
         if isinstance(field, Time) and field.part != "recency":
             part, period = parts[field.part]
             if field.encoding == "index":
-                columns[field.name] = part + 1
+                columns[ids.stored(field.name)] = part + 1
             else:
                 angle = part * (2 * F.pi() / period)
-                columns[f"{field.name}_sin"] = F.sin(angle).cast("float")
-                columns[f"{field.name}_cos"] = F.cos(angle).cast("float")
+                columns[ids.stored(f"{field.name}_sin")] = F.sin(angle).cast("float")
+                columns[ids.stored(f"{field.name}_cos")] = F.cos(angle).cast("float")
     return columns

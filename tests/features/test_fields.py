@@ -17,7 +17,7 @@ START = 1_700_000_000 // DAY * DAY
 WEIGHTS = {"view": 1.0, "cart": 3.0, "purchase": 5.0}
 FIELDS = [
     {"name": "device", "kind": "categorical", "side": "context", "column": "device", "min_count": 40},
-    {"name": "page", "kind": "categorical", "side": "context", "column": "page", "hash_buckets": 7},
+    {"name": "position", "kind": "categorical", "side": "context", "column": "page", "hash_buckets": 7},
     {"name": "wait", "kind": "numeric", "side": "context", "column": "wait", "log": True, "impute": "median"},
     {"name": "category", "kind": "categorical", "side": "item", "column": "category"},
     {"name": "tags", "kind": "categorical", "side": "item", "column": "tags", "list": True},
@@ -201,11 +201,11 @@ def test_events_see_what_is_strictly_earlier(shop):
         weekday = dt.datetime.fromtimestamp(event[2], dt.UTC).weekday()
         assert row["week_cos"] == pytest.approx(math.cos(2 * math.pi * weekday / 7), abs=1e-6)
         assert names["device"].get(row["device"]) == (event[4] if event[4] != "tv" else None)
-        assert 1 <= row["page"] <= 7
+        assert 1 <= row["position"] <= 7
         assert row["wait_missing"] == (event[6] is None)
     pages = {}
     for event in oracle.log:
-        pages.setdefault(event[5], set()).add(found[event[:4]]["page"])
+        pages.setdefault(event[5], set()).add(found[event[:4]]["position"])
     assert all(len(buckets) == 1 for buckets in pages.values())
     assert len(set.union(*pages.values())) > 3
 
