@@ -14,6 +14,7 @@ from recsys_dist import job
 from recsys_dist.config import DEFAULT_CONF, REPOSITORY, Config, load
 from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
 from recsys_dist.evaluation.labels import LABELS, summary_columns
+from recsys_dist.schema import FUTURE
 from recsys_dist.scoring.publish import is_published
 from recsys_dist.scoring.show import sample_users, show_user
 from recsys_dist.workspace import STAGES, Run, Workspace
@@ -82,10 +83,10 @@ def headline(stage: str, figures: dict[str, Any]) -> str:
     match stage:
         case "features":
             aside = sum(sum(reasons.values()) for reasons in figures["quarantined"].values())
-            later = figures["events_after_score_date"]
+            later = figures["quarantined"]["events"].get(FUTURE, 0)
             return (
                 f"{figures['rows']['events']:,} events, {figures['users']:,} users, {figures['items']:,} "
-                f"items, {aside:,} rows set aside, {later:,} events left out as after score.date"
+                f"items, {aside - later:,} rows set aside, and {later:,} events as after score.date"
             )
         case "als":
             return "user and item factors"

@@ -267,6 +267,9 @@ QUARANTINE = pa.schema([("source", pa.string()), ("reason", pa.string()), ("raw"
 FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
 """als/user_factors/ and als/item_factors/."""
 
+FUTURE = "future timestamp"
+"""The reason of rows from score.date on, which a back-dated night has many of."""
+
 REASON = pa.struct(
     [
         ("kind", pa.string()),

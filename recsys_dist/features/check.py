@@ -13,10 +13,10 @@ from recsys_dist.config import Config, Source
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.features.numeric import LIMIT
 from recsys_dist.features.read import readable
+from recsys_dist.schema import FUTURE
 
 DUPLICATE = "duplicate"
 OUT_OF_RANGE = "value out of range"
-FUTURE = "future timestamp"
 SPLITS = ("train", "valid", "test")
 YES, NO = ("1", "true", "1.0"), ("0", "false", "0.0")
 # Seconds of 0001-01-01 and 10000-01-01: what a date of four digits can say.

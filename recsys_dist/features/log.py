@@ -10,11 +10,12 @@ from pyspark.sql import functions as F
 from recsys_dist.config import Config, KCore, absolute
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.features import ids
-from recsys_dist.features.check import FUTURE, check_events, check_table, require_pattern
+from recsys_dist.features.check import check_events, check_table, require_pattern
 from recsys_dist.features.read import read
 from recsys_dist.features.session import spark_uri
 from recsys_dist.features.source import Opened
 from recsys_dist.features.split import SPLITS
+from recsys_dist.schema import FUTURE
 from recsys_dist.workspace import raw_files
 
 HASH_BUCKETS = 1_000_000

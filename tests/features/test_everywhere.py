@@ -13,12 +13,14 @@ import psutil
 import pytest
 import yaml
 
-from recsys_dist.config import REPOSITORY
+from recsys_dist.config import REPOSITORY, Config, load
 from recsys_dist.workspace import Workspace
 from tests.features.test_fields import random_log, shop_config
+from tests.logs import featurized
 from tests.processes import kill_group
 
 SPARK35 = REPOSITORY / ".venv" / "spark35"
+SMALL_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 CLUSTER = "local-cluster[2,1,1024]"
 
 
@@ -44,7 +46,10 @@ def started(log, name, master, **environment):
     root, settings = log
     settings = json.loads(json.dumps(settings))
     settings["storage"]["root"] = str(root / name)
-    settings["spark"]["submit"] = ["--master", master, "--driver-memory", "1g"]
+    settings["spark"]["submit"] = [
+        "--master", master, "--driver-memory", "1g", "--driver-java-options", SMALL_JVM,
+        "--conf", f"spark.executor.extraJavaOptions={SMALL_JVM}",
+    ]  # fmt: skip
     conf = root / f"{name}.yaml"
     conf.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "jobs/featurize.py", "--conf", str(conf)]
@@ -56,8 +61,6 @@ def started(log, name, master, **environment):
 
 
 def finished(process, conf):
-    from recsys_dist.config import load
-
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return Workspace(load(conf)).runs("features")[-1]
@@ -96,8 +99,11 @@ def test_unusable_rows(reference):
     assert sorted(row["reason"] for row in aside) == ["duplicate"] * 3 + ["missing item", "not JSON"]
 
 
-def test_two_cores(log, reference):
-    assert content(finished(*started(log, "two", "local[2]"))) == content(reference)
+def test_two_cores(spark, log, reference):
+    assert spark.sparkContext.master == "local[2]"
+    root, settings = log
+    settings = settings | {"storage": {"root": str(root / "two")}}
+    assert content(featurized(Config.model_validate(settings))) == content(reference)
 
 
 def test_a_cluster_that_loses_an_executor(log, reference):

@@ -5,16 +5,13 @@ import re
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.nightly import spark_environment, spark_home
 from recsys_dist.workspace import Workspace
-from tests.logs import featurized
 
 # What conf/movielens_100k.yaml sets for the same reason: these logs are small.
 OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
@@ -75,7 +72,7 @@ label: {{positive_when: value >= 3}}
 fields:
   - {{name: device, kind: categorical, side: context, column: device}}
   - {{name: recent, kind: history, last: 5}}
-  - {{name: activity, kind: count}}
+  - {{name: activity, kind: aggregate, measure: count}}
 als: {{rank: 4, iterations: 12}}
 """
     )
@@ -100,36 +97,6 @@ def test_own_data(submitted):
         ["desk", "phone"],
     )
     assert {file["path"].rpartition("/")[2] for file in submitted.manifest["files"]} >= {"features.json"}
-
-
-@pytest.mark.parametrize("where", ["local[2]", "local-cluster[2,1,1024]"])
-def test_same_features_wherever_they_are_made(where, shop, submitted, request):
-    root, conf = shop
-    setting = f"storage.root={root}/{where}"
-    if where == "local[2]":
-        assert request.getfixturevalue("spark").sparkContext.master == where
-        featurized(load(conf, [setting]))
-    else:
-        submit("featurize.py", "--conf", str(conf), "--set", setting, master=where)
-    other = latest(f"{root}/{where}")
-    assert other.run_id != submitted.run_id
-    assert _bytes(other, "features.json") == _bytes(submitted, "features.json")
-    for name in ("examples", "users", "items", "quarantine", "vocab/user", "vocab/item", "vocab/device"):
-        one, two = (_sorted(run.table(name)) for run in (submitted, other))
-        assert one.num_rows > 0
-        assert one.equals(two), name
-
-
-def _bytes(run, name):
-    return (Path(run.path) / name).read_bytes()
-
-
-def _sorted(table):
-    table = table.select(sorted(table.column_names))
-    flat = [name for name in table.column_names if "list" not in str(table.schema.field(name).type)]
-    return table.take(
-        pc.sort_indices(table, sort_keys=[(name, "ascending") for name in flat])
-    ).combine_chunks()
 
 
 def test_als(shop, submitted):
