@@ -439,8 +439,11 @@ class Evaluation(Section):
 class Spark(Section):
     """How nightly starts the Spark stages."""
 
-    submit: tuple[str, ...] = ("--master", "local[*]", "--driver-memory", "2g")
-    """Arguments of spark-submit."""
+    submit: tuple[str, ...] = (
+        *("--master", "local[*]", "--driver-memory", "2g"),
+        *("--driver-java-options", "-XX:+UseParallelGC"),
+    )
+    """Arguments of spark-submit. A batch has no use for short pauses of the garbage collector."""
     conf: dict[str, str] = {}
     """Spark properties, set by the jobs themselves."""
 
