@@ -19,6 +19,8 @@ SeenFilter = Literal["all", "positives", "none"]
 SEEN_COLUMN = {"all": "seen", "positives": "liked"}
 """score.filter_seen to the column of users/ whose items are left out of the lists."""
 TIMESTAMP = pa.timestamp("us", tz="UTC")
+DAY = 86_400_000_000
+"""Microseconds, as TIMESTAMP counts."""
 UNKNOWN = 0
 
 

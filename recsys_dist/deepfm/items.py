@@ -13,12 +13,10 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys_dist.deepfm.batches import INDEXED, SideBatch, side_batch
 from recsys_dist.errors import DataError
-from recsys_dist.schema import TIMESTAMP, FeatureSpec, FieldSpec
+from recsys_dist.schema import DAY, TIMESTAMP, FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run
 
 EPOCH = dt.date(1970, 1, 1)
-DAY = 24 * 60 * 60 * 1_000_000
-"""Microseconds."""
 
 
 class Items:

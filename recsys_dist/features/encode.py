@@ -14,6 +14,7 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from recsys_dist.errors import DataError
+from recsys_dist.features.read import literal
 from recsys_dist.features.session import AT_ONCE, literal_rows, read_table, write
 from recsys_dist.schema import VOCAB, VocabularySpec
 
@@ -177,7 +178,7 @@ def values(rows: DataFrame, column: str, delimiter: str | None) -> Column:
     elif delimiter is None:
         parts = F.array(F.col(f"`{column}`"))
     else:
-        parts = F.split(F.col(f"`{column}`"), _literal(delimiter))
+        parts = F.split(F.col(f"`{column}`"), literal(delimiter))
     return F.filter(parts, lambda part: part.isNotNull() & (F.trim(part) != ""))
 
 
@@ -247,8 +248,3 @@ def tokens_of(
         )
     counted = tokens.groupBy("token").agg(*(F.sum(name).alias(name) for name in COUNTS))
     return counted.select(F.lit(field).alias("field"), "token", *COUNTS)
-
-
-def _literal(text: str) -> str:
-    """A regular expression that matches the text itself."""
-    return "\\Q" + text.replace("\\E", "\\E\\\\E\\Q") + "\\E"

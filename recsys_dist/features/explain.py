@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_dist.config import Categorical, Config, Numeric
+from recsys_dist.features.ids import SOURCES
 from recsys_dist.schema import FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run
 
@@ -158,8 +159,7 @@ def _source(config: Config, spec: FieldSpec) -> str:
         name = spec.name.removesuffix("_missing") if spec.indicator_of else spec.name
         declared = next(one for one in config.fields if one.name == name)
         assert isinstance(declared, Categorical | Numeric)
-        source = {"context": "events", "item": "items", "user": "users"}[spec.side]
-        return f"{source}.{declared.column}{' missing' if spec.indicator_of else ''}"
+        return f"{SOURCES[spec.side]}.{declared.column}{' missing' if spec.indicator_of else ''}"
     which = "" if spec.when in (None, "any") else f", {spec.when}"
     if spec.kind == "history":
         return f"last {spec.last} of {spec.of}{which}"

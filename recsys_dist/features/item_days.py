@@ -13,7 +13,8 @@ from recsys_dist.config import Aggregate, AnyField
 from recsys_dist.features.ids import stored
 from recsys_dist.features.numeric import Fitted, moments, parts, total, whole
 from recsys_dist.features.split import matches
-from recsys_dist.features.state import DAY, doubling
+from recsys_dist.features.state import doubling
+from recsys_dist.schema import DAY
 
 KINDS = COUNT, WHOLE, REST = "n", "w", "p"
 """What is added up of a window's events: their number, and the two parts of their values."""

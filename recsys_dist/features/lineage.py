@@ -9,8 +9,9 @@ from recsys_dist.config import Config
 from recsys_dist.errors import DataError
 from recsys_dist.features.drift import require_same
 from recsys_dist.features.encode import Parent
-from recsys_dist.features.session import spark_uri
+from recsys_dist.features.session import read_table
 from recsys_dist.features.source import Opened
+from recsys_dist.schema import VOCAB
 from recsys_dist.workspace import OpenRun, Run
 
 SAME = ("kind", "side", "column", "delimiter", "list", "hash_buckets")
@@ -67,7 +68,7 @@ def parents(config: Config, before: Run | None, events: DataFrame) -> dict[str, 
     for name in names:
         if specs[name].size:
             uri = f"{before.uri}/vocab/{name}"
-            rows = events.sparkSession.read.parquet(spark_uri(uri)).select("index", "token")
+            rows = read_table(events.sparkSession, uri, VOCAB).select("index", "token")
             found[name] = Parent(rows, specs[name], uri)
     for key in ("user", "item"):
         own = events.select(F.col(key).alias("token"))

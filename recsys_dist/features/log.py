@@ -1,6 +1,5 @@
 """The log and its tables, checked: what can be used, what is set aside, and what one look over it tells."""
 
-import datetime as dt
 from collections import Counter
 from dataclasses import dataclass
 
@@ -10,11 +9,11 @@ from pyspark.sql import functions as F
 from recsys_dist.config import Config, KCore, absolute
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.features import ids
-from recsys_dist.features.check import check_events, check_table, require_pattern
+from recsys_dist.features.check import SPLITS, check_events, check_table, require_pattern
 from recsys_dist.features.read import read
 from recsys_dist.features.session import spark_uri
 from recsys_dist.features.source import Opened
-from recsys_dist.features.split import SPLITS
+from recsys_dist.features.split import midnight
 from recsys_dist.schema import FUTURE
 from recsys_dist.workspace import raw_files
 
@@ -156,8 +155,3 @@ def reasons_of(tables: dict[str, DataFrame]) -> dict[str, Counter[str]]:
         for row in frame.groupBy("_reason").count().collect():
             found[name][row["_reason"] or ""] += row["count"]
     return found
-
-
-def midnight(day: dt.date) -> int:
-    """The start of a day, UTC, in microseconds since 1970."""
-    return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 10**6

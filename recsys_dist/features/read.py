@@ -167,7 +167,7 @@ def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) 
         parsed, reason = _from_json(names), NOT_JSON
     else:
         names = list(group.head.columns)
-        parts, mark = F.split("_line", _literal(delimiter(source))), quote(source)
+        parts, mark = F.split("_line", literal(delimiter(source))), quote(source)
         # Splitting takes half as long as parsing, and means the same where there is no quote.
         has_quote = F.col("_line").contains(mark) if mark else F.lit(False)
         lines = lines.withColumn("_parts", F.when(~has_quote, parts))
@@ -246,7 +246,7 @@ def _strings(*names: str) -> StructType:
     return StructType([StructField(name, StringType()) for name in names])
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """A regular expression that matches the text itself."""
     return re.sub(r"(\W)", r"\\\1", text)
 
@@ -279,7 +279,7 @@ def _source() -> Column:
 
 def _of_folder(key: str) -> Column:
     """The value of the last folder `key=value` of a row's path, which writers encode as in a URI."""
-    value = F.regexp_extract(_path(), f".*/{_literal(key)}=([^/]*)/", 1)
+    value = F.regexp_extract(_path(), f".*/{literal(key)}=([^/]*)/", 1)
     encoded = value.contains("%") & value.rlike("^([^%]|%[0-9A-Fa-f]{2})*$")
     value = F.when(encoded, F.url_decode(F.replace(value, F.lit("+"), F.lit("%2B")))).otherwise(value)
     return F.when(~value.isin("", "__HIVE_DEFAULT_PARTITION__"), value)

@@ -178,6 +178,8 @@ def in_ranges(frame: DataFrame, key: str, size: int) -> DataFrame:
     """
     spark = frame.sparkSession
     partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
+    if partitions == 1:
+        return frame.repartition(1)
     # Spark hashes what it partitions by: each partition is named by a number that is hashed to it.
     hashed = F.pmod(F.hash(F.col("id").cast("int")), F.lit(partitions)).alias("partition")
     found = spark.range(20 * partitions + 100).select("id", hashed).groupBy("partition").min("id").collect()

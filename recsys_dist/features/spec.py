@@ -29,17 +29,13 @@ def field_specs(
         elif isinstance(field, Time):
             fields.extend(_time(field))
         elif isinstance(field, History):
-            vocab = field.of
-            of = next((f for f in config.fields if f.name == field.of), None)
-            cardinality = sizes["item"] + 1
-            about: dict[str, Any] = {"vocab": vocab}
-            if isinstance(of, Categorical):
-                spec = _categorical(of, sizes)
-                cardinality, about = spec.cardinality, {"vocab": spec.vocab, "hashed": spec.hashed}
+            own = [f for f in config.fields if isinstance(f, Categorical) and f.name == field.of]
+            of = _categorical(own[0], sizes) if own else fields[1]
             fields.append(
                 FieldSpec(
-                    name=field.name, kind="history", side="user", type="indices", cardinality=cardinality,
-                    pooling=field.pooling, last=field.last, when=field.when, of=field.of, **about,
+                    name=field.name, kind="history", side="user", type="indices", cardinality=of.cardinality,
+                    vocab=of.vocab, hashed=of.hashed, pooling=field.pooling, last=field.last, when=field.when,
+                    of=field.of,
                 )
             )  # fmt: skip
         else:

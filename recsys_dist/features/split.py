@@ -10,7 +10,6 @@ from recsys_dist.config import Split
 from recsys_dist.features.check import DUPLICATE
 from recsys_dist.features.numeric import parts, quantiles, whole
 
-SPLITS = ("train", "valid", "test")
 TIEBREAK = "_hash"
 """Of rows that tell the same event, the one with the smallest hash of its text and file stays."""
 
@@ -101,7 +100,7 @@ def assign(events: DataFrame, split: Split) -> DataFrame:
         begin = (split.fractions[0], split.fractions[0] + split.fractions[1])
         part = F.when(share >= begin[1], "test").when(share >= begin[0], "valid")
     else:
-        moments = [_midnight(day) for day in split.dates] if split.dates else _moments(events, split)
+        moments = [midnight(day) for day in split.dates] if split.dates else _moments(events, split)
         part = F.when(F.col("micros") >= moments[1], "test").when(F.col("micros") >= moments[0], "valid")
     return events.withColumn("split", F.when(F.col("_reason").isNull(), F.coalesce(part, F.lit("train"))))
 
@@ -114,7 +113,8 @@ def _moments(events: DataFrame, split: Split) -> list[int]:
     return [int(moment) for moment in found.get("micros", (0, 0))]
 
 
-def _midnight(day: dt.date) -> int:
+def midnight(day: dt.date) -> int:
+    """The start of a day, UTC, in microseconds since 1970."""
     return int(dt.datetime.combine(day, dt.time(), dt.UTC).timestamp()) * 10**6
 
 

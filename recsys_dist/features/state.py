@@ -13,11 +13,10 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Aggregate, AnyField, History, Time
 from recsys_dist.features.ids import stored
-from recsys_dist.features.numeric import Fitted, Moments, moments, parts, signed_log, total, whole
+from recsys_dist.features.numeric import Fitted, moments, parts, signed_log, total, whole
 from recsys_dist.features.split import matches
+from recsys_dist.schema import DAY
 
-DAY = 86_400_000_000
-"""Microseconds."""
 HOUR = DAY // 24
 CUTS = ("valid", "test", "date")
 MOST_RECENCY = 24
@@ -52,17 +51,17 @@ def summed_whens(fields: Sequence[AnyField]) -> list[str]:
 
 def fit_aggregates(train: DataFrame, fields: Sequence[AnyField]) -> dict[str, Fitted]:
     """Fit the user's aggregates on the train events of `look_back`; a user without earlier events gets 0."""
-    found: dict[str, Column] = {}
-    for field in state_fields(fields):
-        if isinstance(field, Aggregate) and field.measure != "share":
-            raw = _earlier(field)
-            found[field.name] = signed_log(raw) if field.measure in LOGS else raw
-    names = {field.name: field for field in fields if isinstance(field, Aggregate)}
-
-    def fitted(name: str, about: Moments) -> Fitted:
-        return Fitted(0.0, names[name].measure in LOGS, about.mean, about.stddev)
-
-    return {name: fitted(name, about) for name, about in moments(train, found).items()}
+    wanted: dict[str, Aggregate] = {
+        field.name: field
+        for field in state_fields(fields)
+        if isinstance(field, Aggregate) and field.measure != "share"
+    }
+    raw = {name: _earlier(field) for name, field in wanted.items()}
+    logs = {name: signed_log(raw[name]) for name, field in wanted.items() if field.measure in LOGS}
+    return {
+        name: Fitted(0.0, name in logs, about.mean, about.stddev)
+        for name, about in moments(train, raw | logs).items()
+    }
 
 
 @dataclass(frozen=True)
@@ -91,18 +90,14 @@ class State:
             own: `user`, and columns to carry along.
             carried: columns of `indexed` that every example has.
         """
-        whens = self._whens()
-        flags = reduce(
-            Column.bitwiseOR,
-            (F.when(matches(when), 1 << len(CUTS) + i).otherwise(0) for i, when in enumerate(whens)),
-        )
+        whens = counted_whens(self.fields)
+        flags = _flags([matches(when) for when in whens], len(CUTS))
         event = [F.col(name) for name in ("position", "micros", "item", "value", "positive", "split")]
         event += [flags.alias("flags"), *(F.col(f"`{name}`") for name in carried)]
-        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in self._attributes()]
+        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in attributes(self.fields)]
         event += [F.col(f"`_n:{when}`").alias(f"n_{number}") for number, when in enumerate(whens)]
-        shares = [field for field in self.fields if isinstance(field, Aggregate) and field.measure == "share"]
-        if shares:
-            indexed = indexed.withColumns({f"share:{f.name}": self._shares_before(f) for f in shares})
+        shares = {f"share:{field.name}": self._shares_before(field) for field in share_fields(self.fields)}
+        indexed = indexed.withColumns(shares) if shares else indexed
         for field in self.fields:
             if isinstance(field, Aggregate):
                 value = F.col(f"`share:{field.name}`")
@@ -140,23 +135,25 @@ class State:
             own: `user`, and columns to carry along.
             end: micros of the start of the day that `date` stands for.
         """
-        whens = self._whens()
-        bits = [_known(cut, end) for cut in CUTS] + [matches(when) for when in [*whens, "positive"]]
-        flags = reduce(Column.bitwiseOR, (F.when(b, 1 << i).otherwise(0) for i, b in enumerate(bits)))
+        whens, summed = counted_whens(self.fields), summed_whens(self.fields)
+        names = {when: ("n", "last", *(("whole", "parts") if when in summed else ())) for when in whens}
+        known_at = [_known(cut, end) for cut in CUTS]
+        flags = _flags([*known_at, *(matches(when) for when in [*whens, "positive"])])
         event = [F.col("position"), F.col("item"), flags.alias("flags")]
-        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in self._attributes()]
+        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in attributes(self.fields)]
         measured = [F.sort_array(F.collect_list("_event")).alias("e")]
         for cut in CUTS:
             measured.append(F.min(F.when(~_known(cut, end), F.col("micros"))).alias(f"later:{cut}"))
             for number, when in enumerate(whens):
                 known = _known(cut, end) & matches(when)
                 value = F.when(known, F.col("value"))
-                measured += [
-                    F.count(F.when(known, 1)).alias(f"n:{number}:{cut}"),
-                    F.max(F.when(known, F.col("micros"))).alias(f"last:{number}:{cut}"),
-                    F.sum(whole(value)).alias(f"whole:{number}:{cut}"),
-                    F.sum(parts(value)).alias(f"parts:{number}:{cut}"),
-                ]
+                found = {
+                    "n": F.count(F.when(known, 1)),
+                    "last": F.max(F.when(known, F.col("micros"))),
+                    "whole": F.sum(whole(value)),
+                    "parts": F.sum(parts(value)),
+                }
+                measured += [found[name].alias(f"{name}:{number}:{cut}") for name in names[when]]
         rows = indexed.withColumn("_event", F.struct(*event)).sortWithinPartitions("user")
         users = rows.groupBy("user").agg(*measured).join(own, "user")
         cuts = []
@@ -172,8 +169,8 @@ class State:
                     known.alias("k"),
                     *(
                         F.col(f"`{name}:{number}:{cut}`").alias(f"{name}_{number}")
-                        for number in range(len(whens))
-                        for name in ("n", "last", "whole", "parts")
+                        for number, when in enumerate(whens)
+                        for name in names[when]
                     ),
                 )
             )
@@ -198,7 +195,7 @@ class State:
         return each.select(*own.columns, "as_of", *columns)
 
     def _known(self, field: Aggregate) -> Column:
-        number = self._whens().index(field.when)
+        number = counted_whens(self.fields).index(field.when)
         n = F.col(f"n_{number}")
         if field.measure == "count":
             return n
@@ -251,17 +248,16 @@ class State:
     def _matching(self, when: str, events: Column) -> Column:
         if when == "any":
             return events
-        return F.filter(events, _has(1 << len(CUTS) + [*self._whens(), "positive"].index(when)))
-
-    def _whens(self) -> list[str]:
-        return counted_whens(self.fields)
-
-    def _attributes(self) -> list[str]:
-        return attributes(self.fields)
+        return F.filter(events, _has(1 << len(CUTS) + [*counted_whens(self.fields), "positive"].index(when)))
 
     @staticmethod
     def _array(field: History) -> str:
         return f"all:{field.when}:{field.of}"
+
+
+def share_fields(fields: Sequence[AnyField]) -> list[Aggregate]:
+    """The fields that tell the share of each value of an attribute."""
+    return [field for field in fields if isinstance(field, Aggregate) and field.measure == "share"]
 
 
 def attributes(fields: Sequence[AnyField]) -> list[str]:
@@ -276,6 +272,12 @@ def _known(cut: str, end: int) -> Column:
     if cut == "date":
         return F.col("micros") < end
     return F.col("split") == "train" if cut == "valid" else F.col("split") != "test"
+
+
+def _flags(conditions: Sequence[Column], first: int = 0) -> Column:
+    """Conditions as the bits of one number, from bit `first` on."""
+    bits = (F.when(condition, 1 << place).otherwise(0) for place, condition in enumerate(conditions, first))
+    return reduce(Column.bitwiseOR, bits)
 
 
 def _has(flag: int) -> Callable[[Column], Column]:

@@ -9,17 +9,17 @@ import pyarrow as pa
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from recsys_dist.config import Aggregate, Categorical, Config, Time
+from recsys_dist.config import Categorical, Config, Time
 from recsys_dist.features import ids
 from recsys_dist.features.check import DUPLICATE, quarantine
 from recsys_dist.features.encode import Vocabularies
 from recsys_dist.features.item_days import daily_fields, item_days
-from recsys_dist.features.log import Inputs, Look, midnight
+from recsys_dist.features.log import Inputs, Look
 from recsys_dist.features.numeric import Fitted
 from recsys_dist.features.session import AT_ONCE, in_ranges, write
 from recsys_dist.features.spec import share_width
-from recsys_dist.features.split import duplicates
-from recsys_dist.features.state import State, attributes, state_fields
+from recsys_dist.features.split import duplicates, midnight
+from recsys_dist.features.state import State, attributes, share_fields, state_fields
 from recsys_dist.schema import QUARANTINE, FeatureSpec
 from recsys_dist.workspace import OpenRun
 
@@ -105,8 +105,7 @@ class Tables:
         several = [name for name, field in named.items() if isinstance(field, Categorical) and field.several]
         sizes = {name: found.size for name, found in self.spec.vocabularies.items()}
         looking = state_fields(self.config.fields)
-        shares = [field for field in looking if isinstance(field, Aggregate) and field.measure == "share"]
-        widths = {field.name: share_width(field, sizes) for field in shares}
+        widths = {field.name: share_width(field, sizes) for field in share_fields(looking)}
         return State(looking, self.fitted, frozenset(several), widths, self.config.split.kind != "column")
 
     def _own(self) -> DataFrame:
