@@ -104,7 +104,7 @@ def command(stage: str, config: Config, conf: str | None, overrides: Sequence[st
     settings = [word for override in overrides for word in ("--set", override)]
     arguments = [script, *(["--conf", conf] if conf else []), *settings]
     if stage in SPARK_STAGES:
-        return [str(spark_home() / "bin" / "spark-submit"), *config.spark.submit, *arguments]
+        return [str(spark_home() / "bin" / "spark-submit"), *config.spark.arguments, *arguments]
     return [sys.executable, *arguments]
 
 

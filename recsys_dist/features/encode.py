@@ -5,6 +5,7 @@ tokens keep their index, new ones come after. Indices are assigned from sorted p
 no step sees a whole vocabulary at once.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pyspark.sql import functions as F
 
 from recsys_dist.errors import DataError
 from recsys_dist.features.read import literal
-from recsys_dist.features.session import AT_ONCE, literal_rows, read_table, write
+from recsys_dist.features.session import AT_ONCE, read_table, write
 from recsys_dist.schema import VOCAB, VocabularySpec
 
 COUNTS = ("count", "positives", "tested")
@@ -82,28 +83,27 @@ class Vocabularies:
         # Cached, so that the partitions that are counted are those that are numbered.
         cached = ordered.cache()
         found = cached.groupBy("field", "_partition").agg(F.count("*").alias("rows")).collect()
-        rows = {(str(row["field"]), int(row["_partition"])): int(row["rows"]) for row in found}
+        counts = {(str(row["field"]), int(row["_partition"])): int(row["rows"]) for row in found}
         # Where a field's rows begin among those of a partition: fields are in order there.
-        places = []
+        before = {name: [0] * (1 + max((part for _, part in counts), default=0)) for name in fields}
         for name in fields:
-            before = 0
-            for partition in sorted(p for field, p in rows if field == name):
-                within = sum(rows.get((other, partition), 0) for other in fields if other < name)
-                places.append({"field": name, "_partition": partition, "_before": before - within})
-                before += rows[name, partition]
-        offsets = literal_rows(self._session, places, "field string, _partition int, _before bigint")
-        numbered = cached.join(F.broadcast(offsets), ["field", "_partition"])
-        place = (F.col("_before") + F.col("_row") + 1).cast("int")
-        rows = numbered.select(
+            earlier = 0
+            for partition in sorted(part for field, part in counts if field == name):
+                within = sum(counts.get((other, partition), 0) for other in fields if other < name)
+                before[name][partition] = earlier - within
+                earlier += counts[name, partition]
+        begins = F.element_at(
+            F.from_json(F.lit(json.dumps(before)), "map<string,array<bigint>>"), F.col("field")
+        )
+        place = (F.get(begins, F.col("_partition")) + F.col("_row") + 1).cast("int")
+        rows = cached.select(
             "field",
             place.alias("index"),
             "token",
-            F.coalesce("count", F.lit(0)).alias("count"),
-            F.coalesce("positives", F.lit(0)).alias("positives"),
-            F.coalesce("tested", F.lit(0)).alias("tested"),
+            *(F.coalesce(name, F.lit(0)).alias(name) for name in COUNTS),
             F.col("count").isNotNull().alias("present"),
             F.col("index").alias("_known"),
-        ).cache()
+        )
         self.specs, self.cold = self._describe(rows, fields, parents)
 
         def save(name: str) -> None:
@@ -111,7 +111,6 @@ class Vocabularies:
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(save, fields))
-        rows.unpersist()
         cached.unpersist()
 
     def _describe(
@@ -226,7 +225,7 @@ def encode(
 def tokens_of(
     rows: DataFrame, field: str, column: str, delimiter: str | None, counts: Mapping[str, Column]
 ) -> DataFrame:
-    """The tokens of one column: field, token and COUNTS, each token once.
+    """The tokens of one column: field, token and COUNTS, of every row.
 
     Args:
         rows: any frame.
@@ -235,16 +234,11 @@ def tokens_of(
         delimiter: splits a text into several values.
         counts: name in COUNTS to what a row adds to it; others get nothing.
     """
-    numbers = {name: counts.get(name, F.lit(0)).cast("bigint") for name in COUNTS}
+    numbers = [counts.get(name, F.lit(0)).cast("bigint").alias(name) for name in COUNTS]
     if delimiter is None and not dict(rows.dtypes)[column].startswith("array"):
         token = F.col(f"`{column}`")
-        tokens = rows.where(token.isNotNull() & (F.trim(token) != "")).select(
-            token.alias("token"), *(number.alias(name) for name, number in numbers.items())
-        )
+        # Most begin with a visible character: they are not blank, whatever follows.
+        rows = rows.where((token >= "!") | (F.trim(token) != ""))
     else:
-        tokens = rows.select(
-            F.explode(values(rows, column, delimiter)).alias("token"),
-            *(number.alias(name) for name, number in numbers.items()),
-        )
-    counted = tokens.groupBy("token").agg(*(F.sum(name).alias(name) for name in COUNTS))
-    return counted.select(F.lit(field).alias("field"), "token", *COUNTS)
+        token = F.explode(values(rows, column, delimiter))
+    return rows.select(F.lit(field).alias("field"), token.alias("token"), *numbers)

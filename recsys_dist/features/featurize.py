@@ -1,6 +1,7 @@
 """Raw logs to a features run: read, check, gather by user, split, encode, look back, write."""
 
 import datetime as dt
+from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any
 
@@ -16,15 +17,23 @@ from recsys_dist.features import ids
 from recsys_dist.features.check import require_few
 from recsys_dist.features.drift import columns_of
 from recsys_dist.features.encode import Vocabularies, tokens_of
-from recsys_dist.features.item_days import fit_days
+from recsys_dist.features.item_days import day_values, fit_days
 from recsys_dist.features.lineage import new_columns, parents, run_before
-from recsys_dist.features.log import Inputs, look_over, reasons_of, require_known, require_usable
+from recsys_dist.features.log import Inputs, Look, look_over, reasons_of, require_known, require_usable
+from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
 from recsys_dist.features.session import Steps, remove_checksums, start
 from recsys_dist.features.source import Opened, open_source
 from recsys_dist.features.spec import field_specs
 from recsys_dist.features.split import assign, gather, k_core, look_back
-from recsys_dist.features.state import counted_whens, fit_aggregates, summed_whens
+from recsys_dist.features.state import (
+    aggregate_values,
+    counted_whens,
+    counts_at_cuts,
+    fit_aggregates,
+    summed_whens,
+    user_tokens,
+)
 from recsys_dist.features.tables import Tables
 from recsys_dist.schema import FeatureSpec
 from recsys_dist.workspace import OpenRun, Run
@@ -106,7 +115,7 @@ def _featurize(
             gathered, dropped, rounds = k_core(gathered, config.data.k_core.user, config.data.k_core.item)
             figures["k_core"] = {"events_dropped": dropped, "rounds": rounds}
         placed = look_back(gathered, summed_whens(config.fields), counted_whens(config.fields)).cache()
-        events = assign(placed, config.split)
+        events = assign(placed, config.split).select("*", "_bad.*").drop("_bad")
         look = look_over(events)
         reasons = {"events": look.reasons, **reasons_of(tables)}
         for name, frame in {"events": events, **tables}.items():
@@ -119,19 +128,24 @@ def _featurize(
             if side in known:
                 require_known(side, key, opened, known[side], usable)
 
-    with steps.measure("vocabularies"):
+    with steps.measure("vocabularies, statistics"), ThreadPoolExecutor(1) as beside:
+        of_train = beside.submit(_fit_events, train, config, look)
         continued = parents(config, before, usable)
+        counts = counts_at_cuts(usable, config.fields).cache()
         least = {field.name: field.min_count for field in ids.vocabulary_fields(config.fields)}
         vocabularies = Vocabularies(
-            _tokens(config, usable, known), {"user": 0, "item": 0} | least, continued, f"{run.uri}/vocab"
+            _tokens(config, usable, counts, known),
+            {"user": 0, "item": 0} | least,
+            continued,
+            f"{run.uri}/vocab",
         )
-    with steps.measure("statistics"):
         people = ids.table_of("user", vocabularies, known.get("users"), config.fields)
         catalogue = ids.table_of("item", vocabularies, known.get("items"), config.fields)
-        fitted = fit_aggregates(train, config.fields) | fit_days(train, config.fields)
-        fitted |= ids.fit_numeric(train, config.fields, "context")
+        fitted = of_train.result()
         for side, rows in (("user", people), ("item", catalogue)):
-            fitted |= ids.fit_numeric(rows.where(F.col("count") > 0), config.fields, side)
+            rows = rows.where(F.col("count") > 0)
+            found = moments(rows, ids.side_values(config.fields, side))
+            fitted |= ids.fit_numeric(rows, config.fields, side, found)
     last = dt.datetime.fromtimestamp(look.last_micros // 10**6, dt.UTC).date()
     spec = FeatureSpec(
         fields=field_specs(config, vocabularies.specs, fitted),
@@ -147,12 +161,14 @@ def _featurize(
         people = ids.encode_fields(people, config.fields, "user", vocabularies, fitted).cache()
         catalogue = ids.encode_fields(catalogue, config.fields, "item", vocabularies, fitted).cache()
         Tables(
-            config, run, spec, vocabularies, fitted, events, usable, people, catalogue, tables, inputs, look
-        ).write()
+            config=config, run=run, spec=spec, vocabularies=vocabularies, fitted=fitted, events=events,
+            usable=usable, counts=counts, people=people, catalogue=catalogue, checked=tables, inputs=inputs,
+            look=look,
+        ).write()  # fmt: skip
         run.write_json("features.json", spec.model_dump(mode="json"))
         run.remove(SCRATCH)
         remove_checksums(run.filesystem, run.path)
-    for frame in (*cached, placed, people, catalogue):
+    for frame in (*cached, placed, counts, people, catalogue):
         frame.unpersist()
     return {
         "rows": {name: counted.total() for name, counted in reasons.items()},
@@ -171,7 +187,17 @@ def _featurize(
     }
 
 
-def _tokens(config: Config, events: DataFrame, tables: dict[str, DataFrame]) -> DataFrame:
+def _fit_events(train: DataFrame, config: Config, look: Look) -> dict[str, Fitted]:
+    """What is fitted on the train events."""
+    fields = config.fields
+    values = aggregate_values(fields, look, config.split.kind != "column") | day_values(fields, look)
+    values |= ids.side_values(fields, "context")
+    found = moments(train, values)
+    fitted = fit_aggregates(found, fields) | fit_days(found, fields)
+    return fitted | ids.fit_numeric(train, fields, "context", found)
+
+
+def _tokens(config: Config, events: DataFrame, counts: DataFrame, tables: dict[str, DataFrame]) -> DataFrame:
     """The tokens of all vocabularies."""
     is_train = F.col("split") == "train"
     of_events = {
@@ -180,7 +206,7 @@ def _tokens(config: Config, events: DataFrame, tables: dict[str, DataFrame]) -> 
         "tested": F.col("split") == "test",
     }
     each_row = {"count": F.lit(1)}
-    frames = [tokens_of(events, key, key, None, of_events) for key in ("user", "item")]
+    frames = [user_tokens(counts, config.fields), tokens_of(events, "item", "item", None, of_events)]
     if "items" in tables:
         frames.append(tokens_of(tables["items"], "item", "item", None, {}))
     for side, name in ids.SOURCES.items():

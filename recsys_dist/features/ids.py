@@ -7,7 +7,7 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import AnyField, Categorical, Numeric
 from recsys_dist.features.encode import Vocabularies, encode, hashed
-from recsys_dist.features.numeric import Fitted, fit, number
+from recsys_dist.features.numeric import Fitted, Moments, Value, fit, number, numeric_values
 
 SOURCES = {"context": "events", "item": "items", "user": "users"}
 """Side of a field to the source that has its column."""
@@ -53,10 +53,22 @@ def with_numbers(rows: DataFrame, fields: Sequence[AnyField], side: str) -> Data
     return rows.withColumns(numbers) if numbers else rows
 
 
-def fit_numeric(train: DataFrame, fields: Sequence[AnyField], side: str) -> dict[str, Fitted]:
-    """Fit the numeric fields of a side on rows of the train part."""
-    numeric = [field for field in column_fields(fields, side) if isinstance(field, Numeric)]
-    return fit(train, numeric, {field.name: raw(field.name) for field in numeric})
+def side_values(fields: Sequence[AnyField], side: str) -> dict[str, Value]:
+    """What the numeric fields of a side are fitted on."""
+    numeric = _numeric(fields, side)
+    return numeric_values(numeric, {field.name: raw(field.name) for field in numeric})
+
+
+def fit_numeric(
+    train: DataFrame, fields: Sequence[AnyField], side: str, found: Mapping[str, Moments]
+) -> dict[str, Fitted]:
+    """Fit the numeric fields of a side on rows of the train part and the moments of their `side_values`."""
+    numeric = _numeric(fields, side)
+    return fit(train, numeric, {field.name: raw(field.name) for field in numeric}, found)
+
+
+def _numeric(fields: Sequence[AnyField], side: str) -> list[Numeric]:
+    return [field for field in column_fields(fields, side) if isinstance(field, Numeric)]
 
 
 def encode_fields(

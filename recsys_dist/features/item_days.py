@@ -4,14 +4,15 @@ Events are counted by item and day first, so that an item in a third of all even
 days. A row is written only for days on which something changes; it holds until the item's next row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Aggregate, AnyField
 from recsys_dist.features.ids import stored
-from recsys_dist.features.numeric import Fitted, moments, parts, total, whole
+from recsys_dist.features.log import Look
+from recsys_dist.features.numeric import Fitted, Moments, Value, parts, total, whole
 from recsys_dist.features.split import matches
 from recsys_dist.features.state import doubling
 from recsys_dist.schema import DAY
@@ -27,13 +28,21 @@ def daily_fields(fields: Sequence[AnyField]) -> tuple[Aggregate, ...]:
     return tuple(field for field in fields if isinstance(field, Aggregate) and field.side == "item")
 
 
-def fit_days(train: DataFrame, fields: Sequence[AnyField]) -> dict[str, Fitted]:
-    """The scale of mean values: that of the train events' own values. Counts enter as log(1 + n)."""
+def day_values(fields: Sequence[AnyField], look: Look) -> dict[str, Value]:
+    """What mean values are scaled by: the train events' own values, by field."""
     wanted = [field for field in daily_fields(fields) if field.measure == "mean_value"]
-    found = moments(train, {field.name: F.when(matches(field.when), F.col("value")) for field in wanted})
-    fitted = {name: Fitted(0.0, False, about.mean, about.stddev) for name, about in found.items()}
-    counts = [field.name for field in daily_fields(fields) if field.measure == "count"]
-    return fitted | {name: Fitted(0.0, True) for name in counts}
+    return {field.name: Value(F.when(matches(field.when), F.col("value")), *look.values) for field in wanted}
+
+
+def fit_days(found: Mapping[str, Moments], fields: Sequence[AnyField]) -> dict[str, Fitted]:
+    """The daily fields, of the moments of `day_values`. Counts enter as log(1 + n)."""
+    fitted = {}
+    for field in daily_fields(fields):
+        if field.measure == "mean_value":
+            fitted[field.name] = Fitted(0.0, False, found[field.name].mean, found[field.name].stddev)
+        elif field.measure == "count":
+            fitted[field.name] = Fitted(0.0, True)
+    return fitted
 
 
 def item_days(

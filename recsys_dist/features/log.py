@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import reduce
 
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
@@ -90,6 +91,8 @@ class Look:
     """Most frequent hour of the train part; of equally frequent ones the earliest."""
     first_micros: int
     last_micros: int
+    values: tuple[float, float]
+    """Least and greatest of the train part."""
 
 
 def look_over(events: DataFrame) -> Look:
@@ -97,7 +100,13 @@ def look_over(events: DataFrame) -> Look:
     hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
     counted = (
         events.groupBy("_reason", "split", "positive", hour.alias("hour"))
-        .agg(F.count("*").alias("rows"), F.min("micros").alias("first"), F.max("micros").alias("last"))
+        .agg(
+            F.count("*").alias("rows"),
+            F.min("micros").alias("first"),
+            F.max("micros").alias("last"),
+            F.min("value").alias("low"),
+            F.max("value").alias("high"),
+        )
         .collect()
     )
     reasons: Counter[str] = Counter()
@@ -109,11 +118,15 @@ def look_over(events: DataFrame) -> Look:
     for row in usable:
         rows[row["split"]] += row["rows"]
         positives[row["split"]] += row["rows"] * row["positive"]
-        if row["split"] == "train":
-            hours[row["hour"]] += row["rows"]
+    train = [row for row in usable if row["split"] == "train"]
+    for row in train:
+        hours[row["hour"]] += row["rows"]
     most = min(hours, key=lambda hour: (-hours[hour], hour), default=0)
     first = min((row["first"] for row in usable), default=0)
-    return Look(reasons, rows, positives, most, first, max((row["last"] for row in usable), default=0))
+    last = max((row["last"] for row in usable), default=0)
+    low = min((row["low"] for row in train), default=0.0)
+    high = max((row["high"] for row in train), default=0.0)
+    return Look(reasons, rows, positives, most, first, last, (low, high))
 
 
 def require_usable(config: Config, look: Look) -> None:
@@ -151,7 +164,8 @@ def require_known(
 def reasons_of(tables: dict[str, DataFrame]) -> dict[str, Counter[str]]:
     """Rows of each table by the reason for which they are set aside; usable rows under the empty reason."""
     found: dict[str, Counter[str]] = {name: Counter() for name in tables}
-    for name, frame in tables.items():
-        for row in frame.groupBy("_reason").count().collect():
-            found[name][row["_reason"] or ""] += row["count"]
+    each = [frame.select(F.lit(name).alias("table"), "_reason") for name, frame in tables.items()]
+    if each:
+        for row in reduce(DataFrame.union, each).groupBy("table", "_reason").count().collect():
+            found[row["table"]][row["_reason"] or ""] += row["count"]
     return found

@@ -59,46 +59,63 @@ def signed_log(x: Column) -> Column:
     return F.signum(x) * F.log1p(F.abs(x))
 
 
-def moments(rows: DataFrame, values: Mapping[str, Column]) -> dict[str, Moments]:
+@dataclass(frozen=True)
+class Value:
+    """What moments are asked of, and where it is known beforehand, what it is not below or above."""
+
+    column: Column
+    low: float | None = None
+    high: float | None = None
+
+
+def moments(rows: DataFrame, values: Mapping[str, Value]) -> dict[str, Moments]:
     """Mean and standard deviation of several expressions, over the rows where each is not null.
 
-    Values are mapped to [0, 1] between their extremes and added up as whole numbers.
+    Values are mapped to [0, 1] between their bounds and added up as whole numbers. Bounds that are not given
+    are looked for first, and only then are those of the result the values' own.
     """
     if not values:
         return {}
     names = list(values)
-    columns = rows.select(*(values[name].cast("double").alias(f"x{i}") for i, name in enumerate(names)))
-    bounds = columns.agg(
-        *(function(f"x{i}").alias(f"{label}{i}") for i in range(len(names)) for label, function in EXTREMES)
-    ).first()
-    assert bounds is not None
+    columns = rows.select(
+        *(value.column.cast("double").alias(f"x{i}") for i, value in enumerate(values.values()))
+    )
+    bounds = {name: (value.low, value.high) for name, value in values.items()}
+    asked = [i for i, name in enumerate(names) if None in bounds[name]]
+    if asked:
+        found = columns.agg(
+            *(function(f"x{i}").alias(f"{label}{i}") for i in asked for label, function in EXTREMES)
+        )
+        extremes = found.first()
+        assert extremes is not None
+        bounds |= {names[i]: (extremes[f"low{i}"], extremes[f"high{i}"]) for i in asked}
     sums = []
-    for i in range(len(names)):
-        low, width = bounds[f"low{i}"], _width(bounds[f"low{i}"], bounds[f"high{i}"])
-        unit = (F.col(f"x{i}") - F.lit(low or 0.0)) / F.lit(width)
-        for name, value in ((f"sum{i}", unit), (f"squares{i}", unit * unit)):
+    for i, name in enumerate(names):
+        unit = (F.col(f"x{i}") - F.lit(bounds[name][0] or 0.0)) / F.lit(_width(*bounds[name]))
+        sums.append(F.count(f"x{i}").alias(f"n{i}"))
+        for label, value in ((f"sum{i}", unit), (f"squares{i}", unit * unit)):
             scaled = F.floor(value * (1 << 2 * BITS) + 0.5).cast("bigint")
-            sums.append(F.sum(F.shiftright(scaled, BITS)).alias(f"{name}:high"))
-            sums.append(F.sum(scaled.bitwiseAND((1 << BITS) - 1)).alias(f"{name}:low"))
+            sums.append(F.sum(F.shiftright(scaled, BITS)).alias(f"{label}:high"))
+            sums.append(F.sum(scaled.bitwiseAND((1 << BITS) - 1)).alias(f"{label}:low"))
     totals = columns.agg(*sums).first()
     assert totals is not None
-    found = {}
+    moments_of = {}
     for i, name in enumerate(names):
-        count, low, high = int(bounds[f"n{i}"]), bounds[f"low{i}"], bounds[f"high{i}"]
-        if not count:
-            found[name] = Moments()
+        count, (low, high) = int(totals[f"n{i}"]), bounds[name]
+        if not count or low is None or high is None:
+            moments_of[name] = Moments()
             continue
         width = _width(low, high)
         mean, squares = (
-            Fraction((totals[f"{name}:high"] << BITS) + totals[f"{name}:low"], count << 2 * BITS)
-            for name in (f"sum{i}", f"squares{i}")
+            Fraction((totals[f"{label}:high"] << BITS) + totals[f"{label}:low"], count << 2 * BITS)
+            for label in (f"sum{i}", f"squares{i}")
         )
         stddev = math.sqrt(max(float(squares - mean**2), 0.0)) * width
-        found[name] = Moments(count, float(low), float(high), low + float(mean) * width, stddev or 1.0)
-    return found
+        moments_of[name] = Moments(count, float(low), float(high), low + float(mean) * width, stddev or 1.0)
+    return moments_of
 
 
-EXTREMES = (("n", F.count), ("low", F.min), ("high", F.max))
+EXTREMES = (("low", F.min), ("high", F.max))
 
 
 def _width(low: float | None, high: float | None) -> float:
@@ -181,17 +198,29 @@ class Fitted:
         return ((signed_log(x) if self.log else x) - F.lit(self.offset)) / F.lit(self.scale)
 
 
-def fit(rows: DataFrame, fields: Sequence[Numeric], column: Mapping[str, str]) -> dict[str, Fitted]:
+def numeric_values(fields: Sequence[Numeric], column: Mapping[str, str]) -> dict[str, Value]:
+    """What numeric fields are fitted on, by field, and by `<field>:log` where the logarithm is stored.
+
+    Args:
+        fields: what to fit.
+        column: a field's name to its column, numbers or null.
+    """
+    plain = {field.name: F.col(f"`{column[field.name]}`") for field in fields if not field.buckets}
+    logs = {f"{f.name}:log": signed_log(plain[f.name]) for f in fields if f.log and not f.buckets}
+    return {name: Value(x) for name, x in (plain | logs).items()}
+
+
+def fit(
+    rows: DataFrame, fields: Sequence[Numeric], column: Mapping[str, str], found: Mapping[str, Moments]
+) -> dict[str, Fitted]:
     """Fit numeric fields of one side.
 
     Args:
         rows: of the train part.
         fields: what to fit.
         column: a field's name to its column in `rows`, numbers or null.
+        found: the moments of `numeric_values`.
     """
-    plain = {field.name: F.col(f"`{column[field.name]}`") for field in fields if not field.buckets}
-    logs = {f"{f.name}:log": signed_log(plain[f.name]) for f in fields if f.log and not f.buckets}
-    found = moments(rows, plain | logs)
     shares: dict[str, tuple[float, ...]] = {}
     for field in fields:
         if field.buckets:

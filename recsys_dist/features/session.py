@@ -6,8 +6,10 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -21,7 +23,13 @@ from recsys_dist.job import require_java
 MEBIBYTE = 1 << 20
 AT_ONCE = 3
 """Jobs that run side by side, so that the end of one does not leave cores idle."""
-SMALL, LARGE = 8 * MEBIBYTE, 256 * MEBIBYTE
+SMALL, LARGE = 8 * MEBIBYTE, 128 * MEBIBYTE
+"""Input of a task: the least that is worth one, and the most that is sorted in memory."""
+ADAPTIVE_FROM = 1024 * MEBIBYTE
+"""Input from which on Spark plans anew after every stage. Of less, nothing that it could join or split is
+worth the planning, which is a tenth of the whole time for MovieLens 1M."""
+FILE = 256 * MEBIBYTE
+"""Size of a file, where a table is so large."""
 
 try:
     from pyspark.logger import PySparkLogger
@@ -36,7 +44,6 @@ LAPTOP = DEFAULT_CONF.parent / "spark"
 
 RUNTIME = {
     "spark.sql.session.timeZone": "UTC",
-    "spark.sql.adaptive.enabled": "true",
     # What is no number or date is found by try_cast and set aside; anything else must not become null.
     "spark.sql.ansi.enabled": "true",
     # Spark 3 raises on a time that Spark 2 would have read in another way.
@@ -113,7 +120,8 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
         if "spark.sql.shuffle.partitions" not in config.spark.conf:
             partitions = shuffle_partitions(input_bytes, spark.sparkContext.defaultParallelism)
             spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
-        for key, value in RUNTIME.items():
+        adaptive = {"spark.sql.adaptive.enabled": str(input_bytes >= ADAPTIVE_FROM).lower()}
+        for key, value in (RUNTIME | adaptive).items():
             if key not in config.spark.conf:
                 spark.conf.set(key, value)
         yield spark
@@ -123,8 +131,8 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
 
 
 def shuffle_partitions(input_bytes: int, cores: int) -> int:
-    """A task for every 256 MiB, which makes files of 128 to 512 MiB; of less input one for every 8 MiB while
-    there are cores, and never a last round with idle ones.
+    """A task for every 128 MiB; of less input one for every 8 MiB while there are cores; never a last round
+    with idle ones.
     """
     tasks = max(math.ceil(input_bytes / LARGE), min(cores, math.ceil(input_bytes / SMALL)), 1)
     return tasks if tasks < cores else math.ceil(tasks / cores) * cores
@@ -132,7 +140,7 @@ def shuffle_partitions(input_bytes: int, cores: int) -> int:
 
 def _new(name: str, config: Config) -> SparkSession:
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
-        os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*config.spark.submit, "pyspark-shell"])
+        os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*config.spark.arguments, "pyspark-shell"])
         if "SPARK_HOME" not in os.environ:
             os.environ.setdefault("SPARK_CONF_DIR", str(LAPTOP))
             os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
@@ -152,8 +160,21 @@ def spark_uri(uri: str) -> str:
     return f"s3a://{uri.removeprefix('s3://')}" if uri.startswith("s3://") else uri
 
 
-def write(frame: DataFrame, uri: str, schema: pa.Schema, partition_by: str | None = None) -> None:
+def write(
+    frame: DataFrame,
+    uri: str,
+    schema: pa.Schema,
+    partition_by: str | None = None,
+    varied: Collection[str] = (),
+) -> None:
     """Write a new Parquet folder with exactly the columns and types of `schema`.
+
+    Args:
+        frame: has at least these columns.
+        uri: of the folder.
+        schema: of the files.
+        partition_by: a further column, with a folder a value.
+        varied: columns with so many different values that a dictionary of them takes time and saves no room.
 
     Raises:
         pyspark.errors.AnalysisException: the folder exists already.
@@ -161,7 +182,9 @@ def write(frame: DataFrame, uri: str, schema: pa.Schema, partition_by: str | Non
     columns = [frame[column.name].cast(_TYPES[column.type]).alias(column.name) for column in schema]
     if partition_by:
         columns.append(frame[partition_by])
-    writer = frame.select(*columns).write
+    leaf = {name: ".list.element" if pa.types.is_list(schema.field(name).type) else "" for name in varied}
+    plain = {f"parquet.enable.dictionary#{name}{leaf[name]}": "false" for name in varied}
+    writer = frame.select(*columns).write.options(**plain)
     (writer.partitionBy(partition_by) if partition_by else writer).parquet(spark_uri(uri))
 
 
@@ -171,24 +194,41 @@ def read_table(spark: SparkSession, uri: str, schema: pa.Schema) -> DataFrame:
     return spark.read.schema(columns).parquet(spark_uri(uri))
 
 
-def in_ranges(frame: DataFrame, key: str, size: int) -> DataFrame:
+def files(spark: SparkSession, size: int) -> int:
+    """Number of files, and of tasks that write them, of a table of about `size` bytes.
+
+    No more than there are tasks anyway, so that a small table has few; all cores write, so that none waits.
+    """
+    tasks = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
+    return min(tasks, max(spark.sparkContext.defaultParallelism, math.ceil(size / FILE)))
+
+
+def in_ranges(frame: DataFrame, key: str, size: int, partitions: int) -> DataFrame:
     """One partition for each range of an index from 1 to `size`, ascending.
 
     Unlike repartitionByRange it does not compute the frame twice, to sample it: the ranges are known.
     """
     spark = frame.sparkSession
-    partitions = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
     if partitions == 1:
         return frame.repartition(1)
-    # Spark hashes what it partitions by: each partition is named by a number that is hashed to it.
-    hashed = F.pmod(F.hash(F.col("id").cast("int")), F.lit(partitions)).alias("partition")
-    found = spark.range(20 * partitions + 100).select("id", hashed).groupBy("partition").min("id").collect()
-    names = {row["partition"]: row["min(id)"] for row in found}
+    with _ONE_AT_A_TIME:
+        names = _names(spark, partitions)
     if len(names) < partitions:
-        return frame.repartitionByRange(key)
+        return frame.repartitionByRange(partitions, key)
     place = F.floor((F.col(key) - 1) * partitions / max(size, 1)).cast("int")
     name = F.element_at(F.array(*(F.lit(names[i]).cast("int") for i in range(partitions))), place + 1)
     return frame.repartition(partitions, name)
+
+
+_ONE_AT_A_TIME = Lock()
+
+
+@cache
+def _names(spark: SparkSession, partitions: int) -> dict[int, int]:
+    """For each partition a number that Spark, which hashes what it partitions by, puts there."""
+    hashed = F.pmod(F.hash(F.col("id").cast("int")), F.lit(partitions)).alias("partition")
+    found = spark.range(20 * partitions + 100).select("id", hashed).groupBy("partition").min("id").collect()
+    return {row["partition"]: row["min(id)"] for row in found}
 
 
 def literal_rows(spark: SparkSession, rows: Sequence[Mapping[str, Any]], columns: str) -> DataFrame:

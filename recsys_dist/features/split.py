@@ -8,7 +8,7 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Split
 from recsys_dist.features.check import DUPLICATE
-from recsys_dist.features.numeric import parts, quantiles, whole
+from recsys_dist.features.numeric import parts, quantiles, total, whole
 
 TIEBREAK = "_hash"
 """Of rows that tell the same event, the one with the smallest hash of its text and file stays."""
@@ -30,9 +30,10 @@ def gather(events: DataFrame) -> DataFrame:
         events: of `check_events`.
 
     Returns:
-        the rows of `events`. Usable ones lose `_source` and `_raw`; duplicates get their reason and keep only
-        `_hash`, by which `duplicates` finds their text. The `user` of an unusable row means nothing: it
-        spreads such rows.
+        the rows of `events` with `position` (from 0, in the order of `order_of`; a duplicate has its
+        original's). Usable ones lose `_source` and `_raw`; duplicates get their reason and keep only `_hash`,
+        by which `duplicates` finds their text. The `user` of an unusable row means nothing: it spreads such
+        rows.
     """
     usable = F.col("_reason").isNull()
     order = order_of(events)
@@ -41,9 +42,16 @@ def gather(events: DataFrame) -> DataFrame:
         {column: F.when(~usable, F.col(column)) for column in ("_source", "_raw")}
     )
     gathered = gathered.repartition("user").sortWithinPartitions("user", *order, TIEBREAK)
-    in_order = Window.partitionBy("user").orderBy(*order, TIEBREAK)
-    same = F.lag(F.struct(*order)).over(in_order).eqNullSafe(F.struct(*order))
-    return gathered.withColumn("_reason", F.coalesce("_reason", F.when(same, DUPLICATE)))
+    # One pass over a user's rows. Without the tie break: equal rows stay in the order above.
+    in_order = Window.partitionBy("user").orderBy(*order)
+    numbered = gathered.withColumns(
+        {
+            "position": (F.dense_rank().over(in_order) - 1).cast("int"),
+            "_repeats": F.row_number().over(in_order) != F.rank().over(in_order),
+        }
+    )
+    reason = F.coalesce("_reason", F.when(F.col("_repeats"), DUPLICATE))
+    return numbered.withColumn("_reason", reason).drop("_repeats")
 
 
 def order_of(events: DataFrame) -> list[str]:
@@ -62,19 +70,17 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
         counts: `when`s of which the events are counted.
 
     Returns:
-        the rows with `position` (from 0, in the order of `order_of`), `_events` (of the user), and of events
-        with smaller micros `_n:<when>`, `_whole:<when>` and `_parts:<when>` (the sum of their values) and
-        `_last:<when>` (micros). `_n:any` and `_last:any` are always there.
+        the rows with `_events` (of the user), and of events with smaller micros `_n:<when>`, `_sum:<when>`
+        (of their values) and `_last:<when>` (micros). `_n:any` and `_last:any` are always there. `_bad` holds
+        `_source`, `_raw` and `_hash` of rows set aside.
     """
     usable = F.col("_reason").isNull()
-    in_order = Window.partitionBy("user").orderBy(*order_of(events), TIEBREAK)
-    until_now = in_order.rowsBetween(Window.unboundedPreceding, Window.currentRow)
     by_time = Window.partitionBy("user").orderBy("micros")
     all_events = by_time.rangeBetween(Window.unboundedPreceding, Window.unboundedFollowing)
     before = by_time.rangeBetween(Window.unboundedPreceding, -1)
-    position = (F.count(F.when(usable, 1)).over(until_now) - 1).cast("int")
-    # Of duplicates alone the hash is needed later; a column of nulls takes no room.
-    placed = events.withColumns({"position": position, TIEBREAK: F.when(~usable, F.col(TIEBREAK))})
+    # One column for all that few rows have: what is kept of every row takes room.
+    told = ("_source", "_raw", TIEBREAK)
+    placed = events.withColumn("_bad", F.when(~usable, F.struct(*told))).drop(*told)
     earlier = {"_events": F.max("position").over(all_events) + 1}
     for when in dict.fromkeys(["any", *counts, *sums]):
         earlier[f"_n:{when}"] = F.count(F.when(usable & matches(when), 1)).over(before).cast("int")
@@ -82,8 +88,7 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
         earlier[f"_last:{when}"] = F.max(F.when(usable & matches(when), F.col("micros"))).over(before)
     for when in sums:
         value = F.when(usable & matches(when), F.col("value"))
-        earlier[f"_whole:{when}"] = F.sum(whole(value)).over(before)
-        earlier[f"_parts:{when}"] = F.sum(parts(value)).over(before)
+        earlier[f"_sum:{when}"] = total(F.sum(whole(value)).over(before), F.sum(parts(value)).over(before))
     return placed.withColumns(earlier)
 
 
@@ -161,4 +166,7 @@ def k_core(events: DataFrame, user: int, item: int) -> tuple[DataFrame, int, int
             break
     pairs = kept.distinct()
     stay = events.where(usable).join(pairs, ["user", "item"], "left_semi")
-    return stay.unionByName(events.where(~usable)), whole - left, rounds
+    left_over = stay.unionByName(events.where(~usable))
+    in_order = Window.partitionBy("user").orderBy(*order_of(events))
+    position = (F.dense_rank().over(in_order) - 1).cast("int")
+    return left_over.withColumn("position", position), whole - left, rounds

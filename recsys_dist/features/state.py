@@ -4,21 +4,26 @@ A user's events become one array in order of time, from which every event takes 
 nothing compares events pair by pair, and nothing is computed for an event but its slice.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Aggregate, AnyField, History, Time
+from recsys_dist.features.check import END_SECOND, FIRST_SECOND, SPLITS
+from recsys_dist.features.encode import COUNTS
 from recsys_dist.features.ids import stored
-from recsys_dist.features.numeric import Fitted, moments, parts, signed_log, total, whole
-from recsys_dist.features.split import matches
+from recsys_dist.features.log import Look
+from recsys_dist.features.numeric import Fitted, Moments, Value, parts, signed_log, total, whole
+from recsys_dist.features.split import matches, order_of
 from recsys_dist.schema import DAY
 
 HOUR = DAY // 24
-CUTS = ("valid", "test", "date")
+PARTS = {"valid": SPLITS[:1], "test": SPLITS[:2], "date": SPLITS}
+"""Each cut, and the parts of which the events are known there."""
+CUTS = tuple(PARTS)
 MOST_RECENCY = 24
 LOGS = ("count", "days_since")
 """Measures that enter as log(1 + x)."""
@@ -42,6 +47,11 @@ def counted_whens(fields: Sequence[AnyField]) -> list[str]:
     return list(dict.fromkeys(["any", *whens]))
 
 
+def told_whens(fields: Sequence[AnyField]) -> list[str]:
+    """The `when`s of which something is told at a cut, `any` first."""
+    return list(dict.fromkeys([*counted_whens(fields), "positive"]))
+
+
 def summed_whens(fields: Sequence[AnyField]) -> list[str]:
     """The `when`s whose earlier values or last moment are asked for."""
     measures = ("mean_value", "days_since")
@@ -49,28 +59,90 @@ def summed_whens(fields: Sequence[AnyField]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def fit_aggregates(train: DataFrame, fields: Sequence[AnyField]) -> dict[str, Fitted]:
-    """Fit the user's aggregates on the train events of `look_back`; a user without earlier events gets 0."""
-    wanted: dict[str, Aggregate] = {
-        field.name: field
+def counts_at_cuts(events: DataFrame, fields: Sequence[AnyField]) -> DataFrame:
+    """A row a user: of the events known at each cut, number, last moment and sum by `when`, for `at_cuts`.
+
+    Args:
+        events: the usable ones.
+        fields: of the configuration.
+
+    Returns:
+        `user`, and with cut C and place I of a `when` in `told_whens` `n:I:C`, `last:I:C` (micros), where it
+        is asked for `whole:I:C` and `parts:I:C`; `later:C`, the first moment that is not known.
+    """
+    summed = summed_whens(fields)
+    # Of each part first: a user has three at most, so that what follows is short.
+    measures = {"later": (F.min, F.col("micros"))}
+    for number, when in enumerate(told_whens(fields)):
+        value = F.when(matches(when), F.col("value"))
+        measures[f"n:{number}"] = (F.sum, F.when(matches(when), 1).otherwise(0))
+        measures[f"last:{number}"] = (F.max, F.when(matches(when), F.col("micros")))
+        if when in summed:
+            measures[f"whole:{number}"] = (F.sum, whole(value))
+            measures[f"parts:{number}"] = (F.sum, parts(value))
+    found = [function(column).alias(name) for name, (function, column) in measures.items()]
+    by_part = events.groupBy("user", "split").agg(*found)
+    at_cuts = []
+    for cut, known in PARTS.items():
+        for name, (function, _) in measures.items():
+            counts = F.col("split").isin(*known) != (name == "later")
+            at_cuts.append(function(F.when(counts, F.col(f"`{name}`"))).alias(f"{name}:{cut}"))
+    return by_part.groupBy("user").agg(*at_cuts)
+
+
+def user_tokens(counts: DataFrame, fields: Sequence[AnyField]) -> DataFrame:
+    """The users as `encode.tokens_of` has them, of `counts_at_cuts`."""
+    positive = told_whens(fields).index("positive")
+    counted = {
+        "count": _number(0, "valid"),
+        "positives": _number(positive, "valid"),
+        "tested": _number(0, "date") - _number(0, "test"),
+    }
+    return counts.select(
+        F.lit("user").alias("field"),
+        F.col("user").alias("token"),
+        *(counted[name].alias(name) for name in COUNTS),
+    )
+
+
+def _number(when: int, cut: str) -> Column:
+    return F.coalesce(f"`n:{when}:{cut}`", F.lit(0)).cast("bigint")
+
+
+def aggregate_values(fields: Sequence[AnyField], look: Look, in_time: bool) -> dict[str, Value]:
+    """What the user's aggregates are fitted on, of the train events of `look_back`, by field.
+
+    Args:
+        fields: of the configuration.
+        look: of `look_over`.
+        in_time: what is earlier than a train event is of the train part too.
+    """
+    # Bounds that no later event moves, or what is fitted would change in its last digit.
+    most: dict[str, tuple[float | None, float | None]] = {
+        "count": (0.0, math.log1p(2**31)),
+        "mean_value": look.values if in_time else (None, None),
+        "days_since": (0.0, math.log1p((END_SECOND - FIRST_SECOND) * 10**6 / DAY)),
+    }
+    found = {}
+    for field in state_fields(fields):
+        if isinstance(field, Aggregate) and field.measure != "share":
+            raw = _earlier(field)
+            found[field.name] = Value(signed_log(raw) if field.measure in LOGS else raw, *most[field.measure])
+    return found
+
+
+def fit_aggregates(found: Mapping[str, Moments], fields: Sequence[AnyField]) -> dict[str, Fitted]:
+    """The user's aggregates, of the moments of `aggregate_values`; a user without earlier events gets 0."""
+    return {
+        field.name: Fitted(0.0, field.measure in LOGS, found[field.name].mean, found[field.name].stddev)
         for field in state_fields(fields)
         if isinstance(field, Aggregate) and field.measure != "share"
-    }
-    raw = {name: _earlier(field) for name, field in wanted.items()}
-    logs = {name: signed_log(raw[name]) for name, field in wanted.items() if field.measure in LOGS}
-    return {
-        name: Fitted(0.0, name in logs, about.mean, about.stddev)
-        for name, about in moments(train, raw | logs).items()
     }
 
 
 @dataclass(frozen=True)
 class State:
-    """Computes the fields that look back, the same way before an event and at a cut.
-
-    Both methods take the usable events of `look_back`, with item indices in `item` and the item's attributes
-    that histories and shares need in `attribute:<field>` (int or array<int>).
-    """
+    """Computes the fields that look back, the same way before an event and at a cut."""
 
     fields: Before
     fitted: Mapping[str, Fitted]
@@ -80,122 +152,120 @@ class State:
     """Share field to its number of values."""
     in_time: bool
     """The parts follow one another in each user's time, so that what is known at a cut comes first."""
+    end: int
+    """Micros of the start of the day that the cut `date` stands for."""
 
-    def before_events(self, indexed: DataFrame, own: DataFrame, carried: Sequence[str]) -> DataFrame:
-        """A row an event: the event's and the carried columns, those of `own`, the fields that look back
-        (named by `stored`).
+    def of_users(self, indexed: DataFrame, own: DataFrame) -> DataFrame:
+        """A row a user, for `before_events` and `at_cuts`: arrays of what its events tell, in order of time.
 
         Args:
-            indexed: the usable events.
+            indexed: the usable events of `look_back`, in each user's order, with the item's `index` and the
+                attributes that histories and shares need in `attribute:<field>` (int or array<int>).
             own: `user`, and columns to carry along.
-            carried: columns of `indexed` that every example has.
         """
-        whens = counted_whens(self.fields)
-        flags = _flags([matches(when) for when in whens], len(CUTS))
-        event = [F.col(name) for name in ("position", "micros", "item", "value", "positive", "split")]
-        event += [flags.alias("flags"), *(F.col(f"`{name}`") for name in carried)]
-        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in attributes(self.fields)]
-        event += [F.col(f"`_n:{when}`").alias(f"n_{number}") for number, when in enumerate(whens)]
-        shares = {f"share:{field.name}": self._shares_before(field) for field in share_fields(self.fields)}
-        indexed = indexed.withColumns(shares) if shares else indexed
-        for field in self.fields:
-            if isinstance(field, Aggregate):
-                value = F.col(f"`share:{field.name}`")
-                if field.measure != "share":
-                    value = self._scaled(field, _earlier(field))
-                event.append(value.alias(stored(field.name)))
-            elif isinstance(field, Time):
-                event.append(_recency(F.col("micros") - F.col("`_last:any`")).alias(stored(field.name)))
-        # A sort that has nothing to do, as the rows are in order: it keeps the event's columns from being
-        # computed, one by one and not in compiled code, while the list is collected.
-        rows = indexed.select("user", F.struct(*event).alias("_event")).sortWithinPartitions("user")
-        # The order is the array's own business, whatever order the rows arrive in.
-        users = rows.groupBy("user").agg(F.sort_array(F.collect_list("_event")).alias("e")).join(own, "user")
-        histories = [field for field in self.fields if isinstance(field, History)]
-        arrays = {self._array(field): self._remembered(field, F.col("e")) for field in histories}
-        # In a step of its own: functions on arrays interrupt the compiled code, and an event's slice is
-        # taken without a copy of the whole array only within it.
-        arranged = users.select(*own.columns, "e", *(array.alias(name) for name, array in arrays.items()))
-        examples = arranged.select(*own.columns, *arrays, F.inline("e"))
-        slices = {}
-        for field in histories:
-            n = F.col(f"n_{whens.index(field.when)}")
-            start, length = F.greatest(n - field.last + 1, F.lit(1)), F.least(n, F.lit(field.last))
-            slices[stored(field.name)] = self._flat(field, F.slice(F.col(self._array(field)), start, length))
-        return examples.withColumns(slices)
+        told = {}
+        for when, of in self._told():
+            value = F.when(matches(when), F.col("index" if of == "item" else f"`attribute:{of}`"))
+            told[_array(when, of)] = value
+            if not self.in_time:
+                told |= {
+                    _array(when, of, cut): F.when(F.col("split").isin(*PARTS[cut]), value) for cut in CUTS
+                }
+        # Where the rows are in this order already, the sort does nothing, but keeps these columns from being
+        # computed one by one while the lists are collected.
+        rows = indexed.withColumns(told).sortWithinPartitions("user", *order_of(indexed))
+        found = [F.collect_list(F.col(f"`{name}`")).alias(name) for name in told]
+        return rows.groupBy("user").agg(*found).join(own, "user")
 
-    def at_cuts(self, indexed: DataFrame, own: DataFrame, end: int) -> DataFrame:
-        """A row a user and cut: the columns of `own`, `as_of`, `seen`, `liked` and the fields.
+    def before_events(self, events: DataFrame, users: DataFrame, own: Sequence[str]) -> DataFrame:
+        """The events with `item` (its index), the users' columns, and the fields that look back (named by
+        `stored`).
+
+        Args:
+            events: as `of_users`; attributes only of share fields.
+            users: of `of_users`.
+            own: the columns of `users` that every event gets.
+        """
+        columns = {stored(field.name): self._shares_before(field) for field in share_fields(self.fields)}
+        for field in self.fields:
+            if isinstance(field, Time):
+                columns[stored(field.name)] = _recency(F.col("micros") - F.col("`_last:any`"))
+            elif isinstance(field, Aggregate) and field.measure != "share":
+                columns[stored(field.name)] = self._scaled(field, _earlier(field))
+        histories = [field for field in self.fields if isinstance(field, History)]
+        arrays = dict.fromkeys([_array("any", "item"), *(_array(f.when, f.of) for f in histories)])
+        told = users.select("user", *own, *(F.col(f"`{name}`") for name in arrays))
+        # Both sides are in order of users. A merge reads a user's arrays once, however many events it has.
+        rows = events.drop("item").withColumns(columns).join(told.hint("merge"), "user")
+        slices = {"item": F.element_at(f"`{_array('any', 'item')}`", F.col("position") + 1)}
+        for field in histories:
+            n = F.col(f"`_n:{field.when}`")
+            slices[stored(field.name)] = self._flat(
+                field, _latest(field, F.col(f"`{_array(field.when, field.of)}`"), n)
+            )
+        return rows.withColumns(slices)
+
+    def at_cuts(self, users: DataFrame, own: Sequence[str]) -> DataFrame:
+        """A row a user and cut: the columns `own`, `as_of`, `seen`, `liked` and the fields.
 
         valid: what is known before the user's first event that is not of the train part; test: before the
         first test event; date: before `end`. Times since an event count up to the start of that day (UTC).
 
         Args:
-            indexed: the usable events.
-            own: `user`, and columns to carry along.
-            end: micros of the start of the day that `date` stands for.
+            users: of `of_users`, with the columns of `counts_at_cuts`.
+            own: columns of `users`.
         """
-        whens, summed = counted_whens(self.fields), summed_whens(self.fields)
-        names = {when: ("n", "last", *(("whole", "parts") if when in summed else ())) for when in whens}
-        known_at = [_known(cut, end) for cut in CUTS]
-        flags = _flags([*known_at, *(matches(when) for when in [*whens, "positive"])])
-        event = [F.col("position"), F.col("item"), flags.alias("flags")]
-        event += [F.col(f"`attribute:{name}`").alias(f"attribute_{name}") for name in attributes(self.fields)]
-        measured = [F.sort_array(F.collect_list("_event")).alias("e")]
-        for cut in CUTS:
-            measured.append(F.min(F.when(~_known(cut, end), F.col("micros"))).alias(f"later:{cut}"))
-            for number, when in enumerate(whens):
-                known = _known(cut, end) & matches(when)
-                value = F.when(known, F.col("value"))
-                found = {
-                    "n": F.count(F.when(known, 1)),
-                    "last": F.max(F.when(known, F.col("micros"))),
-                    "whole": F.sum(whole(value)),
-                    "parts": F.sum(parts(value)),
-                }
-                measured += [found[name].alias(f"{name}:{number}:{cut}") for name in names[when]]
-        rows = indexed.withColumn("_event", F.struct(*event)).sortWithinPartitions("user")
-        users = rows.groupBy("user").agg(*measured).join(own, "user")
+        whens, summed = told_whens(self.fields), summed_whens(self.fields)
         cuts = []
-        for place, cut in enumerate(CUTS):
+        for cut in CUTS:
             later = F.col(f"`later:{cut}`")
-            now = F.coalesce(later - F.pmod(later, F.lit(DAY)), F.lit(end))
-            first = F.slice("e", F.lit(1), F.col(f"`n:0:{cut}`").cast("int"))
-            known = first if self.in_time else F.filter("e", _has(1 << place))
-            cuts.append(
-                F.struct(
-                    F.lit(cut).alias("as_of"),
-                    now.alias("now"),
-                    known.alias("k"),
-                    *(
-                        F.col(f"`{name}:{number}:{cut}`").alias(f"{name}_{number}")
-                        for number, when in enumerate(whens)
-                        for name in names[when]
-                    ),
-                )
-            )
-        each = users.select(*own.columns, F.inline(F.array(*cuts)))
+            now = F.coalesce(later - F.pmod(later, F.lit(DAY)), F.lit(self.end))
+            columns = [F.lit(cut).alias("as_of"), now.alias("now")]
+            for number, when in enumerate(whens):
+                columns.append(_number(number, cut).alias(f"n_{number}"))
+                for name in ("last", *(("whole", "parts") if when in summed else ())):
+                    columns.append(F.col(f"`{name}:{number}:{cut}`").alias(f"{name}_{number}"))
+            for place, (when, of) in enumerate(self._told()):
+                if self.in_time:
+                    n = _number(whens.index(when), cut).cast("int")
+                    told = F.slice(F.col(f"`{_array(when, of)}`"), F.lit(1), n)
+                else:
+                    told = F.col(f"`{_array(when, of, cut)}`")
+                columns.append(told.alias(f"told_{place}"))
+            cuts.append(F.struct(*columns))
+        each = users.select(*own, F.inline(F.array(*cuts)))
         columns = [
-            F.sort_array(F.array_distinct(F.col("k.item"))).alias("seen"),
-            F.sort_array(F.array_distinct(self._matching("positive", F.col("k"))["item"])).alias("liked"),
+            F.sort_array(F.array_distinct(self._known("any", "item"))).alias("seen"),
+            F.sort_array(F.array_distinct(self._known("positive", "item"))).alias("liked"),
         ]
         for field in self.fields:
             if isinstance(field, History):
-                remembered = self._remembered(field, F.col("k"))
-                start = F.greatest(F.size(remembered) - field.last + 1, F.lit(1))
-                columns.append(
-                    self._flat(field, F.slice(remembered, start, F.lit(field.last))).alias(stored(field.name))
-                )
+                n = F.col(f"n_{whens.index(field.when)}")
+                value = self._flat(field, _latest(field, self._known(field.when, field.of), n))
             elif isinstance(field, Time):
-                columns.append(_recency(_since(F.col("last_0"))).alias(stored(field.name)))
+                value = _recency(_since(F.col("last_0")))
             elif field.measure == "share":
-                columns.append(self._shares_known(field).alias(stored(field.name)))
+                value = self._shares_known(field)
             else:
-                columns.append(self._scaled(field, self._known(field)).alias(stored(field.name)))
-        return each.select(*own.columns, "as_of", *columns)
+                value = self._scaled(field, self._measured(field))
+            columns.append(value.alias(stored(field.name)))
+        return each.select(*own, "as_of", *columns)
 
-    def _known(self, field: Aggregate) -> Column:
-        number = counted_whens(self.fields).index(field.when)
+    def _told(self) -> list[tuple[str, str]]:
+        """Of which events what is told, in order of time: `when`, and the item or one of its attributes."""
+        told = [("any", "item"), ("positive", "item")]
+        for field in self.fields:
+            if isinstance(field, History):
+                told.append((field.when, field.of))
+            elif isinstance(field, Aggregate) and field.attribute:
+                told.append((field.when, field.attribute))
+        return list(dict.fromkeys(told))
+
+    def _known(self, when: str, of: str) -> Column:
+        return F.col(f"told_{self._told().index((when, of))}")
+
+    def _measured(self, field: Aggregate) -> Column:
+        number = told_whens(self.fields).index(field.when)
         n = F.col(f"n_{number}")
         if field.measure == "count":
             return n
@@ -223,11 +293,11 @@ class State:
         return F.array(*(F.when(n > 0, count / n).otherwise(0.0).cast("float") for count in counts))
 
     def _shares_known(self, field: Aggregate) -> Column:
-        matching = self._matching(field.when, F.col("k"))
-        codes = F.transform(matching, lambda x: x[f"attribute_{field.attribute}"])
+        assert field.attribute
+        codes = self._known(field.when, field.attribute)
+        n = F.size(codes)
         if field.attribute in self.several:
             codes = F.flatten(F.transform(codes, F.array_distinct))
-        n = F.size(matching)
         places = F.sequence(F.lit(1), F.lit(self.widths[field.name]))
 
         def share(i: Column) -> Column:
@@ -236,23 +306,22 @@ class State:
 
         return F.transform(places, share)
 
-    def _remembered(self, field: History, events: Column) -> Column:
-        return self._matching(field.when, events)["item" if field.of == "item" else f"attribute_{field.of}"]
-
     def _flat(self, field: History, values: Column) -> Column:
         if field.of == "item":
             return values
         flat = F.flatten(values) if field.of in self.several else values
         return F.array_remove(flat, 0)
 
-    def _matching(self, when: str, events: Column) -> Column:
-        if when == "any":
-            return events
-        return F.filter(events, _has(1 << len(CUTS) + [*counted_whens(self.fields), "positive"].index(when)))
 
-    @staticmethod
-    def _array(field: History) -> str:
-        return f"all:{field.when}:{field.of}"
+def _array(when: str, of: str, cut: str = "") -> str:
+    """Name of the array of what a user's events tell; of those known at a cut."""
+    return f"told:{when}:{of}:{cut}"
+
+
+def _latest(field: History, values: Column, n: Column) -> Column:
+    """The last values of the first `n`."""
+    start = F.greatest(n - field.last + 1, F.lit(1)).cast("int")
+    return F.slice(values, start, F.least(n, F.lit(field.last)).cast("int"))
 
 
 def share_fields(fields: Sequence[AnyField]) -> list[Aggregate]:
@@ -267,30 +336,12 @@ def attributes(fields: Sequence[AnyField]) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def _known(cut: str, end: int) -> Column:
-    """Is an event known at a cut?"""
-    if cut == "date":
-        return F.col("micros") < end
-    return F.col("split") == "train" if cut == "valid" else F.col("split") != "test"
-
-
-def _flags(conditions: Sequence[Column], first: int = 0) -> Column:
-    """Conditions as the bits of one number, from bit `first` on."""
-    bits = (F.when(condition, 1 << place).otherwise(0) for place, condition in enumerate(conditions, first))
-    return reduce(Column.bitwiseOR, bits)
-
-
-def _has(flag: int) -> Callable[[Column], Column]:
-    return lambda event: event["flags"].bitwiseAND(flag) != 0
-
-
 def _earlier(field: Aggregate) -> Column:
     n = F.col(f"`_n:{field.when}`")
     if field.measure == "count":
         return n
     if field.measure == "mean_value":
-        known = total(F.col(f"`_whole:{field.when}`"), F.col(f"`_parts:{field.when}`"))
-        return F.when(n > 0, known / n)
+        return F.when(n > 0, F.col(f"`_sum:{field.when}`") / n)
     return (F.col("micros") - F.col(f"`_last:{field.when}`")) / DAY
 
 

@@ -1,7 +1,7 @@
 """The tables of a features run, each written by one job of its own."""
 
 import datetime as dt
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from recsys_dist.features.encode import Vocabularies
 from recsys_dist.features.item_days import daily_fields, item_days
 from recsys_dist.features.log import Inputs, Look
 from recsys_dist.features.numeric import Fitted
-from recsys_dist.features.session import AT_ONCE, in_ranges, write
+from recsys_dist.features.session import AT_ONCE, files, in_ranges, write
 from recsys_dist.features.spec import share_width
 from recsys_dist.features.split import duplicates, midnight
 from recsys_dist.features.state import State, attributes, share_fields, state_fields
@@ -25,6 +25,12 @@ from recsys_dist.workspace import OpenRun
 
 SMALL_ROWS = 500_000
 """A table of so many rows is sent to every task in place of moving the log to the table."""
+
+
+BYTES = 2
+"""What an index or a number takes in a compressed file, about."""
+MOST_REPEATED = 1 << 16
+"""Indices of a field with more values than that are written without a dictionary."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Tables:
     """All rows of the log, of `split.assign`."""
     usable: DataFrame
     """The events among them."""
+    counts: DataFrame
+    """Of `counts_at_cuts`."""
     people: DataFrame
     """Every user, encoded."""
     catalogue: DataFrame
@@ -51,41 +59,63 @@ class Tables:
 
     def write(self) -> None:
         """Write all of them."""
-        jobs: list[Callable[[], None]] = [self.examples, self.users, self.items, self.quarantine]
+        own = self._own()
+        state = self._state
+        users = state.of_users(self._with_items(attributes(self.config.fields)), own).cache()
+        kept = [name for name in own.columns if name != "user"]
+        jobs: list[Callable[[], None]] = [
+            lambda: self.examples(state, users, kept),
+            lambda: self.users(state, users, kept),
+            self.items,
+            self.quarantine,
+        ]
         jobs += [self.days] if daily_fields(self.config.fields) else []
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for done in [pool.submit(job) for job in jobs]:
                 done.result()
+        users.unpersist()
 
-    def examples(self) -> None:
+    def examples(self, state: State, users: DataFrame, own: Sequence[str]) -> None:
         """examples/: an event a row."""
-        context = [ids.stored(field.name) for field in self.spec.side("context")]
-        rows = self._state.before_events(self._indexed(), self._own(), context)
-        rows = rows.drop("user").withColumnRenamed("user_index", "user")
+        shared = [field.attribute for field in share_fields(self.config.fields) if field.attribute]
+        events = self._with_items(shared) if shared else self.usable
+        events = events.withColumns(_times(self.config))
+        events = ids.encode_fields(events, self.config.fields, "context", self.vocabularies, self.fitted)
+        rows = state.before_events(events, users, own).drop("user").withColumnRenamed("user_index", "user")
         moment = {"timestamp": F.timestamp_micros("micros"), "label": F.col("positive").cast("int")}
-        _save(rows.withColumns(moment), f"{self.run.uri}/examples", self.spec.examples_schema(), "split")
+        schema = self.spec.examples_schema()
+        rows = rows.withColumns(moment).coalesce(self._files(self._events, len(schema)))
+        self._save(rows, "examples", schema, "split")
 
-    def users(self) -> None:
+    def users(self, state: State, users: DataFrame, own: Sequence[str]) -> None:
         """users/: a user a row and cut."""
-        rows = self._state.at_cuts(self._indexed(), self._own(), self._end)
+        # What takes room is that every item is listed once as seen, and once more where it is liked.
+        rows = in_ranges(
+            users.join(self.counts, "user"), "user_index", self.spec.n_users, self._files(self._events, 2)
+        )
+        # In order before a user's row becomes three: each goes to a folder of its own.
+        rows = state.at_cuts(rows.sortWithinPartitions("user_index"), ["user", *own])
         rows = rows.withColumnsRenamed({"user": "user_id", "user_index": "user"})
-        rows = in_ranges(rows, "user", self.spec.n_users).sortWithinPartitions("as_of", "user")
-        _save(rows, f"{self.run.uri}/users", self.spec.users_schema(), "as_of")
+        self._save(rows, "users", self.spec.users_schema(), "as_of")
 
     def items(self) -> None:
         """items/: an item a row."""
         rows = self.catalogue.drop("count").withColumnsRenamed(
             {"index": "item", "token": "item_id", "positives": "count"}
         )
-        rows = in_ranges(rows, "item", self.spec.n_items).sortWithinPartitions("item")
-        _save(rows, f"{self.run.uri}/items", self.spec.items_schema())
+        schema = self.spec.items_schema()
+        parts = self._files(self.spec.n_items, len(schema))
+        rows = in_ranges(rows, "item", self.spec.n_items, parts).sortWithinPartitions("item")
+        self._save(rows, "items", schema)
 
     def days(self) -> None:
         """item_days/: an item a row and day on which something changed."""
         first, fields = self.look.first_micros, self.config.fields
         rows = item_days(self.usable, self.catalogue, fields, self.fitted, first, self._end)
-        rows = in_ranges(rows, "item", self.spec.n_items).sortWithinPartitions("item", "day")
-        _save(rows, f"{self.run.uri}/item_days", self.spec.item_days_schema())
+        schema = self.spec.item_days_schema()
+        parts = self._files(self._events, len(schema))
+        rows = in_ranges(rows, "item", self.spec.n_items, parts).sortWithinPartitions("item", "day")
+        self._save(rows, "item_days", schema)
 
     def quarantine(self) -> None:
         """quarantine/: a row that was set aside."""
@@ -93,6 +123,22 @@ class Tables:
         if self.look.reasons[DUPLICATE]:
             bad.append(duplicates(self.events, self.inputs.events()))
         write(quarantine(*bad).coalesce(1), f"{self.run.uri}/quarantine", QUARANTINE)
+
+    def _save(self, rows: DataFrame, name: str, schema: pa.Schema, partition_by: str | None = None) -> None:
+        """Write the columns of a schema: fields under their own names, whatever else the rows have."""
+        names = [*schema.names, *([partition_by] if partition_by else [])]
+        fields = {name for name in names if ids.stored(name) in rows.columns}
+        columns = [F.col(f"`{ids.stored(name) if name in fields else name}`").alias(name) for name in names]
+        varied = {field.name for field in self.spec.fields if field.cardinality > MOST_REPEATED}
+        varied = (varied | {"seen", "liked"} if "item" in varied else varied) & set(schema.names)
+        write(rows.select(*columns), f"{self.run.uri}/{name}", schema, partition_by, varied)
+
+    def _files(self, rows: int, columns: int) -> int:
+        return files(self.usable.sparkSession, rows * columns * BYTES)
+
+    @property
+    def _events(self) -> int:
+        return sum(self.spec.rows.values())
 
     @property
     def _end(self) -> int:
@@ -106,7 +152,8 @@ class Tables:
         sizes = {name: found.size for name, found in self.spec.vocabularies.items()}
         looking = state_fields(self.config.fields)
         widths = {field.name: share_width(field, sizes) for field in share_fields(looking)}
-        return State(looking, self.fitted, frozenset(several), widths, self.config.split.kind != "column")
+        in_time = self.config.split.kind != "column"
+        return State(looking, self.fitted, frozenset(several), widths, in_time, self._end)
 
     def _own(self) -> DataFrame:
         """The users' index and the fields of their table."""
@@ -116,28 +163,11 @@ class Tables:
         rows = self.people.select(F.col("token").alias("user"), F.col("index").alias("user_index"), *columns)
         return _small(rows, self.spec.n_users)
 
-    def _indexed(self) -> DataFrame:
-        """The events with indices in place of item ids and words, and the context fields."""
-        named = [
-            F.col(f"`{ids.stored(name)}`").alias(f"attribute:{name}")
-            for name in attributes(self.config.fields)
-        ]
-        item = self.catalogue.select(F.col("token").alias("item"), F.col("index").alias("_item"), *named)
-        rows = (
-            self.usable.withColumns(_times(self.config))
-            .join(_small(item, self.spec.n_items), "item")
-            .drop("item")
-        )
-        rows = rows.withColumnRenamed("_item", "item")
-        return ids.encode_fields(rows, self.config.fields, "context", self.vocabularies, self.fitted)
-
-
-def _save(rows: DataFrame, uri: str, schema: pa.Schema, partition_by: str | None = None) -> None:
-    """Write the columns of a schema: fields under their own names, whatever else the rows have."""
-    names = [*schema.names, *([partition_by] if partition_by else [])]
-    fields = {name for name in names if ids.stored(name) in rows.columns}
-    columns = [F.col(f"`{ids.stored(name) if name in fields else name}`").alias(name) for name in names]
-    write(rows.select(*columns), uri, schema, partition_by)
+    def _with_items(self, named: Iterable[str]) -> DataFrame:
+        """The events with the item's `index`, and its fields as `attribute:<field>`."""
+        fields = [F.col(f"`{ids.stored(name)}`").alias(f"attribute:{name}") for name in dict.fromkeys(named)]
+        item = self.catalogue.select(F.col("token").alias("item"), "index", *fields)
+        return self.usable.join(_small(item, self.spec.n_items), "item")
 
 
 def _small(frame: DataFrame, rows: int) -> DataFrame:

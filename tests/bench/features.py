@@ -27,7 +27,7 @@ from tests.generated import START, interactions
 
 SCALES = (1, 4, 16)
 REPEATS = 3
-SUBMIT = ["--master", "local[*]", "--driver-memory", "4g", "--driver-java-options", "-XX:+UseParallelGC"]
+SUBMIT = ["--master", "local[*]", "--driver-memory", "4g"]
 FIELDS = [
     {"name": "device", "kind": "categorical", "side": "context", "column": "device"},
     {"name": "recent", "kind": "history", "of": "item", "when": "any", "last": 20},

@@ -93,7 +93,7 @@ def test_an_item_in_a_third_of_all_events_and_empty_days(skewed):
 def test_partitions_follow_from_the_data():
     assert shuffle_partitions(2 * MEBIBYTE, cores=8) == 1
     assert shuffle_partitions(40 * MEBIBYTE, cores=8) == 5
-    assert shuffle_partitions(640 * MEBIBYTE, cores=2) == 4
+    assert shuffle_partitions(640 * MEBIBYTE, cores=2) == 6
     assert shuffle_partitions(1000 * LARGE, cores=64) == 1024
 
 
