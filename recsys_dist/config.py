@@ -439,6 +439,8 @@ class Evaluation(Section):
 BATCH_JVM = (
     # A batch has no use for short pauses of the garbage collector.
     "-XX:+UseParallelGC",
+    # As much room as Spark's classes take; to grow step by step takes a full collection each.
+    "-XX:MetaspaceSize=256m",
     # Most of a small night's time is Spark's code being compiled. What is compiled for the second time, with
     # all optimisations, has to be used four times as often as Java's defaults ask: a third of the
     # processor's time is saved, and what runs for long is compiled all the same.

@@ -105,7 +105,7 @@ def _featurize(
     before: Run | None,
 ) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    with steps.measure("read, check, gather"):
+    with steps.measure("read, check, gather"), ThreadPoolExecutor(1) as beside:
         inputs = Inputs(spark, config, opened, f"{run.uri}/{SCRATCH}")
         tables = {name: rows.cache() for name, rows in inputs.tables().items()}
         cached = list(tables.values())
@@ -116,14 +116,19 @@ def _featurize(
             figures["k_core"] = {"events_dropped": dropped, "rounds": rounds}
         placed = look_back(gathered, summed_whens(config.fields), counted_whens(config.fields)).cache()
         events = assign(placed, config.split).select("*", "_bad.*").drop("_bad")
-        look = look_over(events)
-        reasons = {"events": look.reasons, **reasons_of(tables)}
-        for name, frame in {"events": events, **tables}.items():
-            require_few(name, reasons[name], frame, config.data.max_bad_rows)
-        require_usable(config, look)
+        looking = beside.submit(look_over, events)
+        # What comes next is planned while Spark reads.
         usable = events.where(F.col("_reason").isNull()).drop("_reason", "_raw", "_source", "_hash")
         train = usable.where(F.col("split") == "train")
         known = {name: frame.where(F.col("_reason").isNull()) for name, frame in tables.items()}
+        counts = counts_at_cuts(usable, config.fields).cache()
+        tokens = _tokens(config, usable, counts, known)
+        reasons = reasons_of(tables)
+        look = looking.result()
+        reasons["events"] = look.reasons
+        for name, frame in {"events": events, **tables}.items():
+            require_few(name, reasons[name], frame, config.data.max_bad_rows)
+        require_usable(config, look)
         for side, key in (("items", "item"), ("users", "user")):
             if side in known:
                 require_known(side, key, opened, known[side], usable)
@@ -131,14 +136,8 @@ def _featurize(
     with steps.measure("vocabularies, statistics"), ThreadPoolExecutor(1) as beside:
         of_train = beside.submit(_fit_events, train, config, look)
         continued = parents(config, before, usable)
-        counts = counts_at_cuts(usable, config.fields).cache()
         least = {field.name: field.min_count for field in ids.vocabulary_fields(config.fields)}
-        vocabularies = Vocabularies(
-            _tokens(config, usable, counts, known),
-            {"user": 0, "item": 0} | least,
-            continued,
-            f"{run.uri}/vocab",
-        )
+        vocabularies = Vocabularies(tokens, {"user": 0, "item": 0} | least, continued, f"{run.uri}/vocab")
         people = ids.table_of("user", vocabularies, known.get("users"), config.fields)
         catalogue = ids.table_of("item", vocabularies, known.get("items"), config.fields)
         fitted = of_train.result()
