@@ -24,7 +24,7 @@ MEBIBYTE = 1 << 20
 AT_ONCE = 3
 """Jobs that run side by side, so that the end of one does not leave cores idle."""
 SMALL, LARGE = 8 * MEBIBYTE, 128 * MEBIBYTE
-"""Input of a task: the least that is worth one, and the most that is sorted in memory."""
+"""Bytes of a task: the least that is worth one, and the most that is sorted in memory."""
 ADAPTIVE_FROM = 1024 * MEBIBYTE
 """Input from which on Spark plans anew after every stage. Of less, nothing that it could join or split is
 worth the planning, which is a tenth of the whole time for MovieLens 1M."""
@@ -197,10 +197,12 @@ def read_table(spark: SparkSession, uri: str, schema: pa.Schema) -> DataFrame:
 def files(spark: SparkSession, size: int) -> int:
     """Number of files, and of tasks that write them, of a table of about `size` bytes.
 
-    No more than there are tasks anyway, so that a small table has few; all cores write, so that none waits.
+    One for every 256 MiB; of less as many as there are cores, unless they would be very small. Never more
+    than there are tasks anyway.
     """
     tasks = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
-    return min(tasks, max(spark.sparkContext.defaultParallelism, math.ceil(size / FILE)))
+    cores = spark.sparkContext.defaultParallelism
+    return max(1, min(tasks, max(math.ceil(size / FILE), min(cores, math.ceil(size / SMALL)))))
 
 
 def in_ranges(frame: DataFrame, key: str, size: int, partitions: int) -> DataFrame:
