@@ -182,7 +182,11 @@ def positive_condition(spark: SparkSession, condition: str | None, has_event: bo
         *(F.lit(None).cast(types.get(name, "string")).alias(name) for name in names)
     )
     try:
-        probe.where(F.expr(condition)).schema  # noqa: B018 the analysis is what can fail
+        probed = probe.where(F.expr(condition))
+        if not probed._jdf.queryExecution().analyzed().deterministic():
+            raise ConfigError(
+                f"label.positive_when={condition!r} gives another answer each time; labels must not change"
+            )
     except PySparkException as error:
         raise ConfigError(
             f"label.positive_when={condition!r} is no Spark SQL condition on {', '.join(names)} "

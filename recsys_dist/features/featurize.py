@@ -6,8 +6,15 @@ from functools import reduce
 from typing import Any
 
 import pyspark
-from py4j.protocol import Py4JJavaError  # type: ignore[import-untyped]
-from pyspark.errors import ArithmeticException, NumberFormatException, PySparkException
+from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+from pyspark.errors import (
+    ArithmeticException,
+    ArrayIndexOutOfBoundsException,
+    DateTimeException,
+    NumberFormatException,
+    PySparkException,
+    SparkRuntimeException,
+)
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -19,7 +26,7 @@ from recsys_dist.features.drift import columns_of
 from recsys_dist.features.encode import Vocabularies, tokens_of
 from recsys_dist.features.item_days import day_values, fit_days
 from recsys_dist.features.lineage import new_columns, parents, run_before
-from recsys_dist.features.log import Inputs, Look, look_over, reasons_of, require_known, require_usable
+from recsys_dist.features.log import Inputs, look_over, reasons_of, require_known, require_usable
 from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
 from recsys_dist.features.session import Steps, remove_checksums, start
@@ -38,6 +45,14 @@ from recsys_dist.features.tables import Tables
 from recsys_dist.schema import FeatureSpec
 from recsys_dist.workspace import OpenRun, Run
 
+OF_A_ROW = (
+    ArithmeticException,
+    ArrayIndexOutOfBoundsException,
+    DateTimeException,
+    NumberFormatException,
+    SparkRuntimeException,
+)
+"""What an expression raises that fails on a row."""
 SCRATCH = "scratch"
 """Folder in the run for what is needed only while it is made."""
 
@@ -67,15 +82,20 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
     try:
         figures = _featurize(config, run, spark, opened, steps, before)
         return figures | {"new_columns": news, "spark": pyspark.__version__, "seconds": steps.seconds}
-    except (ArithmeticException, NumberFormatException) as error:
-        # No expression of ours can raise these.
-        raise ConfigError(
-            f"label.positive_when={config.label.positive_when!r} fails on a row: {error}"
-        ) from None
-    except (PySparkException, Py4JJavaError) as error:
+    except (PySparkException, Py4JError) as error:
         file = unreadable(error, opened.values())
         if file:
             raise DataError(f"{file} cannot be read: {_cause(error)}. Restore the file.") from error
+        if "OutOfMemoryError" in str(error):
+            raise ConfigError(
+                f"Spark has too little memory: {_cause(error)}. Raise --driver-memory in "
+                f"spark.submit={list(config.spark.submit)}, on a cluster the executors' memory."
+            ) from None
+        if config.label.positive_when and isinstance(error, OF_A_ROW):
+            # No expression of ours can raise these.
+            raise ConfigError(
+                f"label.positive_when={config.label.positive_when!r} fails on a row: {_cause(error)}"
+            ) from None
         raise
     finally:
         session.__exit__(None, None, None)
@@ -134,7 +154,7 @@ def _featurize(
                 require_known(side, key, opened, known[side], usable)
 
     with steps.measure("vocabularies, statistics"), ThreadPoolExecutor(1) as beside:
-        of_train = beside.submit(_fit_events, train, config, look)
+        of_train = beside.submit(_fit_events, train, config)
         continued = parents(config, before, usable)
         least = {field.name: field.min_count for field in ids.vocabulary_fields(config.fields)}
         vocabularies = Vocabularies(tokens, {"user": 0, "item": 0} | least, continued, f"{run.uri}/vocab")
@@ -186,11 +206,10 @@ def _featurize(
     }
 
 
-def _fit_events(train: DataFrame, config: Config, look: Look) -> dict[str, Fitted]:
+def _fit_events(train: DataFrame, config: Config) -> dict[str, Fitted]:
     """What is fitted on the train events."""
     fields = config.fields
-    values = aggregate_values(fields, look, config.split.kind != "column") | day_values(fields, look)
-    values |= ids.side_values(fields, "context")
+    values = aggregate_values(fields) | day_values(fields) | ids.side_values(fields, "context")
     found = moments(train, values)
     fitted = fit_aggregates(found, fields) | fit_days(found, fields)
     return fitted | ids.fit_numeric(train, fields, "context", found)

@@ -11,7 +11,6 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Aggregate, AnyField
 from recsys_dist.features.ids import stored
-from recsys_dist.features.log import Look
 from recsys_dist.features.numeric import Fitted, Moments, Value, parts, total, whole
 from recsys_dist.features.split import matches
 from recsys_dist.features.state import doubling
@@ -28,10 +27,10 @@ def daily_fields(fields: Sequence[AnyField]) -> tuple[Aggregate, ...]:
     return tuple(field for field in fields if isinstance(field, Aggregate) and field.side == "item")
 
 
-def day_values(fields: Sequence[AnyField], look: Look) -> dict[str, Value]:
+def day_values(fields: Sequence[AnyField]) -> dict[str, Value]:
     """What mean values are scaled by: the train events' own values, by field."""
     wanted = [field for field in daily_fields(fields) if field.measure == "mean_value"]
-    return {field.name: Value(F.when(matches(field.when), F.col("value")), *look.values) for field in wanted}
+    return {field.name: Value(F.when(matches(field.when), F.col("value"))) for field in wanted}
 
 
 def fit_days(found: Mapping[str, Moments], fields: Sequence[AnyField]) -> dict[str, Fitted]:

@@ -91,8 +91,6 @@ class Look:
     """Most frequent hour of the train part; of equally frequent ones the earliest."""
     first_micros: int
     last_micros: int
-    values: tuple[float, float]
-    """Least and greatest of the train part."""
 
 
 def look_over(events: DataFrame) -> Look:
@@ -104,8 +102,6 @@ def look_over(events: DataFrame) -> Look:
             F.count("*").alias("rows"),
             F.min("micros").alias("first"),
             F.max("micros").alias("last"),
-            F.min("value").alias("low"),
-            F.max("value").alias("high"),
         )
         .collect()
     )
@@ -124,9 +120,7 @@ def look_over(events: DataFrame) -> Look:
     most = min(hours, key=lambda hour: (-hours[hour], hour), default=0)
     first = min((row["first"] for row in usable), default=0)
     last = max((row["last"] for row in usable), default=0)
-    low = min((row["low"] for row in train), default=0.0)
-    high = max((row["high"] for row in train), default=0.0)
-    return Look(reasons, rows, positives, most, first, last, (low, high))
+    return Look(reasons, rows, positives, most, first, last)
 
 
 def require_usable(config: Config, look: Look) -> None:

@@ -18,6 +18,8 @@ PARTS = 10**9
 are, and many times as fast."""
 BITS = 26
 """A number from 0 to 1 is added up as two times 26 bits."""
+LEAST_VARIANCE = 2.0**-50
+"""Of numbers from 0 to 1: what rounding leaves of equal ones is less."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,9 @@ def moments(rows: DataFrame, values: Mapping[str, Value]) -> dict[str, Moments]:
             Fraction((totals[f"{label}:high"] << BITS) + totals[f"{label}:low"], count << 2 * BITS)
             for label in (f"sum{i}", f"squares{i}")
         )
-        stddev = math.sqrt(max(float(squares - mean**2), 0.0)) * width
-        moments_of[name] = Moments(count, float(low), float(high), low + float(mean) * width, stddev or 1.0)
+        variance = float(squares - mean**2)
+        stddev = math.sqrt(variance) * width if variance > LEAST_VARIANCE else 1.0
+        moments_of[name] = Moments(count, float(low), float(high), low + float(mean) * width, stddev)
     return moments_of
 
 

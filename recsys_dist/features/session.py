@@ -7,13 +7,14 @@ import os
 import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from threading import Lock
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
+from py4j.protocol import Py4JError  # type: ignore[import-untyped]
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
@@ -127,7 +128,9 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
         yield spark
     finally:
         if running is None:
-            spark.stop()
+            # After its death there is nothing to stop, and what it died of is to be told.
+            with suppress(Py4JError):
+                spark.stop()
 
 
 def shuffle_partitions(input_bytes: int, cores: int) -> int:

@@ -21,6 +21,11 @@ def matches(when: str) -> Column:
     return F.col("positive") if when == "positive" else F.coalesce(F.col("event") == when, F.lit(False))
 
 
+def named(when: str) -> str:
+    """A `when` as part of a column's name: Spark takes `View` and `view` for one column."""
+    return when if when in ("any", "positive") else f"event_{when.encode().hex()}"
+
+
 def gather(events: DataFrame) -> DataFrame:
     """Bring each user's events together in order of time and set duplicates aside.
 
@@ -71,8 +76,8 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
 
     Returns:
         the rows with `_events` (of the user), and of events with smaller micros `_n:<when>`, `_sum:<when>`
-        (of their values) and `_last:<when>` (micros). `_n:any` and `_last:any` are always there. `_bad` holds
-        `_source`, `_raw` and `_hash` of rows set aside.
+        (of their values) and `_last:<when>` (micros), each by the name that `named` gives. `_n:any` and
+        `_last:any` are always there. `_bad` holds `_source`, `_raw` and `_hash` of rows set aside.
     """
     usable = F.col("_reason").isNull()
     by_time = Window.partitionBy("user").orderBy("micros")
@@ -81,14 +86,16 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
     # One column for all that few rows have: what is kept of every row takes room.
     told = ("_source", "_raw", TIEBREAK)
     placed = events.withColumn("_bad", F.when(~usable, F.struct(*told))).drop(*told)
-    earlier = {"_events": F.max("position").over(all_events) + 1}
+    earlier = {"_events": F.max(F.when(usable, F.col("position"))).over(all_events) + 1}
     for when in dict.fromkeys(["any", *counts, *sums]):
-        earlier[f"_n:{when}"] = F.count(F.when(usable & matches(when), 1)).over(before).cast("int")
+        earlier[f"_n:{named(when)}"] = F.count(F.when(usable & matches(when), 1)).over(before).cast("int")
     for when in dict.fromkeys(["any", *sums]):
-        earlier[f"_last:{when}"] = F.max(F.when(usable & matches(when), F.col("micros"))).over(before)
+        earlier[f"_last:{named(when)}"] = F.max(F.when(usable & matches(when), F.col("micros"))).over(before)
     for when in sums:
         value = F.when(usable & matches(when), F.col("value"))
-        earlier[f"_sum:{when}"] = total(F.sum(whole(value)).over(before), F.sum(parts(value)).over(before))
+        earlier[f"_sum:{named(when)}"] = total(
+            F.sum(whole(value)).over(before), F.sum(parts(value)).over(before)
+        )
     return placed.withColumns(earlier)
 
 
@@ -167,6 +174,7 @@ def k_core(events: DataFrame, user: int, item: int) -> tuple[DataFrame, int, int
     pairs = kept.distinct()
     stay = events.where(usable).join(pairs, ["user", "item"], "left_semi")
     left_over = stay.unionByName(events.where(~usable))
-    in_order = Window.partitionBy("user").orderBy(*order_of(events))
+    # A duplicate whose original is gone must not count as its place.
+    in_order = Window.partitionBy("user", usable).orderBy(*order_of(events))
     position = (F.dense_rank().over(in_order) - 1).cast("int")
     return left_over.withColumn("position", position), whole - left, rounds

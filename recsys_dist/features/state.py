@@ -15,9 +15,8 @@ from recsys_dist.config import Aggregate, AnyField, History, Time
 from recsys_dist.features.check import END_SECOND, FIRST_SECOND, SPLITS
 from recsys_dist.features.encode import COUNTS
 from recsys_dist.features.ids import stored
-from recsys_dist.features.log import Look
 from recsys_dist.features.numeric import Fitted, Moments, Value, parts, signed_log, total, whole
-from recsys_dist.features.split import matches, order_of
+from recsys_dist.features.split import matches, named, order_of
 from recsys_dist.schema import DAY
 
 HOUR = DAY // 24
@@ -109,25 +108,20 @@ def _number(when: int, cut: str) -> Column:
     return F.coalesce(f"`n:{when}:{cut}`", F.lit(0)).cast("bigint")
 
 
-def aggregate_values(fields: Sequence[AnyField], look: Look, in_time: bool) -> dict[str, Value]:
-    """What the user's aggregates are fitted on, of the train events of `look_back`, by field.
-
-    Args:
-        fields: of the configuration.
-        look: of `look_over`.
-        in_time: what is earlier than a train event is of the train part too.
-    """
-    # Bounds that no later event moves, or what is fitted would change in its last digit.
-    most: dict[str, tuple[float | None, float | None]] = {
+def aggregate_values(fields: Sequence[AnyField]) -> dict[str, Value]:
+    """What the user's aggregates are fitted on, of the train events of `look_back`, by field."""
+    # Bounds that no event moves, or what is fitted would change in its last digit with later ones.
+    most = {
         "count": (0.0, math.log1p(2**31)),
-        "mean_value": look.values if in_time else (None, None),
         "days_since": (0.0, math.log1p((END_SECOND - FIRST_SECOND) * 10**6 / DAY)),
     }
     found = {}
     for field in state_fields(fields):
         if isinstance(field, Aggregate) and field.measure != "share":
             raw = _earlier(field)
-            found[field.name] = Value(signed_log(raw) if field.measure in LOGS else raw, *most[field.measure])
+            found[field.name] = Value(
+                signed_log(raw) if field.measure in LOGS else raw, *most.get(field.measure, ())
+            )
     return found
 
 
@@ -199,7 +193,7 @@ class State:
         rows = events.drop("item").withColumns(columns).join(told.hint("merge"), "user")
         slices = {"item": F.element_at(f"`{_array('any', 'item')}`", F.col("position") + 1)}
         for field in histories:
-            n = F.col(f"`_n:{field.when}`")
+            n = F.col(f"`_n:{named(field.when)}`")
             slices[stored(field.name)] = self._flat(
                 field, _latest(field, F.col(f"`{_array(field.when, field.of)}`"), n)
             )
@@ -289,7 +283,7 @@ class State:
             F.count(F.when(matches(field.when) & has(i), 1)).over(before)
             for i in range(1, self.widths[field.name] + 1)
         ]
-        n = F.col(f"`_n:{field.when}`")
+        n = F.col(f"`_n:{named(field.when)}`")
         return F.array(*(F.when(n > 0, count / n).otherwise(0.0).cast("float") for count in counts))
 
     def _shares_known(self, field: Aggregate) -> Column:
@@ -315,7 +309,7 @@ class State:
 
 def _array(when: str, of: str, cut: str = "") -> str:
     """Name of the array of what a user's events tell; of those known at a cut."""
-    return f"told:{when}:{of}:{cut}"
+    return f"told:{named(when)}:{of}:{cut}"
 
 
 def _latest(field: History, values: Column, n: Column) -> Column:
@@ -337,12 +331,12 @@ def attributes(fields: Sequence[AnyField]) -> list[str]:
 
 
 def _earlier(field: Aggregate) -> Column:
-    n = F.col(f"`_n:{field.when}`")
+    n = F.col(f"`_n:{named(field.when)}`")
     if field.measure == "count":
         return n
     if field.measure == "mean_value":
-        return F.when(n > 0, F.col(f"`_sum:{field.when}`") / n)
-    return (F.col("micros") - F.col(f"`_last:{field.when}`")) / DAY
+        return F.when(n > 0, F.col(f"`_sum:{named(field.when)}`") / n)
+    return (F.col("micros") - F.col(f"`_last:{named(field.when)}`")) / DAY
 
 
 def doubling(count: Column) -> Column:

@@ -167,7 +167,9 @@ class Tables:
         """The events with the item's `index`, and its fields as `attribute:<field>`."""
         fields = [F.col(f"`{ids.stored(name)}`").alias(f"attribute:{name}") for name in dict.fromkeys(named)]
         item = self.catalogue.select(F.col("token").alias("item"), "index", *fields)
-        return self.usable.join(_small(item, self.spec.n_items), "item")
+        events = self.usable.join(_small(item, self.spec.n_items), "item")
+        # A join that moved the events has left them in another place and order.
+        return events if self.spec.n_items <= SMALL_ROWS else events.repartition("user")
 
 
 def _small(frame: DataFrame, rows: int) -> DataFrame:

@@ -240,7 +240,13 @@ def test_too_many_unusable_rows(spark, tmp_path):
 
 @pytest.mark.parametrize(
     ("condition", "found"),
-    [("valeu >= 4", "valeu"), ("value >=", "Syntax"), ("value + 1", "BOOLEAN"), ("sum(value) > 3", "sum")],
+    [
+        ("valeu >= 4", "valeu"),
+        ("value >=", "Syntax"),
+        ("value + 1", "BOOLEAN"),
+        ("sum(value) > 3", "sum"),
+        ("rand() > 0.5", "another answer each time"),
+    ],
 )
 def test_wrong_condition(spark, tmp_path, condition, found):
     config = log_config(tmp_path, GOOD, label={"positive_when": condition})
@@ -249,10 +255,34 @@ def test_wrong_condition(spark, tmp_path, condition, found):
     assert found in str(error.value)
 
 
-def test_condition_that_fails_on_a_row(spark, tmp_path):
-    config = log_config(tmp_path, GOOD, label={"positive_when": "cast(item as int) > 3"})
-    with pytest.raises(ConfigError, match=r"label.positive_when='cast\(item as int\) > 3' fails on a row"):
+@pytest.mark.parametrize(
+    "condition", ["cast(item as int) > 3", "split(item, 'i')[5] = 'a'", "timestamp > 'soon'"]
+)
+def test_condition_that_fails_on_a_row(spark, tmp_path, condition):
+    config = log_config(tmp_path, GOOD, label={"positive_when": condition})
+    with pytest.raises(ConfigError, match="fails on a row") as error:
         featurized(config)
+    assert f"label.positive_when={condition!r}" in str(error.value)
+
+
+def test_event_types_that_differ_in_case_only(spark, tmp_path):
+    lines = [f"u{n % 2},i{n},{n * 100},{['View', 'view', 'buy`s'][n % 3]}" for n in range(24)]
+    fields = [
+        {"name": f"last_{place}", "kind": "history", "when": when, "last": 2}
+        for place, when in enumerate(["View", "view", "buy`s"])
+    ]
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp", "event": "type"}
+    config = log_config(
+        tmp_path,
+        lines,
+        header="user,item,timestamp,type",
+        data={"events": {"path": str(tmp_path / "events.csv"), "columns": columns}},
+        label={"weights": {"View": 1, "view": 1, "buy`s": 1}, "positive_when": "value > 0"},
+        fields=fields,
+    )
+    featurized(config)
+    last = events_of(config)["u1", "i23", 2300]
+    assert [last[f"last_{place}"] for place in range(3)] == [["i15", "i21"], ["i13", "i19"], ["i11", "i17"]]
 
 
 def test_no_positive(spark, tmp_path):

@@ -1,5 +1,6 @@
 """Every kind of field against plain Python, which looks through the whole log for each event."""
 
+import contextlib
 import datetime as dt
 import json
 import math
@@ -7,8 +8,11 @@ import statistics
 
 import numpy as np
 import pytest
+from pyspark.sql import SparkSession
+from pyspark.sql import functions as F
 
 from recsys_dist.config import Config
+from recsys_dist.features.numeric import Value, moments
 from recsys_dist.workspace import Workspace
 from tests.logs import featurized
 
@@ -362,3 +366,39 @@ def test_runs_leave_no_scratch(shop):
     run, _ = shop
     assert not [file for file in run.manifest["files"] if file["path"].startswith("scratch")]
     assert Workspace(Config.model_validate(run.manifest["config"])).runs("features")[-1].run_id == run.run_id
+
+
+def test_a_catalogue_too_large_to_be_sent_changes_nothing(shop, tmp_path, monkeypatch):
+    """The log is then moved to the items and back; without it the rows are compared as they are."""
+    monkeypatch.setattr("recsys_dist.features.tables.SMALL_ROWS", 0)
+    settings = {"spark.sql.autoBroadcastJoinThreshold": "-1", "spark.sql.shuffle.partitions": "4"}
+    config = shop_config(tmp_path, random_log(), spark={"conf": settings})
+    with set_in_session(settings):
+        moved = featurized(config)
+    for name in ("examples", "users", "items", "item_days"):
+        rows = [sorted(map(repr, run.table(name).to_pylist())) for run in (shop[0], moved)]
+        assert rows[0] == rows[1], name
+
+
+@contextlib.contextmanager
+def set_in_session(settings):
+    """Set properties of the running session, which the jobs leave alone where the configuration has them."""
+    session = SparkSession.getActiveSession()
+    before = {key: session.conf.get(key) for key in settings}
+    for key, value in settings.items():
+        session.conf.set(key, value)
+    yield
+    for key, value in before.items():
+        session.conf.set(key, value)
+
+
+def test_equal_values_have_a_deviation_of_one(spark):
+    """Whatever rounding makes of their squares."""
+    rows = spark.range(1000).select((F.col("id") % 7 + 1).cast("double").alias("x"))
+    for days in range(1, 12):
+        value = Value(F.when(F.col("x") == 3, F.log1p(F.lit(float(days)))), 0.0, 15.2)
+        found = moments(rows, {"equal": value, "all": Value(F.col("x"))})
+        assert found["equal"].stddev == 1.0
+        assert found["equal"].mean == pytest.approx(math.log1p(days), rel=1e-12)
+        assert found["all"].mean == pytest.approx(3.997, rel=1e-12)
+        assert found["all"].stddev == pytest.approx(float(np.std(np.arange(1000) % 7 + 1)), rel=1e-12)

@@ -79,6 +79,21 @@ def test_k_core_reaches_its_fixed_point(spark, tmp_path):
         parts(tmp_path, chain, data=data)
 
 
+def test_k_core_with_a_duplicate_whose_original_it_drops(spark, tmp_path):
+    core = [f"u{u},i{i},{u + i * 10},5" for u in range(4) for i in range(6)]
+    data = log_config(tmp_path, []).data.model_dump(mode="json")
+    data |= {"k_core": {"user": 1, "item": 2}, "max_bad_rows": 0.5}
+    rare = ["u1,rare,5,5"] * 2 + ["u2,odd,99,5"] * 2
+    run, found = parts(tmp_path, [*core, *rare], data=data, split={"kind": "leave_last"})
+    assert run.manifest["figures"]["quarantined"]["events"] == {"duplicate": 2}
+    assert run.spec().rows == {"train": 16, "valid": 4, "test": 4}
+    for user in range(4):
+        assert [found[f"u{user}", f"i{i}", user + i * 10] for i in range(6)] == ["train"] * 4 + [
+            "valid",
+            "test",
+        ]
+
+
 @pytest.mark.parametrize(
     ("section", "message"),
     [
