@@ -98,11 +98,7 @@ def look_over(events: DataFrame) -> Look:
     hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
     counted = (
         events.groupBy("_reason", "split", "positive", hour.alias("hour"))
-        .agg(
-            F.count("*").alias("rows"),
-            F.min("micros").alias("first"),
-            F.max("micros").alias("last"),
-        )
+        .agg(F.count("*").alias("rows"), F.min("micros").alias("first"), F.max("micros").alias("last"))
         .collect()
     )
     reasons: Counter[str] = Counter()
@@ -114,13 +110,11 @@ def look_over(events: DataFrame) -> Look:
     for row in usable:
         rows[row["split"]] += row["rows"]
         positives[row["split"]] += row["rows"] * row["positive"]
-    train = [row for row in usable if row["split"] == "train"]
-    for row in train:
-        hours[row["hour"]] += row["rows"]
+        if row["split"] == "train":
+            hours[row["hour"]] += row["rows"]
     most = min(hours, key=lambda hour: (-hours[hour], hour), default=0)
     first = min((row["first"] for row in usable), default=0)
-    last = max((row["last"] for row in usable), default=0)
-    return Look(reasons, rows, positives, most, first, last)
+    return Look(reasons, rows, positives, most, first, max((row["last"] for row in usable), default=0))
 
 
 def require_usable(config: Config, look: Look) -> None:

@@ -325,9 +325,9 @@ def share_fields(fields: Sequence[AnyField]) -> list[Aggregate]:
 
 def attributes(fields: Sequence[AnyField]) -> list[str]:
     """The item fields whose values are remembered or counted."""
-    named = [f.of for f in fields if isinstance(f, History) and f.of != "item"]
-    named += [f.attribute for f in fields if isinstance(f, Aggregate) and f.attribute]
-    return list(dict.fromkeys(named))
+    found = [f.of for f in fields if isinstance(f, History) and f.of != "item"]
+    found += [f.attribute for f in fields if isinstance(f, Aggregate) and f.attribute]
+    return list(dict.fromkeys(found))
 
 
 def _earlier(field: Aggregate) -> Column:

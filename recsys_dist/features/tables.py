@@ -25,8 +25,6 @@ from recsys_dist.workspace import OpenRun
 
 SMALL_ROWS = 500_000
 """A table of so many rows is sent to every task in place of moving the log to the table."""
-
-
 BYTES = 2
 """What an index or a number takes in a compressed file, about."""
 MOST_REPEATED = 1 << 16

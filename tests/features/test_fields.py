@@ -387,9 +387,11 @@ def set_in_session(settings):
     before = {key: session.conf.get(key) for key in settings}
     for key, value in settings.items():
         session.conf.set(key, value)
-    yield
-    for key, value in before.items():
-        session.conf.set(key, value)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            session.conf.set(key, value)
 
 
 def test_equal_values_have_a_deviation_of_one(spark):

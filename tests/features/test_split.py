@@ -88,10 +88,8 @@ def test_k_core_with_a_duplicate_whose_original_it_drops(spark, tmp_path):
     assert run.manifest["figures"]["quarantined"]["events"] == {"duplicate": 2}
     assert run.spec().rows == {"train": 16, "valid": 4, "test": 4}
     for user in range(4):
-        assert [found[f"u{user}", f"i{i}", user + i * 10] for i in range(6)] == ["train"] * 4 + [
-            "valid",
-            "test",
-        ]
+        own = [found[f"u{user}", f"i{i}", user + i * 10] for i in range(6)]
+        assert own == ["train"] * 4 + ["valid", "test"]
 
 
 @pytest.mark.parametrize(
