@@ -195,6 +195,11 @@ class Split(Section):
     last: int = Field(1, ge=1)
     """leave_last: number of a user's events in test and in valid."""
 
+    @property
+    def in_time(self) -> bool:
+        """The parts follow one another in each user's time: only train events come before a train event."""
+        return self.kind != "column"
+
     @model_validator(mode="after")
     def _fractions(self) -> "Split":
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-9:
@@ -448,6 +453,18 @@ BATCH_JVM = (
     "-XX:Tier4MinInvocationThreshold=2400",
     "-XX:Tier4CompileThreshold=60000",
     "-XX:Tier4BackEdgeThreshold=160000",
+    # Nor is it worth that for what compiles, parses and ships the queries: all that a night has of them.
+    "-XX:CompileCommand=quiet",
+    *(
+        f"-XX:CompileCommand=CompileThresholdScaling,{classes}.*,20.0"
+        for classes in (
+            "org/codehaus/*",
+            "org/antlr/*",
+            "org/apache/spark/sql/catalyst/trees/*",
+            "org/apache/spark/sql/catalyst/parser/*",
+            "java/io/Object*",
+        )
+    ),
 )
 """Java options of Spark's driver, which is also where tasks run on one machine."""
 

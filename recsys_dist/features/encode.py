@@ -11,6 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import reduce
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
@@ -18,11 +20,15 @@ from recsys_dist.errors import DataError
 from recsys_dist.features.read import literal
 from recsys_dist.features.session import AT_ONCE, read_table, write
 from recsys_dist.schema import VOCAB, VocabularySpec
+from recsys_dist.workspace import OpenRun
 
 COUNTS = ("count", "positives", "tested")
 """Of a token: train events (ids) or rows; positive train events; test events."""
 ROW_BITS = 33
 """monotonically_increasing_id holds a row's place in its partition in its lower 33 bits."""
+FEW_TOKENS = 10_000
+"""The vocabularies that are not larger are collected by one job: one each would take longer."""
+FOLDER = "vocab"
 ANCESTORS_KEPT = 400
 """More than a year of nights."""
 
@@ -45,17 +51,17 @@ class Vocabularies:
         tokens: `field`, `token`, COUNTS; a token any number of times; one whose count is 0 enters too.
         least: field to the count below which a new token gets no index.
         parents: field to the vocabulary that it continues.
-        uri: of the folder vocab/, which is written here: whoever reads an index reads it from there, and
-            not by the long way from the log.
+        run: whose folder vocab/ is written here: whoever reads an index reads it from there, and not by
+            the long way from the log.
 
     Raises:
         DataError: a parent is not what its description says.
     """
 
     def __init__(
-        self, tokens: DataFrame, least: Mapping[str, int], parents: Mapping[str, Parent], uri: str
+        self, tokens: DataFrame, least: Mapping[str, int], parents: Mapping[str, Parent], run: OpenRun
     ) -> None:
-        self._session, self._uri = tokens.sparkSession, uri
+        self._session, self._uri = tokens.sparkSession, f"{run.uri}/{FOLDER}"
         fields = sorted(least)
         counted = tokens.groupBy("field", "token").agg(*(F.sum(name).alias(name) for name in COUNTS))
         known = None
@@ -106,11 +112,23 @@ class Vocabularies:
         )
         self.specs, self.cold = self._describe(rows, fields, parents)
 
-        def save(name: str) -> None:
-            write(rows.where(F.col("field") == name), f"{uri}/{name}", VOCAB)
+        small = [name for name in fields if self.specs[name].size <= FEW_TOKENS]
+
+        def save(names: list[str]) -> None:
+            found = rows.where(F.col("field").isin(names))
+            if names != small:
+                write(found, f"{self._uri}/{names[0]}", VOCAB)
+                return
+            table = pa.Table.from_pylist(
+                [row.asDict() for row in found.select("field", *VOCAB.names).collect()],
+                schema=VOCAB.append(pa.field("field", pa.string())),
+            )
+            for name in names:
+                own = table.filter(pc.field("field") == name).sort_by("index")
+                run.write_table(f"{FOLDER}/{name}", own.drop_columns("field"))
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(save, fields))
+            list(pool.map(save, [small, *([name] for name in fields if name not in small)]))
         cached.unpersist()
 
     def _describe(

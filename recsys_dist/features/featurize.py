@@ -6,7 +6,7 @@ from functools import reduce
 from typing import Any
 
 import pyspark
-from py4j.protocol import Py4JError  # type: ignore[import-untyped]
+from py4j.protocol import Py4JError, Py4JNetworkError  # type: ignore[import-untyped]
 from pyspark.errors import (
     ArithmeticException,
     ArrayIndexOutOfBoundsException,
@@ -19,17 +19,17 @@ from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Config, KCore, Source
-from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.errors import ConfigError, DataError, RetryableError
 from recsys_dist.features import ids
 from recsys_dist.features.check import require_few
 from recsys_dist.features.drift import columns_of
 from recsys_dist.features.encode import Vocabularies, tokens_of
 from recsys_dist.features.item_days import day_values, fit_days
 from recsys_dist.features.lineage import new_columns, parents, run_before
-from recsys_dist.features.log import Inputs, look_over, reasons_of, require_known, require_usable
+from recsys_dist.features.log import Inputs, Look, look_over, reasons_of, require_known, require_usable
 from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
-from recsys_dist.features.session import Steps, remove_checksums, start
+from recsys_dist.features.session import Steps, exit_code, remove_checksums, start
 from recsys_dist.features.source import Opened, open_source
 from recsys_dist.features.spec import field_specs
 from recsys_dist.features.split import assign, gather, k_core, look_back
@@ -53,6 +53,10 @@ OF_A_ROW = (
     SparkRuntimeException,
 )
 """What an expression raises that fails on a row."""
+NO_ANSWER = (Py4JNetworkError, ConnectionError)
+"""What is raised when Spark's Java process is gone."""
+OUT_OF_MEMORY = 52
+"""The exit code with which Spark's Java process then ends."""
 READING = "read, check, gather"
 """The step in which label.positive_when is evaluated."""
 SCRATCH = "scratch"
@@ -73,6 +77,7 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
     Raises:
         ConfigError: a condition, format or field that Spark refuses; no Java.
         DataError: a missing or empty input or column, too many unusable rows, nothing to learn from.
+        RetryableError: Spark died.
     """
     steps = Steps()
     opened = _open(config)
@@ -84,14 +89,19 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
     try:
         figures = _featurize(config, run, spark, opened, steps, before)
         return figures | {"new_columns": news, "spark": pyspark.__version__, "seconds": steps.seconds}
-    except (PySparkException, Py4JError) as error:
+    except (PySparkException, Py4JError, ConnectionError) as error:
         file = unreadable(error, opened.values())
         if file:
             raise DataError(f"{file} cannot be read: {_cause(error)}. Restore the file.") from error
-        if "OutOfMemoryError" in str(error):
+        died = exit_code(spark) if isinstance(error, NO_ANSWER) else None
+        if died == OUT_OF_MEMORY or "OutOfMemoryError" in str(error):
             raise ConfigError(
                 f"Spark has too little memory: {_cause(error)}. Raise --driver-memory in "
                 f"spark.submit={list(config.spark.submit)}, on a cluster the executors' memory."
+            ) from None
+        if died is not None:
+            raise RetryableError(
+                f"Spark's Java process died with exit code {died}: {_cause(error)}"
             ) from None
         if config.label.positive_when and READING not in steps.seconds and isinstance(error, OF_A_ROW):
             # No expression of ours that reads and checks can raise these.
@@ -156,10 +166,10 @@ def _featurize(
                 require_known(side, key, opened, known[side], usable)
 
     with steps.measure("vocabularies, statistics"), ThreadPoolExecutor(1) as beside:
-        of_train = beside.submit(_fit_events, train, config)
+        of_train = beside.submit(_fit_events, train, config, look)
         continued = parents(config, before, usable)
         least = {field.name: field.min_count for field in ids.vocabulary_fields(config.fields)}
-        vocabularies = Vocabularies(tokens, {"user": 0, "item": 0} | least, continued, f"{run.uri}/vocab")
+        vocabularies = Vocabularies(tokens, {"user": 0, "item": 0} | least, continued, run)
         people = ids.table_of("user", vocabularies, known.get("users"), config.fields)
         catalogue = ids.table_of("item", vocabularies, known.get("items"), config.fields)
         fitted = of_train.result()
@@ -183,8 +193,8 @@ def _featurize(
         catalogue = ids.encode_fields(catalogue, config.fields, "item", vocabularies, fitted).cache()
         Tables(
             config=config, run=run, spec=spec, vocabularies=vocabularies, fitted=fitted, events=events,
-            usable=usable, counts=counts, people=people, catalogue=catalogue, checked=tables, inputs=inputs,
-            look=look,
+            usable=usable, counts=counts, people=people, catalogue=catalogue, checked=tables, reasons=reasons,
+            inputs=inputs, look=look,
         ).write()  # fmt: skip
         run.write_json("features.json", spec.model_dump(mode="json"))
         run.remove(SCRATCH)
@@ -208,10 +218,11 @@ def _featurize(
     }
 
 
-def _fit_events(train: DataFrame, config: Config) -> dict[str, Fitted]:
+def _fit_events(train: DataFrame, config: Config, look: Look) -> dict[str, Fitted]:
     """What is fitted on the train events."""
     fields = config.fields
-    values = aggregate_values(fields) | day_values(fields) | ids.side_values(fields, "context")
+    values = aggregate_values(fields, look.values if config.split.in_time else {})
+    values |= day_values(fields, look.values) | ids.side_values(fields, "context")
     found = moments(train, values)
     fitted = fit_aggregates(found, fields) | fit_days(found, fields)
     return fitted | ids.fit_numeric(train, fields, "context", found)

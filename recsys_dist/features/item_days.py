@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from recsys_dist.config import Aggregate, AnyField
 from recsys_dist.features.ids import stored
 from recsys_dist.features.numeric import Fitted, Moments, Value, parts, total, whole
+from recsys_dist.features.session import RANGE, in_ranges
 from recsys_dist.features.split import matches
 from recsys_dist.features.state import doubling
 from recsys_dist.schema import DAY
@@ -27,10 +28,18 @@ def daily_fields(fields: Sequence[AnyField]) -> tuple[Aggregate, ...]:
     return tuple(field for field in fields if isinstance(field, Aggregate) and field.side == "item")
 
 
-def day_values(fields: Sequence[AnyField]) -> dict[str, Value]:
-    """What mean values are scaled by: the train events' own values, by field."""
+def day_values(fields: Sequence[AnyField], bounds: Mapping[str, tuple[float, float]]) -> dict[str, Value]:
+    """What mean values are scaled by: the train events' own values, by field.
+
+    Args:
+        fields: of the configuration.
+        bounds: of `log.Look.values`.
+    """
     wanted = [field for field in daily_fields(fields) if field.measure == "mean_value"]
-    return {field.name: Value(F.when(matches(field.when), F.col("value"))) for field in wanted}
+    return {
+        field.name: Value(F.when(matches(field.when), F.col("value")), *bounds.get(field.when, ()))
+        for field in wanted
+    }
 
 
 def fit_days(found: Mapping[str, Moments], fields: Sequence[AnyField]) -> dict[str, Fitted]:
@@ -47,20 +56,25 @@ def fit_days(found: Mapping[str, Moments], fields: Sequence[AnyField]) -> dict[s
 def item_days(
     events: DataFrame,
     items: DataFrame,
+    n_items: int,
     fields: Sequence[AnyField],
     fitted: dict[str, Fitted],
     first: int,
     end: int,
+    partitions: int,
 ) -> DataFrame:
-    """The rows of item_days/: item, day, and the daily fields, named by `stored`.
+    """The rows of item_days/: item, day, and the daily fields, named by `stored`; each item's in one
+    partition, items in ascending ranges.
 
     Args:
         events: usable events with `item` (raw id), micros, value, positive and, where there is one, event.
         items: `token`, `index` and `active_from` of every item.
+        n_items: their number.
         fields: of the configuration.
         fitted: of `fit_days`.
         first: micros of the log's first event: every item has a row for its day.
         end: micros of the start of the day after which nothing is asked.
+        partitions: of the result.
     """
     wanted = daily_fields(fields)
     whens = list(dict.fromkeys(["any", *(field.when for field in wanted)]))
@@ -91,8 +105,9 @@ def item_days(
     changes = changes.withColumn("day", F.greatest("day", F.lit(start).cast("int")))
     changes = changes.where(F.col("day") <= end // DAY)
     totals = [F.sum(f"{kind}{i}").alias(f"{kind}{i}") for i in range(len(windows)) for kind in KINDS]
-    by_day = changes.groupBy("index", "day").agg(*totals, F.max("age").alias("age"))
-    until_now = Window.partitionBy("index").orderBy("day").rowsBetween(Window.unboundedPreceding, 0)
+    changes = in_ranges(changes, "index", n_items, partitions)
+    by_day = changes.groupBy(RANGE, "index", "day").agg(*totals, F.max("age").alias("age"))
+    until_now = Window.partitionBy(RANGE, "index").orderBy("day").rowsBetween(Window.unboundedPreceding, 0)
     running = {
         f"{kind}{i}": F.sum(f"{kind}{i}").over(until_now) for i in range(len(windows)) for kind in KINDS
     }

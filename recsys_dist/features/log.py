@@ -91,6 +91,8 @@ class Look:
     """Most frequent hour of the train part; of equally frequent ones the earliest."""
     first_micros: int
     last_micros: int
+    values: dict[str, tuple[float, float]]
+    """Least and greatest value of the train part's events, by `when`: any and positive."""
 
 
 def look_over(events: DataFrame) -> Look:
@@ -98,12 +100,19 @@ def look_over(events: DataFrame) -> Look:
     hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
     counted = (
         events.groupBy("_reason", "split", "positive", hour.alias("hour"))
-        .agg(F.count("*").alias("rows"), F.min("micros").alias("first"), F.max("micros").alias("last"))
+        .agg(
+            F.count("*").alias("rows"),
+            F.min("micros").alias("first"),
+            F.max("micros").alias("last"),
+            F.min("value").alias("low"),
+            F.max("value").alias("high"),
+        )
         .collect()
     )
     reasons: Counter[str] = Counter()
     rows, positives = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0)
     hours: Counter[int] = Counter()
+    values: dict[str, list[float]] = {"any": [], "positive": []}
     usable = [row for row in counted if row["_reason"] is None]
     for row in counted:
         reasons[row["_reason"] or ""] += row["rows"]
@@ -112,9 +121,13 @@ def look_over(events: DataFrame) -> Look:
         positives[row["split"]] += row["rows"] * row["positive"]
         if row["split"] == "train":
             hours[row["hour"]] += row["rows"]
+            for when in values if row["positive"] else ("any",):
+                values[when] += [row["low"], row["high"]]
     most = min(hours, key=lambda hour: (-hours[hour], hour), default=0)
     first = min((row["first"] for row in usable), default=0)
-    return Look(reasons, rows, positives, most, first, max((row["last"] for row in usable), default=0))
+    last = max((row["last"] for row in usable), default=0)
+    bounds = {when: (min(found), max(found)) for when, found in values.items() if found}
+    return Look(reasons, rows, positives, most, first, last, bounds)
 
 
 def require_usable(config: Config, look: Look) -> None:
@@ -138,7 +151,8 @@ def require_known(
     side: str, key: str, opened: dict[str, Opened], table: DataFrame, events: DataFrame
 ) -> None:
     """Raise a DataError where not one id of a table occurs in the log: the two are written differently."""
-    if not table.join(events.select(key), key, "left_semi").isEmpty():
+    # The first events that are looked at have one, as a rule.
+    if not events.select(key).join(table.select(key), key, "left_semi").isEmpty():
         return
     examples = [frame.select(key).orderBy(key).first() for frame in (table, events)]
     found = [repr(row[0]) if row else "none" for row in examples]

@@ -20,6 +20,8 @@ BITS = 26
 """A number from 0 to 1 is added up as two times 26 bits."""
 LEAST_VARIANCE = 2.0**-50
 """Of numbers from 0 to 1: what rounding leaves of equal ones is less."""
+LOOSE_VARIANCE = 2.0**-20
+"""Of numbers from 0 to 1: of a greater one rounding leaves 32 bits and more."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,17 @@ class Value:
     column: Column
     low: float | None = None
     high: float | None = None
+    loose: bool = False
+    """The values may fill so little of the room between the bounds that they lose digits: if they do, their
+    own bounds are looked for."""
 
 
 def moments(rows: DataFrame, values: Mapping[str, Value]) -> dict[str, Moments]:
     """Mean and standard deviation of several expressions, over the rows where each is not null.
 
     Values are mapped to [0, 1] between their bounds and added up as whole numbers. Bounds that are not given
-    are looked for first, and only then are those of the result the values' own.
+    are looked for first, and only then are those of the result the values' own. No value may be beyond given
+    ones.
     """
     if not values:
         return {}
@@ -101,7 +107,7 @@ def moments(rows: DataFrame, values: Mapping[str, Value]) -> dict[str, Moments]:
             sums.append(F.sum(scaled.bitwiseAND((1 << BITS) - 1)).alias(f"{label}:low"))
     totals = columns.agg(*sums).first()
     assert totals is not None
-    moments_of = {}
+    moments_of, crowded = {}, {}
     for i, name in enumerate(names):
         count, (low, high) = int(totals[f"n{i}"]), bounds[name]
         if not count or low is None or high is None:
@@ -113,9 +119,11 @@ def moments(rows: DataFrame, values: Mapping[str, Value]) -> dict[str, Moments]:
             for label in (f"sum{i}", f"squares{i}")
         )
         variance = float(squares - mean**2)
+        if values[name].loose and variance < LOOSE_VARIANCE:
+            crowded[name] = Value(values[name].column)
         stddev = math.sqrt(variance) * width if variance > LEAST_VARIANCE else 1.0
         moments_of[name] = Moments(count, float(low), float(high), low + float(mean) * width, stddev)
-    return moments_of
+    return moments_of | moments(rows, crowded)
 
 
 EXTREMES = (("low", F.min), ("high", F.max))

@@ -5,11 +5,11 @@ import logging
 import math
 import os
 import shlex
+import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
-from threading import Lock
+from itertools import count
 from typing import Any
 
 import pyarrow as pa
@@ -129,8 +129,17 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
     finally:
         if running is None:
             # After its death there is nothing to stop, and what it died of is to be told.
-            with suppress(Py4JError):
+            with suppress(Py4JError, ConnectionError):
                 spark.stop()
+
+
+def exit_code(spark: SparkSession) -> int | None:
+    """How Spark's Java process ended, where it was started from here and has ended or does so at once."""
+    process = getattr(spark.sparkContext._gateway, "proc", None)
+    try:
+        return None if process is None else int(process.wait(timeout=10))
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def shuffle_partitions(input_bytes: int, cores: int) -> int:
@@ -197,6 +206,13 @@ def read_table(spark: SparkSession, uri: str, schema: pa.Schema) -> DataFrame:
     return spark.read.schema(columns).parquet(spark_uri(uri))
 
 
+def at_once(spark: SparkSession) -> int:
+    """Number of tasks that keep all cores busy, where there is enough to do."""
+    return min(
+        int(spark.conf.get("spark.sql.shuffle.partitions") or 1), spark.sparkContext.defaultParallelism
+    )
+
+
 def files(spark: SparkSession, size: int) -> int:
     """Number of files, and of tasks that write them, of a table of about `size` bytes.
 
@@ -211,29 +227,33 @@ def files(spark: SparkSession, size: int) -> int:
 def in_ranges(frame: DataFrame, key: str, size: int, partitions: int) -> DataFrame:
     """One partition for each range of an index from 1 to `size`, ascending.
 
-    Unlike repartitionByRange it does not compute the frame twice, to sample it: the ranges are known.
+    Unlike repartitionByRange it does not compute the frame twice, to sample it: the ranges are known. What is
+    then grouped by RANGE, which is added, and any other columns stays where it is.
     """
     spark = frame.sparkSession
     if partitions == 1:
-        return frame.repartition(1)
-    with _ONE_AT_A_TIME:
-        names = _names(spark, partitions)
-    if len(names) < partitions:
-        return frame.repartitionByRange(partitions, key)
+        return frame.withColumn(RANGE, F.lit(0)).repartition(1)
+    names = _names(spark, partitions)
     place = F.floor((F.col(key) - 1) * partitions / max(size, 1)).cast("int")
     name = F.element_at(F.array(*(F.lit(names[i]).cast("int") for i in range(partitions))), place + 1)
-    return frame.repartition(partitions, name)
+    return frame.withColumn(RANGE, name).repartition(partitions, RANGE)
 
 
-_ONE_AT_A_TIME = Lock()
+RANGE = "_range"
+HASH_SEED = 42
+"""Of F.hash and of what places a row in a partition."""
 
 
-@cache
 def _names(spark: SparkSession, partitions: int) -> dict[int, int]:
     """For each partition a number that Spark, which hashes what it partitions by, puts there."""
-    hashed = F.pmod(F.hash(F.col("id").cast("int")), F.lit(partitions)).alias("partition")
-    found = spark.range(20 * partitions + 100).select("id", hashed).groupBy("partition").min("id").collect()
-    return {row["partition"]: row["min(id)"] for row in found}
+    # Not F.hash, which is this hash of an int: its job would wait for those that run.
+    murmur = spark.sparkContext._jvm.org.apache.spark.unsafe.hash.Murmur3_x86_32(HASH_SEED)
+    names: dict[int, int] = {}
+    for number in count():
+        names.setdefault(murmur.hashInt(number) % partitions, number)
+        if len(names) == partitions:
+            break
+    return names
 
 
 def literal_rows(spark: SparkSession, rows: Sequence[Mapping[str, Any]], columns: str) -> DataFrame:

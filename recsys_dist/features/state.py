@@ -108,9 +108,17 @@ def _number(when: int, cut: str) -> Column:
     return F.coalesce(f"`n:{when}:{cut}`", F.lit(0)).cast("bigint")
 
 
-def aggregate_values(fields: Sequence[AnyField]) -> dict[str, Value]:
-    """What the user's aggregates are fitted on, of the train events of `look_back`, by field."""
-    # Bounds that no event moves, or what is fitted would change in its last digit with later ones.
+def aggregate_values(
+    fields: Sequence[AnyField], bounds: Mapping[str, tuple[float, float]]
+) -> dict[str, Value]:
+    """What the user's aggregates are fitted on, of the train events of `look_back`, by field.
+
+    Args:
+        fields: of the configuration.
+        bounds: of `log.Look.values`, where only train events come before a train event: a mean of values
+            lies between theirs.
+    """
+    # Bounds that no later event moves, or what is fitted would change with it in its last digit.
     most = {
         "count": (0.0, math.log1p(2**31)),
         "days_since": (0.0, math.log1p((END_SECOND - FIRST_SECOND) * 10**6 / DAY)),
@@ -119,9 +127,11 @@ def aggregate_values(fields: Sequence[AnyField]) -> dict[str, Value]:
     for field in state_fields(fields):
         if isinstance(field, Aggregate) and field.measure != "share":
             raw = _earlier(field)
-            found[field.name] = Value(
-                signed_log(raw) if field.measure in LOGS else raw, *most.get(field.measure, ())
-            )
+            if field.measure == "mean_value":
+                low, high = bounds.get(field.when, (None, None))
+                found[field.name] = Value(raw, low, high, loose=True)
+            else:
+                found[field.name] = Value(signed_log(raw), *most[field.measure])
     return found
 
 

@@ -1,6 +1,7 @@
 """The tables of a features run, each written by one job of its own."""
 
 import datetime as dt
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from recsys_dist.features.encode import Vocabularies
 from recsys_dist.features.item_days import daily_fields, item_days
 from recsys_dist.features.log import Inputs, Look
 from recsys_dist.features.numeric import Fitted
-from recsys_dist.features.session import AT_ONCE, files, in_ranges, write
+from recsys_dist.features.session import AT_ONCE, at_once, files, in_ranges, write
 from recsys_dist.features.spec import share_width
 from recsys_dist.features.split import duplicates, midnight
 from recsys_dist.features.state import State, attributes, share_fields, state_fields
@@ -52,6 +53,8 @@ class Tables:
     """Every item, encoded."""
     checked: dict[str, DataFrame]
     """The rows of the items and users tables."""
+    reasons: dict[str, Counter[str]]
+    """Of each source the rows by the reason for which they are set aside."""
     inputs: Inputs
     look: Look
 
@@ -109,17 +112,25 @@ class Tables:
     def days(self) -> None:
         """item_days/: an item a row and day on which something changed."""
         first, fields = self.look.first_micros, self.config.fields
-        rows = item_days(self.usable, self.catalogue, fields, self.fitted, first, self._end)
         schema = self.spec.item_days_schema()
-        parts = self._files(self._events, len(schema))
-        rows = in_ranges(rows, "item", self.spec.n_items, parts).sortWithinPartitions("item", "day")
-        self._save(rows, "item_days", schema)
+        # What is computed and sorted there is much more than what is written.
+        parts = max(self._files(self._events, len(schema)), at_once(self.usable.sparkSession))
+        rows = item_days(
+            self.usable, self.catalogue, self.spec.n_items, fields, self.fitted, first, self._end, parts
+        )
+        self._save(rows.sortWithinPartitions("item", "day"), "item_days", schema)
 
     def quarantine(self) -> None:
         """quarantine/: a row that was set aside."""
-        bad = [self.events.where(F.col("_reason") != DUPLICATE), *self.checked.values()]
-        if self.look.reasons[DUPLICATE]:
+        set_aside = {name: set(counted) - {""} for name, counted in self.reasons.items()}
+        bad = [self.checked[name] for name in self.checked if set_aside[name]]
+        if set_aside["events"] - {DUPLICATE}:
+            bad.append(self.events.where(F.col("_reason") != DUPLICATE))
+        if DUPLICATE in set_aside["events"]:
             bad.append(duplicates(self.events, self.inputs.events()))
+        if not bad:
+            self.run.write_table("quarantine", QUARANTINE.empty_table())
+            return
         write(quarantine(*bad).coalesce(1), f"{self.run.uri}/quarantine", QUARANTINE)
 
     def _save(self, rows: DataFrame, name: str, schema: pa.Schema, partition_by: str | None = None) -> None:
@@ -150,8 +161,7 @@ class Tables:
         sizes = {name: found.size for name, found in self.spec.vocabularies.items()}
         looking = state_fields(self.config.fields)
         widths = {field.name: share_width(field, sizes) for field in share_fields(looking)}
-        in_time = self.config.split.kind != "column"
-        return State(looking, self.fitted, frozenset(several), widths, in_time, self._end)
+        return State(looking, self.fitted, frozenset(several), widths, self.config.split.in_time, self._end)
 
     def _own(self) -> DataFrame:
         """The users' index and the fields of their table."""

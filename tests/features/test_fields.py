@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime as dt
+import itertools
 import json
 import math
 import statistics
@@ -13,8 +14,9 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Config
 from recsys_dist.features.numeric import Value, moments
+from recsys_dist.features.session import in_ranges
 from recsys_dist.workspace import Workspace
-from tests.logs import featurized
+from tests.logs import featurized, log_config
 
 DAY = 86400
 START = 1_700_000_000 // DAY * DAY
@@ -404,3 +406,48 @@ def test_equal_values_have_a_deviation_of_one(spark):
         assert found["equal"].mean == pytest.approx(math.log1p(days), rel=1e-12)
         assert found["all"].mean == pytest.approx(3.997, rel=1e-12)
         assert found["all"].stddev == pytest.approx(float(np.std(np.arange(1000) % 7 + 1)), rel=1e-12)
+
+
+def test_scale_beside_an_outlier(spark):
+    """Bounds much wider than the values cost no digits."""
+    rows = spark.range(1000).select((F.col("id") % 7 + 1).cast("double").alias("x"))
+    numbers = np.arange(1000) % 7 + 1
+    for bounds in ((1.0, 7.0), (0.0, 1e3), (-1e12, 1e12)):
+        found = moments(rows, {"x": Value(F.col("x"), *bounds, loose=True)})["x"]
+        assert found.mean == pytest.approx(float(np.mean(numbers)), rel=1e-9)
+        assert found.stddev == pytest.approx(float(np.std(numbers)), rel=1e-9)
+
+
+def test_scales_of_a_rare_event_type_beside_another_ones_outlier(spark, tmp_path):
+    """Mean values of purchases are scaled by purchases, whatever a view is worth."""
+    lines = ["u0,i0,1,1000000000,view"]
+    lines += [f"u{n % 5},i{n % 3},{10 + n},{n % 4 + 1},purchase" for n in range(100)]
+    fields = [
+        {"name": "spent", "kind": "aggregate", "measure": "mean_value", "when": "purchase"},
+        {"name": "worth", "kind": "aggregate", "side": "item", "measure": "mean_value", "when": "purchase"},
+    ]
+    header = "user,item,timestamp,value,event"
+    events = {"path": str(tmp_path / "events.csv"), "columns": {name: name for name in header.split(",")}}
+    run = featurized(log_config(tmp_path, lines, header=header, fields=fields, data={"events": events}))
+    scales = {field.name: field.scale for field in run.spec().fields if field.name in ("spent", "worth")}
+    train = [line.split(",") for line in lines[1:]]
+    train = [row for row in train if int(row[2]) < 10 + 80]
+    assert scales["worth"] == pytest.approx(float(np.std([float(row[3]) for row in train])), rel=1e-6)
+    means = []
+    for n, row in enumerate(train):
+        before = [float(other[3]) for other in train[:n] if other[0] == row[0]]
+        means += [statistics.fmean(before)] if before else []
+    assert scales["spent"] == pytest.approx(float(np.std(means)), rel=1e-6)
+
+
+@pytest.mark.parametrize("partitions", [1, 2, 7, 64])
+def test_in_ranges(spark, partitions):
+    rows = in_ranges(spark.range(1, 1001).withColumnRenamed("id", "n"), "n", 1000, partitions)
+    found = rows.select("n", F.spark_partition_id().alias("partition")).collect()
+    by_partition = {}
+    for row in found:
+        by_partition.setdefault(row["partition"], []).append(row["n"])
+    assert sorted(by_partition) == list(range(partitions))
+    assert sorted(n for part in by_partition.values() for n in part) == list(range(1, 1001))
+    for one, two in itertools.pairwise(range(partitions)):
+        assert max(by_partition[one]) < min(by_partition[two])

@@ -151,6 +151,18 @@ def test_unusable_input(kind, tmp_path):
     assert re.search(message, printed), printed
 
 
+def test_too_little_memory(tmp_path):
+    """A line longer than the heap: Spark dies of it, and what to do is said."""
+    (tmp_path / "log.csv").write_text("user,item,timestamp\nann," + "x" * 150_000_000 + ",1700000000\n")
+    events = f"{{path: {tmp_path}/log.csv, columns: {{user: user, item: item, timestamp: timestamp}}}}"
+    submit = "[--master, 'local[1]', --driver-memory, 512m]"
+    settings = (f"storage.root={tmp_path}/runs", f"data.events={events}", f"spark.submit={submit}")
+    printed = python("featurize.py", *(word for text in settings for word in ("--set", text)), code=64)
+    assert "OutOfMemoryError" in printed
+    assert re.search(r"error: Spark has too little memory: .*\. Raise --driver-memory in", printed), printed
+    assert Workspace(load(None, [f"storage.root={tmp_path}/runs"])).runs("features") == []
+
+
 @pytest.mark.parametrize("java", ["none", "old"])
 def test_java_is_checked_first(java, shop, tmp_path):
     if java == "old":
