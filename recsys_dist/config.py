@@ -363,6 +363,13 @@ class Als(Section):
 class DeepFM(Section):
     """The ranking model and its training."""
 
+    model: Literal["lr", "fm", "mf", "dnn", "deepfm"] = "deepfm"
+    """What the logit is a sum of. `lr`: the fields' weights; `fm`: those and the products of all pairs of
+    embeddings; `mf`: the same of the fields user and item alone; `dnn`: an MLP over the embeddings;
+    `deepfm`: `fm` and `dnn` over the same embeddings."""
+    start_from: str | None = None
+    """Run id of an earlier deepfm run, or `latest`, to start from: a trained `fm`, or last night's model.
+    What has the same name and width is taken over, rows of a vocabulary that has grown since are new."""
     embedding_dim: int = Field(16, ge=4, multiple_of=4)
     """Factors of a field; a multiple of 4, which the fused kernels need."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), min_length=1)
@@ -371,17 +378,22 @@ class DeepFM(Section):
     """After every hidden layer."""
     batch_size: int = Field(4096, ge=1)
     """Positive examples a step, over all workers together."""
-    negatives: int = Field(16, ge=1)
-    """Items drawn for each positive."""
+    negatives: int = Field(16, ge=0)
+    """Items drawn for each positive. 0: nothing is drawn, and every example, positive or not, is learned with
+    its own label (objective logistic) or value (squared)."""
     negatives_power: float = Field(0.0, ge=0, le=1)
     """Items are drawn with probability proportional to (1 + train positives)^power; 0 is uniform."""
-    objective: Literal["logistic", "softmax"] = "softmax"
-    """`logistic`: each positive and each drawn item on its own; `softmax`: the positive against the drawn
-    items, corrected for how often each is drawn (logQ)."""
+    objective: Literal["logistic", "softmax", "bpr", "squared"] = "softmax"
+    """`logistic`: each positive and each drawn item on its own, or each example's label; `softmax`: the
+    positive against the drawn items, corrected for how often each is drawn (logQ); `bpr`: the positive above
+    each drawn item; `squared`: the distance to each example's value."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """logistic: labels are moved towards one half by so much."""
     epochs: int = Field(20, ge=1)
-    """At most so many passes over the positives."""
+    """At most so many passes over the examples."""
     patience: int = Field(3, ge=1)
-    """Stop after so many evaluations without a better validation NDCG@10."""
+    """Stop after so many evaluations on the valid part without a better metric: NDCG@10; without drawn items
+    AUC, or RMSE of values."""
     valid_users: int = Field(2000, ge=1)
     """Size of the fixed sample of users that validation ranks all items for."""
     learning_rate: float = Field(1e-3, gt=0)
@@ -400,6 +412,17 @@ class DeepFM(Section):
     """A failed worker costs at most so many steps."""
     max_failures: int = Field(3, ge=0)
     """How often the training is restarted from its last checkpoint."""
+
+    @model_validator(mode="after")
+    def _objective(self) -> "DeepFM":
+        drawn = self.negatives > 0
+        if self.objective in ("softmax", "bpr") and not drawn:
+            raise ValueError(f"objective {self.objective} needs drawn items: negatives of 1 or more")
+        if self.objective == "squared" and drawn:
+            raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
+        if self.label_smoothing and self.objective != "logistic":
+            raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
+        return self
 
 
 class Score(Section):
@@ -563,6 +586,11 @@ class Config(Section):
                 wrong.append("label.kind=column, and no other, needs data.events.columns.label")
             if (self.split.kind == "column") != ("split" in columns):
                 wrong.append("split.kind=column, and no other, needs data.events.columns.split")
+        if self.deepfm.model == "dnn" and "fm" in self.score.candidates:
+            wrong.append(
+                "deepfm.model=dnn has no FM part to recall with: leave fm out of score.candidates, "
+                "for example candidates: {als: 200, popularity: 50}"
+            )
         if self.label.kind == "column" and self.label.positive_when:
             wrong.append("label.kind=column: the column says what is positive, leave positive_when out")
         if wrong:

@@ -91,7 +91,8 @@ def headline(stage: str, figures: dict[str, Any]) -> str:
         case "als":
             return "user and item factors"
         case "deepfm":
-            return f"best epoch {figures['best_epoch']}, valid NDCG@10 {figures['ndcg@10']:.4f}"
+            metric = figures["metric"]
+            return f"best epoch {figures['best_epoch']}, valid {metric.upper()} {figures[metric]:.4f}"
         case "evaluation":
             return str(figures["verdict"]["text"])
         case _:

@@ -29,6 +29,6 @@ def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
     deepfm = workspace.new("deepfm", key, {"features": features})
     settings = config.deepfm.model_copy(update={"init_scale": 0.5})
     publish(deepfm, spec, config.deepfm, DeepFM(spec, settings, seed=3).state_dict())
-    line: dict[str, Any] = {"epoch": 1, "step": 10, "loss": 0.5, "ndcg@10": 0.1}
+    line: dict[str, Any] = {"epoch": 1, "step": 10, "loss": 0.5, "metric": "ndcg@10", "ndcg@10": 0.1}
     deepfm.filesystem.open_output_stream(f"{deepfm.path}/history.jsonl").write(json.dumps(line).encode())
     return {"features": features, "als": als.commit(config, {}), "deepfm": deepfm.commit(config, {})}

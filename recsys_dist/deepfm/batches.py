@@ -1,7 +1,7 @@
 """Arrow columns as the tensors that DeepFM reads.
 
-Legend: N rows, V numbers of a row (a value field is one, a vector field as many as its length), B positives,
-J items drawn for each positive.
+Legend: N rows, V numbers of a row (a value field is one, a vector field as many as its length), B examples,
+J items drawn for each.
 """
 
 from collections.abc import Mapping
@@ -65,16 +65,18 @@ class SideBatch(Pipelineable):
 
 @dataclass
 class Batch(Pipelineable):
-    """A training step's share of one worker: B positives, each with J drawn items."""
+    """A training step's share of one worker: B examples, each with J drawn items."""
 
     user: SideBatch
     """B rows."""
     item: SideBatch
-    """B * (1 + J) rows: each positive, followed by its drawn items."""
+    """B * (1 + J) rows: each example's item, followed by the drawn ones."""
     log_probability: Tensor
     """[B, J] float32: log of the probability with which each item was drawn."""
     weight: Tensor
-    """[B] float32: each positive's weight in the loss; 0 for a row that only fills the batch."""
+    """[B] float32: each example's weight in the loss; 0 for a row that only fills the batch."""
+    label: Tensor
+    """[B] float32: 1 for a positive, 0 else; with objective squared the value."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The same on a device."""
@@ -83,11 +85,12 @@ class Batch(Pipelineable):
             self.item.to(device, non_blocking),
             self.log_probability.to(device, non_blocking=non_blocking),
             self.weight.to(device, non_blocking=non_blocking),
+            self.label.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it (CUDA)."""
-        for part in (self.user, self.item, self.log_probability, self.weight):
+        for part in (self.user, self.item, self.log_probability, self.weight, self.label):
             part.record_stream(stream)
 
 

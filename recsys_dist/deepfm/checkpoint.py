@@ -4,6 +4,7 @@ A folder counts from the moment its `.metadata` is there, which is renamed into 
 unpickles, so checkpoints are read from the own run only; what is published is safetensors.
 """
 
+import math
 import re
 import shutil
 import warnings
@@ -27,8 +28,8 @@ class Progress:
 
     step: int = 0
     """Steps done, over all epochs."""
-    best: float = -1.0
-    """The best validation metric so far; -1 before the first evaluation."""
+    best: float = -math.inf
+    """The best validation metric so far, negative where less is better; -inf before the first evaluation."""
     best_step: int = 0
     """The step of that evaluation."""
     stale: int = 0
@@ -78,9 +79,14 @@ def complete(folder: Path) -> list[tuple[int, int, Path]]:
 
 def load_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Read a checkpoint's model into the tensors of an unsharded state_dict, in one process."""
+    read_into({"model": state}, str(path))
+
+
+def read_into(state: dict[str, Any], path: str) -> None:
+    """Read parts of a checkpoint into whole tensors, each process for itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as intended
-        dcp.load({"model": state}, checkpoint_id=str(path), no_dist=True)
+        dcp.load(state, checkpoint_id=path, no_dist=True)
 
 
 def _state(model: DistributedModelParallel, dense: KeyedOptimizerWrapper) -> dict[str, Any]:

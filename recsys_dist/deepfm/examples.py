@@ -1,6 +1,8 @@
-"""The positives of the train part as batches: same seed, same batches, for any number of workers.
+"""The examples of the train part as batches: same seed, same batches, for any number of workers.
 
-Legend: B positives of a worker's share, J items drawn for each.
+They are the positives, each with drawn items, or, where nothing is drawn, all examples with their labels.
+
+Legend: B examples of a worker's share, J items drawn for each.
 """
 
 import numpy as np
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from recsys_dist import config
 from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import Batch, side_batch
 from recsys_dist.deepfm.items import Items, days_of
@@ -17,30 +20,35 @@ from recsys_dist.schema import FeatureSpec
 from recsys_dist.workspace import Run
 
 
-def positives(run: Run, spec: FeatureSpec, split: str) -> pa.Table:
-    """The positive examples of a part.
+def read_examples(run: Run, spec: FeatureSpec, split: str, settings: config.DeepFM) -> pa.Table:
+    """The examples of a part that the model learns from: the positives, or all where nothing is drawn.
 
     Raises:
         DataError: there is none.
     """
-    table = run.table(
-        "examples",
-        columns=spec.examples_schema().names,
-        filter=(pc.field("split") == split) & (pc.field("label") == 1),
-    )
+    wanted = pc.field("split") == split
+    if settings.negatives:
+        wanted &= pc.field("label") == 1
+    table = run.table("examples", columns=spec.examples_schema().names, filter=wanted)
     if not len(table):
         raise DataError(
-            f"{run.uri} has no positive example in split={split}, of {spec.rows.get(split, 0)} examples. "
-            f"Check label.positive_when and split.fractions, and run jobs/featurize.py again."
+            f"{run.uri} has no {'positive ' if settings.negatives else ''}example in split={split}, of "
+            f"{spec.rows.get(split, 0)} examples. Check label.positive_when and split.fractions, and run "
+            f"jobs/featurize.py again."
         )
     return table
 
 
-class Examples:
-    """The positives, in memory, and the batches of every epoch and step.
+def targets(table: pa.Table, settings: config.DeepFM) -> np.ndarray:
+    """[N] float32: what the model is to say of each example, its label or its value."""
+    return table["value" if settings.objective == "squared" else "label"].to_numpy().astype(np.float32)
 
-    The items, drawn ones like positives, have their fields as of the day of the positive event. Each worker
-    holds all positives and draws the whole step's items, of which it uses its share, so that a batch does not
+
+class Examples:
+    """The examples, in memory, and the batches of every epoch and step.
+
+    The items, drawn ones like the examples' own, have their fields as of the day of the event. Each worker
+    holds all examples and draws the whole step's items, of which it uses its share, so that a batch does not
     depend on the number of workers.
 
     Args:
@@ -50,13 +58,29 @@ class Examples:
     """
 
     def __init__(self, run: Run, catalogue: Items, config: Config) -> None:
-        table = positives(run, catalogue.spec, "train")
+        table = read_examples(run, catalogue.spec, "train", config.deepfm)
         self.config = config
         self.catalogue = catalogue
         self.user = side_batch(table, catalogue.spec.side("user", "context"))
         self.items = table["item"].to_numpy()
         self.days = days_of(table["timestamp"])
-        self.negatives = Negatives(catalogue.counts, catalogue.present, config.deepfm.negatives_power)
+        self.targets = targets(table, config.deepfm)
+        self.negatives = None
+        if config.deepfm.negatives:
+            self.negatives = Negatives(catalogue.counts, catalogue.present, config.deepfm.negatives_power)
+
+    @property
+    def average(self) -> float:
+        """The constant that predicts the examples best: their mean value, or the log odds of their labels; 0
+        beside drawn items, which are as many as the settings say.
+        """
+        if self.negatives:
+            return 0.0
+        mean = float(self.targets.mean(dtype=np.float64))
+        if self.config.deepfm.objective == "squared":
+            return mean
+        half = 0.5 / len(self.targets)  # finite also where all labels are equal
+        return float(np.log(max(mean, half) / max(1 - mean, half)))
 
     @property
     def steps(self) -> int:
@@ -64,7 +88,7 @@ class Examples:
         return -(-len(self.items) // self.config.deepfm.batch_size)
 
     def rows(self, step: int) -> int:
-        """Positives in a step of an epoch."""
+        """Examples in a step of an epoch."""
         size = self.config.deepfm.batch_size
         return min(size, len(self.items) - step * size)
 
@@ -72,7 +96,7 @@ class Examples:
         """One worker's share of a step.
 
         All shares have the same size; rows that only fill the last one weigh nothing. The others weigh so
-        that the workers' mean loss is the mean over the whole step's positives.
+        that the workers' mean loss is the mean over the whole step's examples.
 
         Args:
             epoch: from 0.
@@ -85,7 +109,10 @@ class Examples:
         order = np.random.default_rng([seed, epoch]).permutation(len(self.items))
         rows = order[step * settings.batch_size : (step + 1) * settings.batch_size]
         generator = np.random.default_rng([seed, epoch, step])
-        drawn, log_probability = self.negatives.draw(self.items[rows], settings.negatives, generator)
+        if self.negatives:
+            drawn, log_probability = self.negatives.draw(self.items[rows], settings.negatives, generator)
+        else:
+            drawn, log_probability = np.empty((len(rows), 0), np.int64), np.empty((len(rows), 0), np.float32)
         share = -(-settings.batch_size // world_size)
         mine = np.arange(rank * share, (rank + 1) * share)
         real = mine < len(rows)
@@ -100,4 +127,5 @@ class Examples:
             ),
             log_probability=torch.from_numpy(log_probability[mine]),
             weight=torch.from_numpy(weight),
+            label=torch.from_numpy(self.targets[rows[mine]]),
         )

@@ -22,10 +22,11 @@ from recsys_dist.config import Config
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, complete
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.optimizer import dense_optimizer
 from recsys_dist.deepfm.sharding import shard
-from recsys_dist.deepfm.validation import Validation
+from recsys_dist.deepfm.start_from import take_over
+from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
@@ -42,6 +43,8 @@ class Task:
     features: Run
     folder: Path
     """Where checkpoints and progress go; all workers see it."""
+    start_from: Run | None = None
+    """Whose model the first attempt starts from."""
 
 
 def train(task: Task, device: torch.device) -> Progress:
@@ -56,16 +59,20 @@ def train(task: Task, device: torch.device) -> Progress:
     settings, seed = task.config.deepfm, task.config.seed
     rank, world_size = dist.get_rank(), dist.get_world_size()
     newest, attempt = _resume_point(task.folder)
-    spec = task.features.spec()
+    spec = used_fields(task.features.spec(), settings)
     items = Items(task.features, spec)
     examples = Examples(task.features, items, task.config)
-    validation = Validation(task.features, items, task.config)
+    valid = validation(task.features, items, task.config)
     model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)
+    model.start_at(examples.average)
     assert dist.group.WORLD
     sharded, plan = shard(model, dist.group.WORLD, device, seed)
     dense = dense_optimizer(sharded, settings)
     checkpoints = Checkpoints(task.folder, attempt)
     progress = checkpoints.load(sharded, dense, newest) if newest else Progress()
+    if task.start_from and not newest:
+        fused = sharded.fused_optimizer.state_dict()["state"]
+        take_over(sharded.state_dict(), spec, task.start_from, fused)
     log = _Log(task, attempt, progress.step)
     log.write(PLAN, plan)
     workers: list[Any] = [None] * world_size
@@ -90,12 +97,13 @@ def train(task: Task, device: torch.device) -> Progress:
             if not math.isfinite(mean):
                 log.write(DIVERGED, {"epoch": epoch + 1, "loss": str(mean)})
                 break
-            metric = validation.ndcg(model, device)
-            better = metric > progress.best
+            figures = valid.figures(model, device)
+            merit = -figures[valid.metric] if valid.metric in LOWER_IS_BETTER else figures[valid.metric]
+            better = merit > progress.best
             progress.stale = 0 if better else progress.stale + 1
             if better:
-                progress.best, progress.best_step = metric, progress.step
-            log.evaluation(epoch, progress, mean, metric)
+                progress.best, progress.best_step = merit, progress.step
+            log.evaluation(epoch, progress, mean, valid.metric, figures)
         if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
             checkpoints.save(sharded, dense, progress)
     return progress
@@ -131,14 +139,14 @@ class _Log:
             self.history.write_text("".join(f"{line}\n" for line in kept))
 
     def _restart(self) -> None:
-        self.steps, self.positives, self.seconds = 0, 0, 0.0
+        self.steps, self.examples, self.seconds = 0, 0, 0.0
         self.losses: Tensor | float = 0.0
         self.start = time.monotonic()
 
-    def step(self, step: int, loss: Tensor, positives: int) -> None:
+    def step(self, step: int, loss: Tensor, examples: int) -> None:
         """Count a step."""
         self.steps += 1
-        self.positives += positives
+        self.examples += examples
         self.losses = self.losses + loss
         now = time.monotonic()
         self.seconds = now - self.start
@@ -153,13 +161,16 @@ class _Log:
         dist.all_reduce(mean)
         return float(mean) / dist.get_world_size()
 
-    def evaluation(self, epoch: int, progress: Progress, loss: float, metric: float) -> None:
+    def evaluation(
+        self, epoch: int, progress: Progress, loss: float, metric: str, figures: dict[str, float]
+    ) -> None:
         """Append an evaluation's line."""
         line = {
             "epoch": epoch + 1,
             "step": progress.step,
             "loss": round(loss, 6),
-            "ndcg@10": round(metric, 6),
+            "metric": metric,
+            **{name: round(figure, 6) for name, figure in figures.items()},
             "best": progress.stale == 0,
             **self._speed(),
             "train_seconds": round(self.seconds, 3),
@@ -181,5 +192,5 @@ class _Log:
             new.replace(self.folder / name)
 
     def _speed(self) -> dict[str, int]:
-        rate = self.positives / max(self.seconds, 1e-9)
-        return {"positives_per_s": round(rate), "pairs_per_s": round(rate * (1 + self.negatives))}
+        rate = self.examples / max(self.seconds, 1e-9)
+        return {"examples_per_s": round(rate), "pairs_per_s": round(rate * (1 + self.negatives))}

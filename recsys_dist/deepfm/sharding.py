@@ -71,19 +71,17 @@ def shard(
         plan=plan,
         sharders=[EmbeddingBagCollectionSharder()],
     )
-    _initialise(sharded, model.settings, seed)
+    _initialise(sharded, model.dim, model.settings, seed)
     return sharded, described
 
 
 @torch.no_grad()
-def _initialise(model: DistributedModelParallel, settings: config.DeepFM, seed: int) -> None:
+def _initialise(model: DistributedModelParallel, dim: int, settings: config.DeepFM, seed: int) -> None:
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, ShardedTensor):
             continue
         table = name.split(".")[-2]
         for part in tensor.local_shards():
             start, rows = part.metadata.shard_offsets[0], part.metadata.shard_sizes[0]
-            values = initial_rows(
-                seed, table, start, start + rows, settings.embedding_dim, settings.init_scale
-            )
+            values = initial_rows(seed, table, start, start + rows, dim, settings.init_scale)
             part.tensor.copy_(values)

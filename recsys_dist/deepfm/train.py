@@ -37,7 +37,7 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
-    _require_enough(run.inputs["features"])
+    _require_enough(run.inputs["features"], config)
     local = isinstance(run.filesystem, pyarrow.fs.LocalFileSystem)
     # Checkpoints need a folder that all workers see: with another kind of root, all must be on this machine.
     folder = Path(run.path if local else tempfile.mkdtemp(prefix="deepfm-")) / "training"
@@ -60,9 +60,11 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def _require_enough(features: Run) -> None:
+def _require_enough(features: Run, config: Config) -> None:
     """Raise a DataError where there is nothing to train on or to validate with."""
     spec = features.spec()
+    if not config.deepfm.negatives:
+        return  # what reads the examples looks at their labels
     present = features.dataset("items").count_rows(filter=pyarrow.compute.field("present"))
     if present < 2:
         raise DataError(f"{features.uri} has {present} items, and ranking needs at least 2")
@@ -75,8 +77,15 @@ def _require_enough(features: Run) -> None:
 
 
 def _train(config: Config, run: OpenRun, folder: Path) -> None:
+    from recsys_dist.deepfm.model import used_fields
+    from recsys_dist.deepfm.start_from import earlier_run
+
     gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.num_workers
-    task = {"config": config, "features": run.inputs["features"], "folder": folder}
+    features = run.inputs["features"]
+    before = earlier_run(run.workspace, config.deepfm, used_fields(features.spec(), config.deepfm))
+    if before:
+        print(f"  starts from {before.uri}")
+    task = {"config": config, "features": features, "folder": folder, "start_from": before}
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
     trainer = TorchTrainer(
@@ -123,19 +132,20 @@ def _worker(task: dict[str, Any]) -> None:
     on_this_node = ray.train.get_context().get_local_world_size()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_node))
-    train(Task(task["config"], task["features"], task["folder"]), device)
+    train(Task(**task), device)
 
 
 def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
     """Move the best checkpoint to its place and write model/ from it."""
     from recsys_dist.deepfm.checkpoint import complete, load_weights
     from recsys_dist.deepfm.loop import HISTORY, PLAN
-    from recsys_dist.deepfm.model import DeepFM, publish
+    from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 
     spec = run.inputs["features"].spec()
     history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
     best = [line for line in history if line["best"]][-1]
     path = next(path for step, _, path in complete(folder) if step == best["step"])
+    spec = used_fields(spec, config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()
     load_weights(path, state)
     publish(run, spec, config.deepfm, state)
@@ -147,12 +157,13 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
     plan = json.loads((folder / PLAN).read_text())
     print(f"  the model is that of epoch {best['epoch']} (* marks an epoch better than all before)")
     return {
-        "ndcg@10": best["ndcg@10"],
+        "metric": best["metric"],
+        best["metric"]: best[best["metric"]],
         "best_epoch": best["epoch"],
         "epochs": history[-1]["epoch"],
         "steps": history[-1]["step"],
         "attempts": history[-1]["attempt"] + 1,
-        "positives_per_s": round(sum(line["positives_per_s"] for line in history) / len(history)),
+        "examples_per_s": round(sum(line["examples_per_s"] for line in history) / len(history)),
         "pairs_per_s": round(sum(line["pairs_per_s"] for line in history) / len(history)),
         "parameters": sum(tensor.numel() for tensor in state.values()),
         "plan": plan,
@@ -175,8 +186,8 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
                 mark = " *" if line["best"] else ""
                 print(
                     f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['positives_per_s']:>7,} positives/s  {line['pairs_per_s']:>9,} pairs/s  "
-                    f"valid NDCG@10 {line['ndcg@10']:.4f}{mark}",
+                    f"{line['examples_per_s']:>7,} examples/s  {line['pairs_per_s']:>9,} pairs/s  "
+                    f"valid {line['metric'].upper()} {line[line['metric']]:.4f}{mark}",
                     flush=True,
                 )
                 printed = line["step"]
@@ -184,7 +195,7 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
             if line["step"] > printed:
                 print(
                     f"             step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['positives_per_s']:>7,} positives/s",
+                    f"{line['examples_per_s']:>7,} examples/s",
                     flush=True,
                 )
                 printed = line["step"]

@@ -1,9 +1,11 @@
-"""NDCG@10 of the validation part, which decides when training stops.
+"""What the validation part says of a model, which decides when training stops: how well it ranks all items,
+or, where the model learns labels or values, how well it predicts those.
 
-Legend: U users of a chunk, I items, H width of the first hidden layer.
+Legend: U users of a chunk, I items, H width of the first hidden layer, N examples.
 """
 
 import itertools
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -14,20 +16,43 @@ from torch import Tensor
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import side_batch
-from recsys_dist.deepfm.examples import positives
+from recsys_dist.deepfm.examples import read_examples, targets
 from recsys_dist.deepfm.items import Items, days_of, weekdays
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.errors import DataError
+from recsys_dist.evaluation.metrics import auc, grouped_auc, logloss
 from recsys_dist.schema import SEEN_COLUMN, UNKNOWN, pairs, without_seen
 from recsys_dist.workspace import Run
 
 K = 10
 NONE = np.empty(0, np.int64)
+ROWS_AT_ONCE = 1 << 14
+"""Examples that are looked up at once."""
 CHUNK = 1 << 24
 """Numbers of the widest array [U, I, H] that a chunk of users makes: 64 MiB of float32."""
 
 
-class Validation:
+class Validation(Protocol):
+    """Measures a model on a part."""
+
+    metric: str
+    """The figure that decides."""
+
+    def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
+        """Every figure by name. Collective: each worker computes its share."""
+        ...
+
+
+LOWER_IS_BETTER = ("rmse",)
+
+
+def validation(run: Run, items: Items, config: Config, split: str = "valid") -> Validation:
+    """How a model with these settings is measured on a part."""
+    kind = Ranking if config.deepfm.negatives else Predicting
+    return kind(run, items, config, split)
+
+
+class Ranking:
     """A fixed sample of the users with positives in a part, each to be ranked all items that may be listed.
 
     A user's fields are as of the part's start. The list is that of the day of the user's first positive event
@@ -41,11 +66,13 @@ class Validation:
         split: `valid` or `test`.
     """
 
+    metric = f"ndcg@{K}"
+
     def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
         spec = items.spec
         filter_seen = config.score.filter_seen
         state = run.table("users", filter=pc.field("as_of") == split)
-        events = without_seen(positives(run, spec, split), state, filter_seen)
+        events = without_seen(read_examples(run, spec, split, config.deepfm), state, filter_seen)
         if not len(events):
             raise DataError(
                 f"{run.uri}: every positive example in split={split} is of an item that the user has seen, "
@@ -82,6 +109,10 @@ class Validation:
     def __len__(self) -> int:
         return len(self.user)
 
+    def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
+        """See Validation."""
+        return {self.metric: self.ndcg(model, device)}
+
     @torch.no_grad()
     def ndcg(self, model: DeepFM, device: torch.device) -> float:
         """The mean NDCG@10 of the sample's users. Collective: every worker ranks its share of the users."""
@@ -93,7 +124,7 @@ class Validation:
         for first, last in self.groups:
             share = self.items.at(_share(len(self.items)) + 1, self.days[first : first + 1])
             items = _gather(model.item_side(share.to(device)), len(self.items))
-            size = max(1, CHUNK // (len(self.items) * items.hidden.shape[1]))
+            size = max(1, CHUNK // (len(self.items) * max(1, items.hidden.shape[1])))
             per_worker = -(-(last - first) // dist.get_world_size())
             start = first + dist.get_rank() * per_worker
             stop = min(start + per_worker, last)
@@ -119,6 +150,68 @@ class Validation:
         discount = 1 / torch.log2(torch.arange(2, self.k + 2, device=logits.device))
         ideal = discount.cumsum(0)[relevant.sum(1).clamp(max=self.k) - 1]
         return (hits * discount).sum(1) / ideal
+
+
+class Predicting:
+    """All examples of a part, with their own context and the items' fields as of the day of the event.
+
+    Args:
+        run: the features run.
+        items: its items.
+        config: the objective decides what is measured.
+        split: `valid` or `test`.
+
+    Raises:
+        DataError: all labels are equal, so that nothing can be told apart.
+    """
+
+    def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
+        table = read_examples(run, items.spec, split, config.deepfm)
+        self.metric = "rmse" if config.deepfm.objective == "squared" else "auc"
+        self.targets = targets(table, config.deepfm)
+        if self.metric == "auc" and len(set(self.targets.tolist())) < 2:
+            raise DataError(
+                f"{run.uri}: all {len(self.targets)} examples in split={split} have the label "
+                f"{self.targets[0]:g}, and AUC needs both. With positives alone, draw other items beside "
+                f"them: deepfm.negatives of 1 or more."
+            )
+        self.users = table["user"].to_numpy()
+        self.user = side_batch(table, items.spec.side("user", "context"))
+        self.items = torch.from_numpy(table["item"].to_numpy().astype(np.int64))
+        self.days = torch.from_numpy(days_of(table["timestamp"]))
+        self.catalogue = items
+
+    def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
+        """See Validation: auc, gauc (within users) and logloss of labels, rmse and mse of values."""
+        logits = self.logits(model, device)
+        if self.metric == "rmse":
+            mse = float(np.mean((logits - self.targets) ** 2, dtype=np.float64))
+            return {"rmse": mse**0.5, "mse": mse}
+        return {
+            "auc": auc(self.targets, logits),
+            "gauc": grouped_auc(self.targets, logits, self.users),
+            "logloss": logloss(self.targets, logits),
+        }
+
+    @torch.no_grad()
+    def logits(self, model: DeepFM, device: torch.device) -> np.ndarray:
+        """[N] float32, of every example. Collective: each worker computes its share."""
+        training = model.training
+        model.eval()
+        mine = _share(len(self.targets))
+        # Equally many rows, in equally many steps, on every worker: lookups are collective.
+        found = []
+        for rows in mine.split(ROWS_AT_ONCE):
+            user = model.user_side(self.user.take(rows).to(device))
+            item = model.item_side(self.catalogue.at(self.items[rows], self.days[rows]).to(device))
+            found.append(model.logits(user, item))
+        logits = torch.cat(found)
+        if dist.get_world_size() > 1:
+            whole = logits.new_empty(len(logits) * dist.get_world_size())
+            dist.all_gather_into_tensor(whole, logits)
+            logits = whole
+        model.train(training)
+        return logits[: len(self.targets)].float().cpu().numpy()
 
 
 def _share(number: int) -> Tensor:

@@ -1,4 +1,6 @@
-"""Ranking metrics: one small function each, from who was hit where.
+"""Metrics of rankings and of predictions: one small function each.
+
+Rankings are measured from who was hit where.
 
 Legend: U users, K list length. `hits_UK` [U, K] bool: the item at that place is relevant (a short list ends
 in False). `relevant_U` [U] int: how many distinct relevant items the user has, at least 1. Every user with a
@@ -85,3 +87,56 @@ def novelty(listed_I: NDArray[np.int64], train_I: NDArray[np.int64]) -> float:
     """
     information_I = -np.log2(np.maximum(train_I, 0.5) / max(train_I.sum(), 1))
     return float((listed_I * information_I).sum() / max(listed_I.sum(), 1))
+
+
+def auc(labels_N: Values, scores_N: Values) -> float:
+    """The share of pairs of a positive and a negative in which the positive's score is greater; equal scores
+    count one half (Hanley and McNeil 1982, by the ranks' sum of Mann and Whitney 1947).
+
+    Args:
+        labels_N: [N] 0 or 1, of both at least one.
+        scores_N: [N] in any order-preserving unit.
+    """
+    return float(_auc(labels_N, scores_N, np.zeros(len(labels_N), np.int64))[0][0])
+
+
+def grouped_auc(labels_N: Values, scores_N: Values, groups_N: Counts) -> float:
+    """GAUC: the mean over groups, such as users, of their AUC, weighted by their number of rows; groups whose
+    labels are all equal are left out (Zhu et al. 2017, DIN). NaN where no group is left.
+
+    Args:
+        labels_N: [N] 0 or 1.
+        scores_N: [N].
+        groups_N: [N] the group of each row, any whole numbers.
+    """
+    found_G, rows_G = _auc(labels_N, scores_N, groups_N)
+    both_G = ~np.isnan(found_G)
+    if not both_G.any():
+        return float("nan")
+    return float(np.average(found_G[both_G], weights=rows_G[both_G]))
+
+
+def logloss(labels_N: Values, logits_N: Values) -> float:
+    """The mean of -log of the probability given to the true label, of logits."""
+    logits_N = np.asarray(logits_N, np.float64)
+    return float(np.mean(np.logaddexp(0, logits_N) - labels_N * logits_N))
+
+
+def _auc(labels_N: Values, scores_N: Values, groups_N: Counts) -> tuple[Values, Counts]:
+    """Of each group, in ascending order, the AUC (NaN where all labels are equal) and the number of rows."""
+    order = np.lexsort((scores_N, groups_N))
+    positive_N, scores_N, groups_N = labels_N[order] > 0.5, scores_N[order], groups_N[order]
+    starts_G = np.flatnonzero(np.append(True, groups_N[1:] != groups_N[:-1]))
+    rows_G = np.diff(np.append(starts_G, len(groups_N)))
+    new_N = np.append(True, (scores_N[1:] != scores_N[:-1]) | (groups_N[1:] != groups_N[:-1]))
+    # Rows of one group and score share the mean of their places.
+    first_T = np.flatnonzero(new_N)
+    size_T = np.diff(np.append(first_T, len(new_N)))
+    place_N = np.repeat(first_T + (size_T + 1) / 2, size_T)
+    rank_N = place_N - np.repeat(starts_G, rows_G)
+    positives_G = np.add.reduceat(positive_N, starts_G, dtype=np.int64)
+    sums_G = np.add.reduceat(rank_N * positive_N, starts_G)
+    pairs_G = positives_G * (rows_G - positives_G)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found_G = (sums_G - positives_G * (positives_G + 1) / 2) / pairs_G
+    return np.where(pairs_G > 0, found_G, np.nan), rows_G

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from recsys_dist import config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import load
+from recsys_dist.errors import ConfigError
 from recsys_dist.scoring.scorers import FM, Exhaustive, Factors, Popularity, Ranker, Scorer, TwoStage
 from recsys_dist.workspace import Run
 
@@ -25,23 +26,35 @@ class Models:
         return {
             "popularity": self.sources["popularity"],
             "als": self.sources["als"],
-            "fm": self.sources["fm"],
+            **({"fm": self.sources["fm"]} if "fm" in self.sources else {}),
             "deepfm": Exhaustive(self.ranker),
             "two_stage": self.two_stage,
         }
 
 
 def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
-    """Load the models of these runs (features, als, deepfm)."""
+    """Load the models of these runs (features, als, deepfm).
+
+    Raises:
+        ConfigError: a source is asked for that the model does not have.
+    """
     features = inputs["features"]
     spec = features.spec()
     items = Items(features, spec)
-    ranker = Ranker(load(inputs["deepfm"], spec), items)
+    model = load(inputs["deepfm"], spec)
+    ranker = Ranker(model, items if model.spec.fields == spec.fields else Items(features, model.spec))
     sources: dict[str, Scorer] = {
         "als": Factors(spec, inputs["als"].table("user_factors"), inputs["als"].table("item_factors")),
-        "fm": FM(ranker),
         "popularity": Popularity(items),
     }
+    if model.linear:
+        sources["fm"] = FM(ranker)
+    missing = [name for name in score.candidates if name not in sources]
+    if missing:
+        raise ConfigError(
+            f"score.candidates: {', '.join(missing)} is no source of {inputs['deepfm'].uri}, which is a "
+            f"{model.settings.model}: sources are {', '.join(sources)}"
+        )
     chosen: dict[str, tuple[Scorer, int]] = {
         name: (sources[name], quota) for name, quota in score.candidates.items()
     }

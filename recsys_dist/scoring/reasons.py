@@ -34,14 +34,14 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
     A history field enters the FM as the mean (or sum) of its items' embeddings, so that its second-order
     term with the listed item, <mean_j e_j, sum_i>, is a sum over j of <e_j, sum_i> / n: j's contribution.
     An item that occurs in several history fields adds up. Histories of items' attributes name no item and
-    are left out.
+    are left out; a model without a second order gives no reasons.
     """
-    width = ranker.model.settings.embedding_dim
+    width = ranker.model.dim
     listed_BKD = torch.empty(*lists.items.shape, width)
     for rows, catalogue in ranker.by_day(users):
         listed_BKD[rows] = catalogue.sum[lists.items[rows]]
     places, contributions = [], []
-    for field in ranker.spec.fields:
+    for field in ranker.model.user_fields if ranker.model.factorised else ():
         if field.kind != "history" or field.of != "item":
             continue
         history_BH = torch.zeros(len(users), field.last or 1, dtype=torch.int64)

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -7,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from recsys_dist.config import DeepFM as DeepFMSettings
 from recsys_dist.deepfm.batches import Batch, side_batch
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items, days_of
-from recsys_dist.deepfm.model import BLOCK, DeepFM, initial_rows, load, publish
+from recsys_dist.deepfm.model import BLOCK, DeepFM, initial_rows, load, publish, used_fields
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features
@@ -47,7 +49,7 @@ def sides(features, model):
 
 def embedded(model, batch, fields, collection, values, row):
     """A row's embeddings [F, D + 1], one by one."""
-    width = model.settings.embedding_dim + 1
+    width = model.dim + 1
     jagged, numbers, found = batch.indices.to_dict(), 0, []
     for field in fields:
         if field.type in ("value", "vector"):
@@ -66,8 +68,8 @@ def embedded(model, batch, fields, collection, values, row):
 
 
 def plain_logit(model, user, item, u, i):
-    """DeepFM as the paper writes it: all pairs of fields, one Linear over the concatenation."""
-    dim = model.settings.embedding_dim
+    """Each model as its paper writes it: all pairs of fields, one Linear over the concatenation."""
+    dim, kind = model.dim, model.settings.model
     fields = torch.cat(
         [
             embedded(model, user, model.user_fields, model.user_tables, model.user_values, u),
@@ -75,23 +77,43 @@ def plain_logit(model, user, item, u, i):
         ]
     )
     first, factors = fields[:, dim].sum(), fields[:, :dim]
-    second = sum(a @ b for a, b in itertools.combinations(factors, 2))
-    joint = nn.Linear(factors.numel(), model.user_hidden.out_features)
-    joint.weight.data = torch.cat([model.user_hidden.weight, model.item_hidden.weight], dim=1)
-    joint.bias.data = model.user_hidden.bias.data
-    return model.bias + first + second + model.layers(joint(factors.flatten()))[0]
+    logit = torch.zeros(())
+    if kind != "dnn":
+        logit = logit + model.bias + first
+    if kind == "mf":
+        assert len(factors) == 2
+        logit = logit + factors[0] @ factors[1]
+    if kind in ("fm", "deepfm"):
+        logit = logit + sum(a @ b for a, b in itertools.combinations(factors, 2))
+    if kind in ("dnn", "deepfm"):
+        joint = nn.Linear(factors.numel(), model.user_hidden.out_features)
+        joint.weight.data = torch.cat([model.user_hidden.weight, model.item_hidden.weight], dim=1)
+        joint.bias.data = model.user_hidden.bias.data
+        logit = logit + model.layers(joint(factors.flatten()))[0]
+    return logit
 
 
+@pytest.mark.parametrize("kind", ["lr", "fm", "mf", "dnn", "deepfm"])
 @torch.no_grad()
-def test_equals_the_papers_formula(model, sides):
+def test_equals_the_papers_formula(config, features, sides, kind):
+    settings = config.deepfm.model_copy(update={"model": kind})
+    spec = used_fields(features.spec(), settings)
+    model = DeepFM(spec, settings, seed=3).eval()
+    model.start_at(0.1)
+    if model.deep:
+        model.user_hidden.bias.uniform_(-1, 1)
+    if kind == "mf":
+        items, rows = Items(features, spec), features.table("examples").sort_by("timestamp").slice(0, USERS)
+        sides = side_batch(rows, model.user_fields), items.at(torch.arange(1, len(items) + 1), torch.zeros(1))
     user, item = sides
-    model.bias.fill_(0.1)
-    model.user_hidden.bias.uniform_(-1, 1)
     logits = model.logits(model.user_side(user).leading(-1, 1), model.item_side(item).leading(1, -1))
     assert logits.shape == (USERS, len(item))
+    assert len(logits.unique()) > USERS
     for u in range(USERS):
         for i in range(0, len(item), 7):
-            assert logits[u, i].item() == pytest.approx(plain_logit(model, user, item, u, i).item(), abs=1e-5)
+            expected = plain_logit(model, user, item, u, i).item()
+            assert logits[u, i].item() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert set(dict(model.named_parameters())) >= ({"bias"} if kind != "dnn" else {"layers.2.weight"})
 
 
 @torch.no_grad()
@@ -132,20 +154,60 @@ def test_rows_without_weight_do_not_count(config, features, model):
         epoch=0, step=0, rank=0, world_size=1
     )
     half = torch.arange(len(batch.weight)) < 32
-    loss, logits = model(Batch(batch.user, batch.item, batch.log_probability, half / 32))
-    assert loss.item() == pytest.approx(
-        model.loss(logits, batch.log_probability)[:32].mean().item(), abs=1e-6
-    )
+    loss, logits = model(dataclasses.replace(batch, weight=half / 32))
+    assert loss.item() == pytest.approx(model.loss(logits, batch)[:32].mean().item(), abs=1e-6)
+
+
+def losses(config, features, logits, objective, label=None, drawn=None, **changes):
+    changes |= {"objective": objective, "negatives": logits.shape[1] - 1}
+    model = DeepFM(features.spec(), config.deepfm.model_copy(update=changes))
+    nothing = torch.empty(0)
+    batch = Batch(nothing, nothing, drawn, nothing, torch.ones(len(logits)) if label is None else label)
+    return model.loss(logits, batch)
 
 
 def test_softmax_estimates_the_full_softmax(config, features):
     """With every other item drawn once, uniformly, the estimate is the full softmax itself."""
-    settings = config.deepfm.model_copy(update={"objective": "softmax"})
-    model = DeepFM(features.spec(), settings)
     logits = torch.randn(5, 9)
-    log_probability = torch.full((5, 8), 1 / 8).log()
+    found = losses(config, features, logits, "softmax", drawn=torch.full((5, 8), 1 / 8).log())
     full = nn.functional.cross_entropy(logits, torch.zeros(5, dtype=torch.long), reduction="none")
-    torch.testing.assert_close(model.loss(logits, log_probability), full)
+    torch.testing.assert_close(found, full)
+
+
+def test_bpr(config, features):
+    logits = torch.randn(4, 3)
+    probability = 1 / (1 + (logits[:, 1:] - logits[:, :1]).exp())
+    torch.testing.assert_close(losses(config, features, logits, "bpr"), -probability.log().mean(1))
+
+
+def test_labels_and_their_smoothing(config, features):
+    logits, label = torch.randn(6, 1), torch.tensor([1.0, 0, 1, 0, 0, 1])
+    p = torch.sigmoid(logits[:, 0])
+    for smoothing in (0.0, 0.2):
+        target = torch.where(label == 1, 1 - smoothing / 2, smoothing / 2)
+        expected = -(target * p.log() + (1 - target) * (1 - p).log())
+        found = losses(config, features, logits, "logistic", label, label_smoothing=smoothing)
+        torch.testing.assert_close(found, expected)
+
+
+def test_squared_error(config, features):
+    logits, value = torch.randn(6, 1), torch.rand(6) * 5
+    torch.testing.assert_close(
+        losses(config, features, logits, "squared", value), (logits[:, 0] - value) ** 2
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "bpr", "negatives": 0}, "objective bpr needs drawn items"),
+        ({"objective": "squared", "negatives": 4}, "negatives must be 0, found 4"),
+        ({"label_smoothing": 0.1, "objective": "softmax"}, "label_smoothing belongs to objective logistic"),
+    ],
+)
+def test_objectives_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DeepFMSettings(**changes)
 
 
 def test_initial_rows_do_not_depend_on_the_cut():

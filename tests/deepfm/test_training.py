@@ -1,7 +1,10 @@
+import dataclasses
 import json
 import shutil
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +14,8 @@ from recsys_dist.deepfm.checkpoint import complete, load_weights
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM
-from recsys_dist.deepfm.validation import Validation
+from recsys_dist.deepfm.validation import Predicting, Ranking
+from recsys_dist.errors import DataError
 from tests.deepfm.workers import one_step, run_workers, train_in, validated
 from tests.synthetic import (
     items_as_of,
@@ -227,7 +231,7 @@ def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp
     # What is kept as the best is the model of that evaluation, not the last one.
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
     try:
-        spec, validation = features.spec(), Validation(features, Items(features, features.spec()), changed)
+        spec, validation = features.spec(), Ranking(features, Items(features, features.spec()), changed)
         for line, path in ((lines[best], progress["best_step"]), (lines[-1], progress["step"])):
             model = DeepFM(spec, patient)
             found = next(place for step, _, place in complete(tmp_path) if step == path)
@@ -267,7 +271,7 @@ def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, fil
     model = DeepFM(spec, config.deepfm.model_copy(update={"init_scale": 0.5})).eval()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
     try:
-        validation = Validation(features, Items(features, spec), config)
+        validation = Ranking(features, Items(features, spec), config)
         found = validation.ndcg(model, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
@@ -335,3 +339,75 @@ def test_positives_and_drawn_items_have_the_fields_of_the_positives_day(plain, f
         expected = {row["item"]: (row["age"], row["trend"]) for row in rows}
         assert drawn == {(item, *expected[item]) for item, *_ in drawn}
         assert {item for item, *_ in drawn} <= {row["item"] for row in rows if row["present"]}
+
+
+@pytest.fixture(scope="module")
+def labelled(config):
+    """Nothing is drawn: every example is learned with its own label."""
+    changes = {"negatives": 0, "objective": "logistic", "dropout": 0.0, "epochs": 2}
+    return config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
+
+
+def test_every_example_is_learned_with_its_label(labelled, features):
+    examples = Examples(features, Items(features, features.spec()), labelled)
+    found = []
+    for step in range(examples.steps):
+        batch = examples.batch(0, step, rank=0, world_size=1)
+        keys = (batch.user.indices.to_dict()["user"], batch.item.indices.to_dict()["item"])
+        columns = [*(key.values() for key in keys), batch.label]
+        assert batch.log_probability.shape == (len(batch.label), 0)
+        found += torch.stack(columns, 1)[batch.weight > 0].tolist()
+    rows = [row for row in features.table("examples").to_pylist() if row["split"] == "train"]
+    assert {row["label"] for row in rows} == {0, 1}
+    assert sorted(found) == sorted([row["user"], row["item"], row["label"]] for row in rows)
+    share = sum(row["label"] for row in rows) / len(rows)
+    assert examples.average == pytest.approx(np.log(share / (1 - share)))
+
+
+@pytest.mark.parametrize("objective", ["logistic", "squared"])
+def test_predictions_are_measured_alike_by_any_number_of_workers(labelled, features, tmp_path, objective):
+    """And the model has learned."""
+    settings = labelled.deepfm.model_copy(update={"objective": objective, "epochs": 4})
+    config = labelled.model_copy(update={"deepfm": settings})
+    lines = {}
+    for workers in (1, 2):
+        folder = tmp_path / str(workers)
+        run_workers(workers, train_in, folder, config, features, folder)
+        lines[workers] = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    names = ("auc", "gauc", "logloss") if objective == "logistic" else ("rmse", "mse")
+    for one, two in zip(lines[1], lines[2], strict=True):
+        assert one["metric"] == two["metric"] == names[0]
+        assert [one[name] for name in names] == pytest.approx([two[name] for name in names], abs=2e-4)
+    merits = [line[names[0]] for line in lines[1]]
+    best = max(merits) if objective == "logistic" else min(merits)
+    assert next(line for line in reversed(lines[1]) if line["best"])[names[0]] == best
+    # What was learned: the train part's own labels or values, better than any constant says them.
+    folder = tmp_path / "1"
+    model = DeepFM(features.spec(), settings)
+    model.load_state_dict(weights(features, config, complete(folder)[-1][2]))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/here", rank=0, world_size=1)
+    try:
+        found = Predicting(features, Items(features, features.spec()), config, split="train").figures(
+            model, torch.device("cpu")
+        )
+    finally:
+        dist.destroy_process_group()
+    rows = [row for row in features.table("examples").to_pylist() if row["split"] == "train"]
+    if objective == "logistic":
+        share = np.mean([row["label"] for row in rows])
+        assert found["auc"] > 0.9
+        assert found["logloss"] < 0.8 * -(share * np.log(share) + (1 - share) * np.log(1 - share))
+    else:
+        assert found["rmse"] < 0.8 * np.std([row["value"] for row in rows])
+
+
+def test_labels_that_are_all_equal_are_refused(labelled, features, tmp_path):
+    copy = shutil.copytree(features.path, tmp_path / "features")
+    table = pq.read_table(f"{features.path}/examples/split=valid", partitioning=None)
+    alike = table.filter(pc.field("label") == 1)
+    (file,) = (copy / "examples" / "split=valid").iterdir()
+    pq.write_table(alike, file)
+    run = dataclasses.replace(features, path=str(copy))
+    message = r"all \d+ examples in split=valid have the label 1, and AUC needs both"
+    with pytest.raises(DataError, match=message):
+        Predicting(run, Items(features, features.spec()), labelled)

@@ -52,25 +52,32 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     answer["gradients"] = {name: parameters[name].grad.clone() for name in dense.params}
     dense.step()
     answer["after"] = _whole(sharded.state_dict())
-    fused = sharded.fused_optimizer.state_dict()["state"]
-    # Only of the tables that this process holds a part of.
-    answer["fused"] = {
-        name: [[part.metadata.shard_offsets[0], part.tensor.clone()] for part in state.local_shards()]
-        for name, found in fused.items()
-        for state in found.values()
-    }
+    answer["fused"] = _fused(sharded)
     return answer
+
+
+def started_from(config: Any, features: Any, run: Any) -> dict[str, Any]:
+    """The sharded model's weights, and the own parts of the tables' optimizer, taken over from a run."""
+    from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.sharding import shard
+    from recsys_dist.deepfm.start_from import take_over
+
+    spec = features.spec()
+    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
+    sharded, _ = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
+    take_over(sharded.state_dict(), spec, run, sharded.fused_optimizer.state_dict()["state"])
+    return {"weights": _whole(sharded.state_dict()), "fused": _fused(sharded)}
 
 
 def validated(config: Any, features: Any) -> float:
     """The validation metric of the initial model, whole in each process."""
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import DeepFM
-    from recsys_dist.deepfm.validation import Validation
+    from recsys_dist.deepfm.validation import Ranking
 
     items = Items(features, features.spec())
     model = DeepFM(items.spec, config.deepfm.model_copy(update={"init_scale": 0.5}))
-    return Validation(features, items, config).ndcg(model, torch.device("cpu"))
+    return Ranking(features, items, config).ndcg(model, torch.device("cpu"))
 
 
 def train_in(config: Any, features: Any, folder: Path) -> dict[str, Any]:
@@ -90,6 +97,15 @@ def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tup
     torch.save(action(*arguments), folder / f"answer-{rank}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _fused(sharded: Any) -> dict[str, list[Any]]:
+    """The state of the tables' optimizer, first row and values: only of what this process holds."""
+    return {
+        name: [[part.metadata.shard_offsets[0], part.tensor.clone()] for part in state.local_shards()]
+        for name, found in sharded.fused_optimizer.state_dict()["state"].items()
+        for state in found.values()
+    }
 
 
 def _whole(state: dict[str, Any]) -> dict[str, torch.Tensor | None]:

@@ -171,7 +171,7 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     lines = done.stdout.splitlines()
     evaluations = [line for line in lines if line.startswith("  epoch ")]
     assert [line.split()[1] for line in evaluations] == ["1", "2"]
-    assert all(word in evaluations[0] for word in ("step", "loss", "positives/s", "pairs/s", "valid NDCG@10"))
+    assert all(word in evaluations[0] for word in ("step", "loss", "examples/s", "pairs/s", "valid NDCG@10"))
     assert ["table_item", "51", "20", "row_wise", "0,1"] in [line.split() for line in lines]
     run = check_run(config)
     assert lines[-1].endswith(run.uri)

@@ -1,0 +1,154 @@
+"""A model that starts from an earlier one: an FM's embeddings, or last night's with grown vocabularies."""
+
+import shutil
+
+import pytest
+import torch
+
+from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
+from recsys_dist.deepfm.model import DeepFM, initial_rows, publish
+from recsys_dist.deepfm.start_from import earlier_run, take_over
+from recsys_dist.errors import ConfigError
+from recsys_dist.workspace import Workspace
+from tests.deepfm.workers import run_workers, started_from, train_in
+from tests.synthetic import synthetic_config, synthetic_features
+
+NEW = 5
+"""Users and items that the second night knows more."""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return synthetic_config(tmp_path_factory.mktemp("root"), init_scale=0.3, row_wise_from=40)
+
+
+@pytest.fixture(scope="module")
+def features(config):
+    return synthetic_features(config)
+
+
+def with_settings(config, **changes):
+    return config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
+
+
+def published(config, features, spec=None):
+    """A deepfm run with a model whose every number differs from what any other seed gives."""
+    workspace, spec = Workspace(config), spec or features.spec()
+    run = workspace.new("deepfm", {"seed": config.seed}, {"features": features})
+    model = DeepFM(spec, config.deepfm, seed=99)
+    model.start_at(-2.0)
+    publish(run, spec, config.deepfm, model.state_dict())
+    return run.commit(config, {}), model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def trained_fm(config, features, tmp_path_factory):
+    """A deepfm run of a real training: its weights, and the whole checkpoint beside them."""
+    config, folder = with_settings(config, model="fm", epochs=1), tmp_path_factory.mktemp("fm")
+    run_workers(2, train_in, folder, config, features, folder)
+    (_, _, checkpoint), *_ = reversed(complete(folder))
+    state = DeepFM(features.spec(), config.deepfm).state_dict()
+    load_weights(checkpoint, state)
+    run = Workspace(config).new("deepfm", {"fm": 1}, {"features": features})
+    publish(run, features.spec(), config.deepfm, state)
+    shutil.copytree(checkpoint, f"{run.path}/checkpoint")
+    return run.commit(config, {}), state
+
+
+def grown(spec):
+    """The next night's spec: more users and items, the same otherwise."""
+    vocabularies = {
+        name: found
+        if name not in ("user", "item")
+        else found.model_copy(
+            update={
+                "size": found.size + NEW,
+                "fingerprint": "new",
+                "ancestors": ((found.size, found.fingerprint),),
+            }
+        )
+        for name, found in spec.vocabularies.items()
+    }
+    fields = tuple(
+        field.model_copy(update={"cardinality": field.cardinality + NEW})
+        if field.vocab in ("user", "item") and field.type in ("index", "indices")
+        else field
+        for field in spec.fields
+    )
+    return spec.model_copy(update={"vocabularies": vocabularies, "fields": fields})
+
+
+def test_deepfm_takes_over_a_trained_fm(config, features, trained_fm):
+    run, theirs = trained_fm
+    model = DeepFM(features.spec(), config.deepfm, seed=1)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    taken = take_over(model.state_dict(), features.spec(), run)
+    assert set(taken) == set(theirs)
+    for name, tensor in model.state_dict().items():
+        expected = theirs[name] if name in theirs else start[name]
+        assert torch.equal(tensor, expected), name
+        assert name in theirs or "hidden" in name or "layers" in name
+
+
+def test_last_nights_model_with_a_grown_vocabulary(config, features):
+    run, theirs = published(config, features)
+    spec = grown(features.spec())
+    assert earlier_run(Workspace(config), with_settings(config, start_from=run.run_id).deepfm, spec).run_id
+    model = DeepFM(spec, config.deepfm, seed=1)
+    assert set(take_over(model.state_dict(), spec, run)) == set(theirs)
+    larger = 0
+    for name, tensor in model.state_dict().items():
+        old = len(theirs[name]) if theirs[name].dim() else None
+        assert torch.equal(tensor[:old] if old else tensor, theirs[name]), name
+        if old and len(tensor) > old:
+            larger += 1
+            table = name.split(".")[-2]
+            assert torch.equal(
+                tensor[old:], initial_rows(1, table, old, len(tensor), model.dim, config.deepfm.init_scale)
+            )
+    assert larger >= 3
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path, workers):
+    run, theirs = trained_fm
+    answers = run_workers(workers, started_from, tmp_path, config, features, run)
+    for name, tensor in theirs.items():
+        assert torch.equal(answers[0]["weights"][name], tensor), name
+    tables = [name for name in theirs if ".embedding_bags." in name]
+    state = {
+        "fused": {
+            "state": {
+                name: {f"{name.split('.')[-2]}.momentum1": torch.empty(len(theirs[name]))} for name in tables
+            }
+        }
+    }
+    read_into(state, f"{run.path}/checkpoint")
+    for name in tables:
+        (expected,) = state["fused"]["state"][name].values()
+        parts = [part for answer in answers for part in answer["fused"].get(name, [])]
+        found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+        assert torch.equal(found, expected), name
+        assert found.any()
+
+
+def test_latest(config, features, tmp_path):
+    settings = with_settings(config, start_from="latest").deepfm
+    empty = Workspace(synthetic_config(tmp_path))
+    assert earlier_run(empty, settings, features.spec()) is None
+    assert earlier_run(empty, config.deepfm, features.spec()) is None
+    runs = [published(config, features)[0] for _ in range(2)]
+    assert earlier_run(Workspace(config), settings, features.spec()).run_id == runs[-1].run_id
+
+
+def test_what_does_not_fit_is_refused(config, features, trained_fm):
+    workspace, run_id, spec = Workspace(config), trained_fm[0].run_id, features.spec()
+    with pytest.raises(ConfigError, match=r"start_from=none_such: no finished deepfm run .*There are: "):
+        earlier_run(workspace, with_settings(config, start_from="none_such").deepfm, spec)
+    other = with_settings(config, start_from=run_id, embedding_dim=8).deepfm
+    with pytest.raises(ConfigError, match=r"embeddings of 4 factors, and this deepfm has 8"):
+        earlier_run(workspace, other, spec)
+    stranger = spec.vocabularies["item"].model_copy(update={"fingerprint": "other"})
+    changed = spec.model_copy(update={"vocabularies": spec.vocabularies | {"item": stranger}})
+    with pytest.raises(ConfigError, match="vocabulary item of the features run does not continue"):
+        earlier_run(workspace, with_settings(config, start_from=run_id).deepfm, changed)
