@@ -24,8 +24,14 @@ def make(config: Config, run: OpenRun) -> dict[str, object]:
     return train.make(config, run)
 
 
+def left_behind(run: OpenRun) -> bool:
+    from recsys_dist.deepfm import train
+
+    return train.left_behind(run)
+
+
 def main() -> int:
-    return run_stage("deepfm", stage_parser(__doc__).parse_args(), make)
+    return run_stage("deepfm", stage_parser(__doc__).parse_args(), make, left_behind=left_behind)
 
 
 if __name__ == "__main__":

@@ -410,6 +410,8 @@ class DeepFM(Section):
     """Ray Train workers: processes on CPU, one a GPU where there are GPUs."""
     checkpoint_every_steps: int = Field(200, ge=1)
     """A failed worker costs at most so many steps."""
+    checkpoints_kept: int = Field(2, ge=1)
+    """The newest so many checkpoints are kept, beside the best."""
     max_failures: int = Field(3, ge=0)
     """How often the training is restarted from its last checkpoint."""
 

@@ -66,7 +66,11 @@ Make = Callable[[Config, OpenRun], dict[str, Any]]
 
 
 def run_stage(
-    stage: str, arguments: argparse.Namespace, make: Make, valid: Callable[[Run], bool] = lambda run: True
+    stage: str,
+    arguments: argparse.Namespace,
+    make: Make,
+    valid: Callable[[Run], bool] = lambda run: True,
+    left_behind: Callable[[OpenRun], bool] = lambda run: False,
 ) -> int:
     """Make one run of a stage, unless an equal one exists, and return the exit code.
 
@@ -75,11 +79,18 @@ def run_stage(
         arguments: of `stage_parser`.
         make: writes the run's files and returns its figures.
         valid: does what an equal run did outside of its folder still stand?
+        left_behind: does `make` go on with what an equal run that was not finished has left?
     """
-    return guard(lambda: _run_stage(stage, arguments, make, valid))
+    return guard(lambda: _run_stage(stage, arguments, make, valid, left_behind))
 
 
-def _run_stage(stage: str, arguments: argparse.Namespace, make: Make, valid: Callable[[Run], bool]) -> None:
+def _run_stage(
+    stage: str,
+    arguments: argparse.Namespace,
+    make: Make,
+    valid: Callable[[Run], bool],
+    left_behind: Callable[[OpenRun], bool],
+) -> None:
     config = load(arguments.conf, arguments.overrides)
     workspace = Workspace(config)
     if not STAGES[stage].reads and config.data.events is None:
@@ -91,7 +102,13 @@ def _run_stage(stage: str, arguments: argparse.Namespace, make: Make, valid: Cal
     if done and done.run_id == workspace.runs(stage)[-1].run_id and valid(done):
         print(f"{stage}: done before, {done.uri}")
         return
-    run = workspace.new(stage, key, inputs)
+    begun = None if arguments.force else workspace.unfinished(stage, key, inputs)
+    if begun and left_behind(begun):
+        print(f"{stage}: goes on with {begun.uri}")
+        run = begun
+        run.remove("error.json")
+    else:
+        run = workspace.new(stage, key, inputs)
     start = time.perf_counter()
     try:
         committed = _make(config, run, make)

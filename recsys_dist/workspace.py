@@ -25,6 +25,8 @@ from recsys_dist.errors import ConfigError, DataError, RetryableError
 from recsys_dist.schema import FeatureSpec, read_spec
 
 MANIFEST = "manifest.json"
+RUN_ID = "%Y%m%dT%H%M%S.%f"
+"""How a run id begins: when the run was started, so that ids sort by it."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +132,12 @@ class OpenRun:
         pq.write_table(table, f"{folder}/part-{part:05d}.parquet", filesystem=self.filesystem)
 
     def remove(self, name: str) -> None:
-        """Remove a folder of the run, if it is there: what was needed only while the run was made."""
-        if self.filesystem.get_file_info(f"{self.path}/{name}").type != pyarrow.fs.FileType.NotFound:
-            self.filesystem.delete_dir(f"{self.path}/{name}")
+        """Remove a file or folder of the run, if it is there: what was needed only while the run was made."""
+        found = self.filesystem.get_file_info(f"{self.path}/{name}")
+        if found.is_file:
+            self.filesystem.delete_file(found.path)
+        elif found.type != pyarrow.fs.FileType.NotFound:
+            self.filesystem.delete_dir(found.path)
 
     def commit(self, config: Config, figures: dict[str, Any]) -> Run:
         """Write the manifest, the run's last file: from now on readers see the run.
@@ -261,6 +266,33 @@ class Workspace:
         key = json.loads(json.dumps(key))
         return next((run for run in reversed(self.runs(stage)) if run.manifest["key"] == key), None)
 
+    def unfinished(self, stage: str, key: dict[str, Any], inputs: dict[str, Run]) -> OpenRun | None:
+        """The newest run of this key that was begun and not committed, to be gone on with.
+
+        None where what it ended with would happen again, or where a committed run is newer.
+        """
+        key = json.loads(json.dumps(key))
+        selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
+        folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
+        for folder in reversed(folders):
+            if self._json(f"{folder}/{MANIFEST}") is not None:
+                return None  # the next stage would read this newer one
+            error = self._json(f"{folder}/error.json") or {}
+            again = error.get("exit_code") in (ConfigError.exit_code, DataError.exit_code)
+            if again or self._json(f"{folder}/key.json") != key:
+                continue
+            run_id = folder.rpartition("/")[2]
+            started = dt.datetime.strptime(run_id.rpartition("-")[0], RUN_ID).replace(tzinfo=dt.UTC)
+            return OpenRun(self, stage, run_id, inputs, key, started)
+        return None
+
+    def _json(self, path: str) -> Any:
+        """What a JSON file says; None where there is none."""
+        if not self.filesystem.get_file_info(path).is_file:
+            return None
+        with self.filesystem.open_input_stream(path) as stream:
+            return json.loads(stream.read())
+
     def new(self, stage: str, key: dict[str, Any], inputs: dict[str, Run]) -> OpenRun:
         """Start a run in a fresh folder.
 
@@ -268,7 +300,7 @@ class Workspace:
             RetryableError: the root cannot be written.
         """
         started = dt.datetime.now(dt.UTC)
-        run_id = f"{started:%Y%m%dT%H%M%S.%f}-{secrets.token_hex(3)}"
+        run_id = f"{started.strftime(RUN_ID)}-{secrets.token_hex(3)}"
         run = OpenRun(self, stage, run_id, inputs, key, started)
         try:
             self.filesystem.create_dir(run.path, recursive=True)

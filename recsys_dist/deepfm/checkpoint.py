@@ -1,9 +1,12 @@
 """Training checkpoints: folders `step_<n>-<attempt>` by torch.distributed.checkpoint.
 
-A folder counts from the moment its `.metadata` is there, which is renamed into place last. Loading one
-unpickles, so checkpoints are read from the own run only; what is published is safetensors.
+A folder counts from the moment its `sha256.json` is there, the hash of every file, which is renamed into
+place last; one whose files are not what was saved is not read. Loading one unpickles, so checkpoints are read
+from the own runs only; what is published is safetensors.
 """
 
+import hashlib
+import json
 import math
 import re
 import shutil
@@ -19,7 +22,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
 NAME = re.compile(r"step_(\d+)-(\d+)")
-KEEP = 2
+SEAL = "sha256.json"
 
 
 @dataclass
@@ -37,19 +40,25 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one training, in a folder that all workers see. Every method is collective."""
+    """The checkpoints of one training, in a folder that all workers see. Every method is collective.
 
-    def __init__(self, folder: Path, attempt: int) -> None:
-        self.folder = folder
-        self.attempt = attempt
+    Args:
+        folder: theirs.
+        attempt: number of this start of the workers, part of the names.
+        keep: how many of the newest stay, beside the best.
+    """
+
+    def __init__(self, folder: Path, attempt: int, keep: int) -> None:
+        self.folder, self.attempt, self.keep = folder, attempt, keep
 
     def save(self, model: DistributedModelParallel, dense: KeyedOptimizerWrapper, progress: Progress) -> None:
-        """Save everything, then remove all but the newest two and the best."""
-        state = _state(model, dense) | vars(progress)
-        dcp.save(state, checkpoint_id=str(self.folder / f"step_{progress.step}-{self.attempt}"))
+        """Save everything, then remove all but the newest and the best."""
+        path = self.folder / f"step_{progress.step}-{self.attempt}"
+        dcp.save(_state(model, dense) | vars(progress), checkpoint_id=str(path))
+        _seal(path)
         if dist.get_rank() == 0:
             steps = sorted({step for step, _, _ in complete(self.folder)})
-            kept = {*steps[-KEEP:], progress.best_step}
+            kept = {*steps[-self.keep :], progress.best_step}
             for step, attempt, path in found(self.folder):
                 if step not in kept or (step == progress.step and attempt != self.attempt):
                     shutil.rmtree(path)
@@ -74,7 +83,59 @@ def found(folder: Path) -> list[tuple[int, int, Path]]:
 
 def complete(folder: Path) -> list[tuple[int, int, Path]]:
     """The complete checkpoints as (step, attempt, path), oldest first."""
-    return [entry for entry in found(folder) if (entry[2] / ".metadata").exists()]
+    return [entry for entry in found(folder) if (entry[2] / SEAL).exists()]
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and what is wrong with each newer one. Collective.
+
+    Every worker hashes its share of the files.
+    """
+    listed: list[Any] = [found(folder)]
+    dist.broadcast_object_list(listed)
+    refused: list[str] = []
+    for _, _, path in reversed(listed[0]):
+        problems: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, _problem(path, dist.get_rank(), dist.get_world_size()))
+        problem = next((problem for problem in problems if problem), None)
+        if problem is None:
+            return path, refused
+        refused.append(f"checkpoint {path.name} is refused: {problem}")
+    return None, refused
+
+
+def _problem(path: Path, rank: int, world_size: int) -> str | None:
+    """What is wrong with a checkpoint, as far as a worker's share of its files shows."""
+    if not (path / SEAL).exists():
+        return "it was not finished"
+    sealed: dict[str, list[Any]] = json.loads((path / SEAL).read_text())
+    for name in sorted(sealed)[rank::world_size]:
+        size, digest = sealed[name]
+        if not (path / name).exists():
+            return f"{name} is missing"
+        if (path / name).stat().st_size != size:
+            return f"{name} has {(path / name).stat().st_size} bytes, expected {size}"
+        if _sha256(path / name) != digest:
+            return f"{name} is not what was saved, its sha256 differs"
+    return None
+
+
+def _seal(path: Path) -> None:
+    """Write down size and hash of every file, each worker those of its share. Collective."""
+    names = sorted(file.name for file in path.iterdir())[dist.get_rank() :: dist.get_world_size()]
+    own = {name: [(path / name).stat().st_size, _sha256(path / name)] for name in names}
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, own)
+    if dist.get_rank() == 0:
+        (path / f"{SEAL}.new").write_text(
+            json.dumps({name: of for share in shares for name, of in share.items()})
+        )
+        (path / f"{SEAL}.new").replace(path / SEAL)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def load_weights(path: Path, state: dict[str, torch.Tensor]) -> None:

@@ -1,7 +1,8 @@
 """The training loop that every worker runs.
 
 Worker 0 writes, beside the checkpoints: `history.jsonl`, a line an evaluation; `plan.json`, how the tables
-are sharded; `now.json`, where it stands between evaluations; `workers.json`, host and process of each.
+are sharded; `now.json`, where it stands between evaluations; `workers.json`, host and process of each;
+`resumed.json`, from which step this attempt goes on, and which checkpoints were refused.
 """
 
 import json
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys_dist.config import Config
-from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, complete
+from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
@@ -30,7 +31,7 @@ from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
-DIVERGED = "diverged.json"
+RESUMED, DIVERGED = "resumed.json", "diverged.json"
 EVERY_SECONDS = 10
 """Time between two writes of now.json."""
 
@@ -58,7 +59,8 @@ def train(task: Task, device: torch.device) -> Progress:
     """
     settings, seed = task.config.deepfm, task.config.seed
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    newest, attempt = _resume_point(task.folder)
+    attempt = _attempt(task.folder)
+    whole, refused = newest(task.folder)
     spec = used_fields(task.features.spec(), settings)
     items = Items(task.features, spec)
     examples = Examples(task.features, items, task.config)
@@ -68,13 +70,14 @@ def train(task: Task, device: torch.device) -> Progress:
     assert dist.group.WORLD
     sharded, plan = shard(model, dist.group.WORLD, device, seed)
     dense = dense_optimizer(sharded, settings)
-    checkpoints = Checkpoints(task.folder, attempt)
-    progress = checkpoints.load(sharded, dense, newest) if newest else Progress()
-    if task.start_from and not newest:
+    checkpoints = Checkpoints(task.folder, attempt, settings.checkpoints_kept)
+    progress = checkpoints.load(sharded, dense, whole) if whole else Progress()
+    if task.start_from and not whole:
         fused = sharded.fused_optimizer.state_dict()["state"]
         take_over(sharded.state_dict(), spec, task.start_from, fused)
     log = _Log(task, attempt, progress.step)
     log.write(PLAN, plan)
+    log.write(RESUMED, {"attempt": attempt, "step": progress.step, "refused": refused})
     workers: list[Any] = [None] * world_size
     dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
     log.write(WORKERS, workers)
@@ -105,21 +108,27 @@ def train(task: Task, device: torch.device) -> Progress:
                 progress.best, progress.best_step = merit, progress.step
             log.evaluation(epoch, progress, mean, valid.metric, figures)
         if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
+            _require_current(task.folder, attempt)
             checkpoints.save(sharded, dense, progress)
     return progress
 
 
-def _resume_point(folder: Path) -> tuple[Path | None, int]:
-    """The newest complete checkpoint, and the number of this attempt from 0, as worker 0 sees them."""
-    answer: list[Any] = [None, 0]
+def _attempt(folder: Path) -> int:
+    """The number of this start of the workers, from 0. Collective."""
+    answer = [0]
     if dist.get_rank() == 0:
         file = folder / ATTEMPT
-        attempt = int(file.read_text()) + 1 if file.exists() else 0
-        file.write_text(str(attempt))
-        whole = complete(folder)
-        answer = [whole[-1][2] if whole else None, attempt]
+        answer = [int(file.read_text()) + 1 if file.exists() else 0]
+        file.write_text(str(answer[0]))
     dist.broadcast_object_list(answer)
-    return answer[0], answer[1]
+    return answer[0]
+
+
+def _require_current(folder: Path, attempt: int) -> None:
+    """Raise where other workers have begun in the same folder: the driver of these is dead."""
+    current = int((folder / ATTEMPT).read_text())
+    if current != attempt:
+        raise RuntimeError(f"attempt {attempt} of {folder} was superseded by attempt {current}")
 
 
 class _Log:

@@ -1,11 +1,14 @@
 """A deepfm run: Ray Train starts the workers, watches them, and the best checkpoint is published."""
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,9 @@ from recsys_dist.config import Config
 from recsys_dist.errors import ConfigError, DataError, RetryableError
 from recsys_dist.workspace import OpenRun, Run
 
+RAY = "ray"
+"""The folder in which Ray Train keeps its own state."""
+
 
 def make(config: Config, run: OpenRun) -> dict[str, Any]:
     """Train on the features run that `run` reads, and write checkpoint/, model/ and history.jsonl.
@@ -38,11 +44,10 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     """
     start = time.perf_counter()
     _require_enough(run.inputs["features"], config)
-    local = isinstance(run.filesystem, pyarrow.fs.LocalFileSystem)
-    # Checkpoints need a folder that all workers see: with another kind of root, all must be on this machine.
-    folder = Path(run.path if local else tempfile.mkdtemp(prefix="deepfm-")) / "training"
-    folder.mkdir()
-    try:
+    folder = _folder(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _own(folder):
+        shutil.rmtree(folder / RAY, ignore_errors=True)  # of a driver that died
         with local_or_cluster(config.deepfm.num_workers):
             _train(config, run, folder)
         if (folder / "diverged.json").exists():
@@ -53,11 +58,43 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
                 f"deepfm.embedding_learning_rate={config.deepfm.embedding_learning_rate}."
             )
         figures = _publish(config, run, folder)
-    finally:
-        if not local:
-            shutil.rmtree(folder.parent)
     shutil.rmtree(folder, ignore_errors=True)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def left_behind(run: OpenRun) -> bool:
+    """Has a driver that is no longer there left checkpoints of this run, from which to go on?"""
+    folder = _folder(run)
+    if not any(folder.glob("step_*")):
+        return False
+    try:
+        with _own(folder):
+            return True
+    except RetryableError:
+        return False
+
+
+def _folder(run: OpenRun) -> Path:
+    """Where the checkpoints are while the run is made: all workers must see it."""
+    if isinstance(run.filesystem, pyarrow.fs.LocalFileSystem):
+        return Path(run.path) / "training"
+    # With another kind of root all workers must be on this machine.
+    return Path(tempfile.gettempdir()) / f"recsys_dist-{run.run_id}"
+
+
+@contextlib.contextmanager
+def _own(folder: Path) -> Iterator[None]:
+    """Hold the folder for this process; the system lets go of it however the process ends.
+
+    Raises:
+        RetryableError: another process holds it.
+    """
+    with (folder / "driver.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RetryableError(f"{folder} is in use: another process is training there") from None
+        yield
 
 
 def _require_enough(features: Run, config: Config) -> None:
@@ -94,7 +131,7 @@ def _train(config: Config, run: OpenRun, folder: Path) -> None:
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.deepfm.num_workers, use_gpu=gpus),
         run_config=RunConfig(
-            name="ray",
+            name=RAY,
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=config.deepfm.max_failures),
             logging_config=LoggingConfig("ERROR"),
@@ -172,17 +209,25 @@ def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
 
 def _print_progress(folder: Path, stop: threading.Event) -> None:
     """Print the plan, each evaluation and, between distant ones, where the training stands."""
-    printed, attempt, planned = 0, 0, False
+    printed, planned, told = 0, False, -1
+    before = _lines(folder / "resumed.json")
+    if before:
+        told = before[0]["attempt"]
     while True:
         last = stop.wait(0.5)
         if not planned and (folder / "plan.json").exists():
             planned = True
             print(_plan_text(json.loads((folder / "plan.json").read_text())), flush=True)
+        for line in _lines(folder / "resumed.json"):
+            if line["attempt"] > told:
+                told = line["attempt"]
+                for refused in line["refused"]:
+                    print(f"  {refused}", flush=True)
+                if told:
+                    printed = line["step"]
+                    print(f"  a process was lost: goes on from step {line['step']:,}", flush=True)
         for line in _lines(folder / "history.jsonl"):
             if line["step"] > printed:
-                if line["attempt"] > attempt:
-                    attempt = line["attempt"]
-                    print(f"  a worker failed: went on from step {line['resumed_from']:,}", flush=True)
                 mark = " *" if line["best"] else ""
                 print(
                     f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "

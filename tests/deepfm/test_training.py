@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from recsys_dist.deepfm.batches import side_batch
-from recsys_dist.deepfm.checkpoint import complete, load_weights
+from recsys_dist.deepfm.checkpoint import complete, load_weights, newest
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM
@@ -179,6 +180,43 @@ def weights(features, config, path):
     return state
 
 
+def damage(checkpoint, how):
+    """Damage a checkpoint; a pattern of what is then said of it."""
+    file = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    if how == "flipped":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        return f"{file.name} is not what was saved, its sha256 differs"
+    if how == "truncated":
+        file.write_bytes(content[:-1])
+        return rf"{file.name} has {len(content) - 1} bytes, expected {len(content)}"
+    if how == "missing":
+        file.unlink()
+        return f"{file.name} is missing"
+    (checkpoint / "sha256.json").unlink()  # as if killed while it was written
+    return "it was not finished"
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "not finished"])
+def test_a_damaged_checkpoint_is_refused_by_name(whole_training, tmp_path, how):
+    copy = shutil.copytree(whole_training[0], tmp_path / "copy")
+    *_, (_, _, before), (_, _, last) = complete(copy)
+    problem = damage(last, how)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/here", rank=0, world_size=1)
+    try:
+        path, (refused,) = newest(copy)
+        assert path == before
+        assert re.fullmatch(f"checkpoint {last.name} is refused: {problem}", refused)
+        for _, _, other in complete(copy):
+            damage(other, "truncated")
+        path, refused = newest(copy)
+        assert path is None
+        assert len(refused) >= 2
+    finally:
+        dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("workers", [2, 1])
 def test_a_resumed_training_goes_on_as_if_nothing_had_been(
     whole_training, config, plain, features, tmp_path, workers
@@ -187,11 +225,9 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_been(
     folder, progress = whole_training
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    for step, _, path in complete(copy):
-        if step == progress["step"]:
-            (path / ".metadata").unlink()  # as if killed while it was written
-    left = complete(copy)[-1][0]
+    *_, (left, _, _), (_, _, last) = complete(copy)
     assert 0 < left < progress["step"]
+    problem = damage(last, "flipped" if workers == 2 else "not finished")
     assert run_workers(workers, train_in, copy, config, features, copy)[0]["step"] == progress["step"]
     lines, expected = (
         [json.loads(line) for line in (place / "history.jsonl").read_text().splitlines()]
@@ -200,6 +236,8 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_been(
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     assert lines[-1]["resumed_from"] == left
     assert lines[-1]["attempt"] == 1
+    (refused,) = json.loads((copy / "resumed.json").read_text())["refused"]
+    assert re.fullmatch(f"checkpoint {last.name} is refused: {problem}", refused)
     last = next(path for step, attempt, path in complete(copy) if step == progress["step"] and attempt == 1)
     state = weights(features, config, last)
     original = weights(features, config, complete(folder)[-1][2])

@@ -1,5 +1,6 @@
-"""A training worker is killed: the job goes on from a checkpoint and ends as if nothing had happened."""
+"""A worker or the driver of a training is killed: it goes on and ends as if nothing had happened."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,9 +9,14 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from recsys_dist.config import REPOSITORY
-from recsys_dist.deepfm.model import load
+from recsys_dist.config import load as load_config
+from recsys_dist.deepfm.checkpoint import complete, load_weights
+from recsys_dist.deepfm.model import DeepFM, load
 from recsys_dist.workspace import Workspace
+from tests.deepfm.workers import run_workers, train_in
 from tests.synthetic import synthetic_config, synthetic_features
 
 SETTINGS = {
@@ -45,42 +51,82 @@ def gone(pid):
         return True
 
 
-def test_a_killed_worker_costs_the_steps_since_its_last_checkpoint(tmp_path):
-    config = synthetic_config(tmp_path)
-    features = synthetic_features(config)
-    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
-    words += [word for name, value in SETTINGS.items() for word in ("--set", f"deepfm.{name}={value}")]
-    output = tmp_path / "output"
+def overrides(root):
+    """The job's settings."""
+    return [f"storage.root={root}", *(f"deepfm.{name}={value}" for name, value in SETTINGS.items())]
+
+
+@contextlib.contextmanager
+def training(root, output):
+    """The job as a process; stopped at the end where it is still there."""
+    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py")]
+    words += [word for override in overrides(root) for word in ("--set", override)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with output.open("w") as stream:
+    with output.open("a") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment)
     try:
-
-        def under_way():
-            complete = list(tmp_path.glob("deepfm/*/training/step_*/.metadata"))
-            return max((int(path.parent.name[5:].split("-")[0]) for path in complete), default=0) >= 40
-
-        wait_for(under_way, process, output)
-        (folder,) = tmp_path.glob("deepfm/*/training")
-        workers = json.loads((folder / "workers.json").read_text())
-        victim = next(worker["pid"] for worker in workers if worker["rank"] == 1)
-        assert not list(tmp_path.glob("deepfm/*/manifest.json"))
-        os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: gone(victim), process, output)
-        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+        yield process
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=60)
 
+
+def under_way(root, process, output):
+    """Wait for checkpoints up to step 40; the workers' process ids by rank."""
+
+    def found():
+        complete = list(root.glob("deepfm/*/training/step_*/sha256.json"))
+        return max((int(path.parent.name[5:].split("-")[0]) for path in complete), default=0) >= 40
+
+    wait_for(found, process, output)
+    (folder,) = root.glob("deepfm/*/training")
+    assert not list(root.glob("deepfm/*/manifest.json"))
+    return {worker["rank"]: worker["pid"] for worker in json.loads((folder / "workers.json").read_text())}
+
+
+def resumed(config, output):
+    """The finished run, after checking that its history goes on after step 40 as if nothing had been."""
     (run,) = Workspace(config).runs("deepfm")
     history = [json.loads(line) for line in Path(run.path, "history.jsonl").read_text().splitlines()]
-    resumed = [line for line in history if line["attempt"] == 1]
-    assert resumed
-    assert {line["resumed_from"] for line in resumed} == {resumed[0]["resumed_from"]}
-    assert 40 <= resumed[0]["resumed_from"] < resumed[0]["step"]
+    again = [line for line in history if line["attempt"] == 1]
+    assert again
+    assert {line["resumed_from"] for line in again} == {again[0]["resumed_from"]}
+    assert 40 <= again[0]["resumed_from"] < again[0]["step"]
     assert [line["epoch"] for line in history] == list(range(1, SETTINGS["epochs"] + 1))
     assert run.manifest["figures"]["attempts"] == 2
-    assert "a worker failed: went on from step" in output.read_text()
+    assert f"a process was lost: goes on from step {again[0]['resumed_from']}" in output.read_text()
     assert not Path(run.path, "training").exists()
-    load(run, features.spec())
+    return run
+
+
+def test_a_killed_worker_costs_the_steps_since_its_last_checkpoint(tmp_path):
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    with training(tmp_path, output) as process:
+        victim = under_way(tmp_path, process, output)[1]
+        os.kill(victim, signal.SIGKILL)
+        wait_for(lambda: gone(victim), process, output)
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    load(resumed(config, output), features.spec())
+
+
+def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path):
+    """And ends with the very weights of a training that nothing disturbed."""
+    config, output = load_config(None, overrides(tmp_path)), tmp_path / "output"
+    features = synthetic_features(config)
+    with training(tmp_path, output) as process:
+        workers = under_way(tmp_path, process, output)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    with training(tmp_path, output) as process:
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    assert "deepfm: goes on with" in output.read_text()
+    assert all(gone(pid) for pid in workers.values())
+    run = resumed(config, output)
+    folder = tmp_path / "undisturbed"
+    best = run_workers(2, train_in, folder, config, features, folder)[0]["best_step"]
+    expected = DeepFM(features.spec(), config.deepfm).state_dict()
+    load_weights(next(path for step, _, path in complete(folder) if step == best), expected)
+    found = load(run, features.spec()).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
