@@ -17,8 +17,9 @@ demo: java setup
 	@$(BIN)/python -m recsys_dist.datasets movielens_100k data
 	@$(BIN)/python jobs/nightly.py --conf conf/movielens_100k.yaml --samples 3
 
+# Two processes, a file's tests in one of them: half of the time Spark and Ray wait for themselves.
 test: java setup-dev lint
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: java setup-dev
 	@$(BIN)/python -m tests.bench

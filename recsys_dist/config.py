@@ -389,6 +389,9 @@ class DeepFM(Section):
     each drawn item; `squared`: the distance to each example's value."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """logistic: labels are moved towards one half by so much."""
+    fit_on: Literal["train", "train_valid"] = "train"
+    """train_valid: fitted anew on both parts, for as many epochs as were best on valid when fitted on train;
+    that model is published."""
     epochs: int = Field(20, ge=1)
     """At most so many passes over the examples."""
     patience: int = Field(3, ge=1)
@@ -397,15 +400,32 @@ class DeepFM(Section):
     valid_users: int = Field(2000, ge=1)
     """Size of the fixed sample of users that validation ranks all items for."""
     learning_rate: float = Field(1e-3, gt=0)
-    """Adam's, for the dense part."""
+    """Of the dense part."""
     embedding_learning_rate: float = Field(0.05, gt=0)
-    """Row-wise Adagrad's, for the tables."""
+    """Of the tables."""
+    dense_optimizer: Literal["adamw", "adam", "adagrad"] = "adamw"
+    """Of all that is not in a table."""
+    table_optimizer: Literal["rowwise_adagrad", "adagrad", "sgd"] = "rowwise_adagrad"
+    """Of the tables, within the backward pass. rowwise_adagrad keeps a number a row, adagrad one a weight."""
+    warmup_steps: int = Field(0, ge=0)
+    """Over the first so many steps both learning rates grow from 0 to their values."""
+    schedule: Literal["constant", "cosine", "plateau"] = "constant"
+    """Of both learning rates. cosine: falls to 0 at the end of the last epoch; plateau: is multiplied by
+    `plateau_factor` after every evaluation that is not better than all before."""
+    plateau_factor: float = Field(0.5, gt=0, lt=1)
+    """See schedule."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Greatest norm of the dense part's gradient: a longer one is scaled down to it."""
     init_scale: float = Field(0.01, gt=0)
     """Standard deviation of the initial embeddings."""
     weight_decay: float = Field(0.0, ge=0)
-    """L2 of the dense part (AdamW)."""
+    """L2 of the dense part: decoupled with adamw, else in the gradient."""
+    l1: float = Field(0.0, ge=0)
+    """L1 of the dense part, in the gradient: l1 * sign(w)."""
     row_wise_from: int = Field(1000, ge=2)
     """Tables of at least so many rows are split over the workers by rows; smaller ones live whole on one."""
+    sharding: dict[str, Literal["row_wise", "table_wise"]] = {}
+    """Field to how its table is split, where `row_wise_from` is not to decide."""
     num_workers: int = Field(2, ge=1)
     """Ray Train workers: processes on CPU, one a GPU where there are GPUs."""
     checkpoint_every_steps: int = Field(200, ge=1)
@@ -424,6 +444,8 @@ class DeepFM(Section):
             raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
+        if self.fit_on == "train_valid" and self.schedule == "plateau":
+            raise ValueError("schedule plateau goes by valid, of which fit_on train_valid leaves nothing")
         return self
 
 

@@ -37,6 +37,8 @@ class Progress:
     """The step of that evaluation."""
     stale: int = 0
     """Evaluations since then."""
+    reductions: int = 0
+    """Evaluations in all that were not better than all before."""
 
 
 class Checkpoints:

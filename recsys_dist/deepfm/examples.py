@@ -1,9 +1,13 @@
-"""The examples of the train part as batches: same seed, same batches, for any number of workers.
+"""The examples as batches: same seed, same batches, for any number of workers.
 
 They are the positives, each with drawn items, or, where nothing is drawn, all examples with their labels.
 
 Legend: B examples of a worker's share, J items drawn for each.
 """
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -20,21 +24,22 @@ from recsys_dist.schema import FeatureSpec
 from recsys_dist.workspace import Run
 
 
-def read_examples(run: Run, spec: FeatureSpec, split: str, settings: config.DeepFM) -> pa.Table:
-    """The examples of a part that the model learns from: the positives, or all where nothing is drawn.
+def read_examples(run: Run, spec: FeatureSpec, parts: Sequence[str], settings: config.DeepFM) -> pa.Table:
+    """The examples of some parts that the model learns from: the positives, or all where nothing is drawn.
 
     Raises:
         DataError: there is none.
     """
-    wanted = pc.field("split") == split
+    wanted = pc.field("split").isin(list(parts))
     if settings.negatives:
         wanted &= pc.field("label") == 1
     table = run.table("examples", columns=spec.examples_schema().names, filter=wanted)
     if not len(table):
+        kind = "positive example" if settings.negatives else "example"
         raise DataError(
-            f"{run.uri} has no {'positive ' if settings.negatives else ''}example in split={split}, of "
-            f"{spec.rows.get(split, 0)} examples. Check label.positive_when and split.fractions, and run "
-            f"jobs/featurize.py again."
+            f"{run.uri} has no {kind} in split={'+'.join(parts)}, of "
+            f"{sum(spec.rows.get(part, 0) for part in parts)} examples. Check label.positive_when and "
+            f"split.fractions, and run jobs/featurize.py again."
         )
     return table
 
@@ -55,16 +60,18 @@ class Examples:
         run: the features run.
         catalogue: its items.
         config: seed, batch size and how items are drawn.
+        parts: whose examples they are.
     """
 
-    def __init__(self, run: Run, catalogue: Items, config: Config) -> None:
-        table = read_examples(run, catalogue.spec, "train", config.deepfm)
+    def __init__(self, run: Run, catalogue: Items, config: Config, parts: Sequence[str] = ("train",)) -> None:
+        table = read_examples(run, catalogue.spec, parts, config.deepfm)
         self.config = config
         self.catalogue = catalogue
         self.user = side_batch(table, catalogue.spec.side("user", "context"))
         self.items = table["item"].to_numpy()
         self.days = days_of(table["timestamp"])
         self.targets = targets(table, config.deepfm)
+        self._order = functools.lru_cache(maxsize=1)(self._order_of)
         self.negatives = None
         if config.deepfm.negatives:
             self.negatives = Negatives(catalogue.counts, catalogue.present, config.deepfm.negatives_power)
@@ -106,8 +113,7 @@ class Examples:
         """
         settings = self.config.deepfm
         seed = self.config.seed
-        order = np.random.default_rng([seed, epoch]).permutation(len(self.items))
-        rows = order[step * settings.batch_size : (step + 1) * settings.batch_size]
+        rows = self._order(epoch)[step * settings.batch_size : (step + 1) * settings.batch_size]
         generator = np.random.default_rng([seed, epoch, step])
         if self.negatives:
             drawn, log_probability = self.negatives.draw(self.items[rows], settings.negatives, generator)
@@ -129,3 +135,27 @@ class Examples:
             weight=torch.from_numpy(weight),
             label=torch.from_numpy(self.targets[rows[mine]]),
         )
+
+    def _order_of(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.items))
+
+
+class Ahead:
+    """One worker's batches in order; the next one is made while this one trains."""
+
+    def __init__(self, examples: Examples, rank: int, world_size: int) -> None:
+        self.examples, self.rank, self.world_size = examples, rank, world_size
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
+        self.next: tuple[tuple[int, int], Future[Batch]] | None = None
+
+    def get(self, epoch: int, step: int) -> Batch:
+        """The batch of a step, and begin with that after it."""
+        if self.next is None or self.next[0] != (epoch, step):
+            self.next = self._begin(epoch, step)
+        batch = self.next[1].result()
+        steps = self.examples.steps
+        self.next = self._begin(epoch + (step + 1) // steps, (step + 1) % steps)
+        return batch
+
+    def _begin(self, epoch: int, step: int) -> tuple[tuple[int, int], Future[Batch]]:
+        return (epoch, step), self.pool.submit(self.examples.batch, epoch, step, self.rank, self.world_size)

@@ -10,6 +10,7 @@ import math
 import os
 import socket
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,18 @@ from torch import Tensor
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
-from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
-from recsys_dist.deepfm.optimizer import dense_optimizer
+from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
 from recsys_dist.deepfm.sharding import shard
 from recsys_dist.deepfm.start_from import take_over
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
+from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Run
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
-RESUMED, DIVERGED = "resumed.json", "diverged.json"
+RESUMED = "resumed.json"
 EVERY_SECONDS = 10
 """Time between two writes of now.json."""
 
@@ -46,16 +48,23 @@ class Task:
     """Where checkpoints and progress go; all workers see it."""
     start_from: Run | None = None
     """Whose model the first attempt starts from."""
+    refit_epochs: int | None = None
+    """Fit on train and valid for so many epochs; None: on train, until valid no longer gets better."""
 
 
 def train(task: Task, device: torch.device) -> Progress:
     """Train until the epochs are done or the metric stops improving, from the newest checkpoint if any.
 
-    The default process group must be there. On return the checkpoint of `Progress.best_step` is the result.
+    Where it is a refit there is nothing to measure with, and the last epoch is the best. The default process
+    group must be there. On return the checkpoint of `Progress.best_step` is the result.
 
     Args:
         task: the same for all workers.
         device: of this worker.
+
+    Raises:
+        ConfigError: the settings do not fit the fields, or the loss is no longer finite.
+        DataError: there is nothing to learn from, or to measure with.
     """
     settings, seed = task.config.deepfm, task.config.seed
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -63,15 +72,16 @@ def train(task: Task, device: torch.device) -> Progress:
     whole, refused = newest(task.folder)
     spec = used_fields(task.features.spec(), settings)
     items = Items(task.features, spec)
-    examples = Examples(task.features, items, task.config)
-    valid = validation(task.features, items, task.config)
+    refit = task.refit_epochs is not None
+    examples = Examples(task.features, items, task.config, ("train", "valid") if refit else ("train",))
+    valid = None if refit else validation(task.features, items, task.config)
     model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)
     model.start_at(examples.average)
     assert dist.group.WORLD
     sharded, plan = shard(model, dist.group.WORLD, device, seed)
-    dense = dense_optimizer(sharded, settings)
+    optimizers = Optimizers(sharded, settings)
     checkpoints = Checkpoints(task.folder, attempt, settings.checkpoints_kept)
-    progress = checkpoints.load(sharded, dense, whole) if whole else Progress()
+    progress = checkpoints.load(sharded, optimizers.dense, whole) if whole else Progress()
     if task.start_from and not whole:
         fused = sharded.fused_optimizer.state_dict()["state"]
         take_over(sharded.state_dict(), spec, task.start_from, fused)
@@ -82,35 +92,44 @@ def train(task: Task, device: torch.device) -> Progress:
     dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
     log.write(WORKERS, workers)
 
-    last = settings.epochs * examples.steps
+    last = (task.refit_epochs or settings.epochs) * examples.steps
+    batches = Ahead(examples, rank, world_size)
     while progress.step < last and progress.stale < settings.patience:
         epoch, step = divmod(progress.step, examples.steps)
         # Dropout is the one thing left to chance; seeded by the step, a resumed training repeats it.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)[0]))
-        batch = examples.batch(epoch, step, rank, world_size).to(device)
-        dense.zero_grad()
+        batch = batches.get(epoch, step).to(device)
+        optimizers.begin(rate_factor(settings, progress.step, last, progress.reductions))
         loss, _ = sharded(batch)
         loss.backward()
-        dense.step()
+        optimizers.step()
         progress.step += 1
         log.step(progress.step, loss.detach(), examples.rows(step))
         epoch_ends = step + 1 == examples.steps
         if epoch_ends:
             mean = log.mean_loss()
             if not math.isfinite(mean):
-                log.write(DIVERGED, {"epoch": epoch + 1, "loss": str(mean)})
-                break
-            figures = valid.figures(model, device)
-            merit = -figures[valid.metric] if valid.metric in LOWER_IS_BETTER else figures[valid.metric]
+                raise ConfigError(
+                    f"The training diverged: the loss of epoch {epoch + 1} is {mean}. Lower "
+                    f"deepfm.learning_rate={settings.learning_rate} or "
+                    f"deepfm.embedding_learning_rate={settings.embedding_learning_rate}."
+                )
+            figures = valid.figures(model, device) if valid else {}
+            merit = _merit(valid.metric, figures) if valid else float(progress.step)
             better = merit > progress.best
             progress.stale = 0 if better else progress.stale + 1
+            progress.reductions += not better
             if better:
                 progress.best, progress.best_step = merit, progress.step
-            log.evaluation(epoch, progress, mean, valid.metric, figures)
+            log.evaluation(epoch, progress, mean, figures | ({"metric": valid.metric} if valid else {}))
         if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
             _require_current(task.folder, attempt)
-            checkpoints.save(sharded, dense, progress)
+            checkpoints.save(sharded, optimizers.dense, progress)
     return progress
+
+
+def _merit(metric: str, figures: Mapping[str, float]) -> float:
+    return -figures[metric] if metric in LOWER_IS_BETTER else figures[metric]
 
 
 def _attempt(folder: Path) -> int:
@@ -170,16 +189,13 @@ class _Log:
         dist.all_reduce(mean)
         return float(mean) / dist.get_world_size()
 
-    def evaluation(
-        self, epoch: int, progress: Progress, loss: float, metric: str, figures: dict[str, float]
-    ) -> None:
-        """Append an evaluation's line."""
+    def evaluation(self, epoch: int, progress: Progress, loss: float, figures: Mapping[str, Any]) -> None:
+        """Append an epoch's line."""
         line = {
             "epoch": epoch + 1,
             "step": progress.step,
             "loss": round(loss, 6),
-            "metric": metric,
-            **{name: round(figure, 6) for name, figure in figures.items()},
+            **{name: round(of, 6) if isinstance(of, float) else of for name, of in figures.items()},
             "best": progress.stale == 0,
             **self._speed(),
             "train_seconds": round(self.seconds, 3),

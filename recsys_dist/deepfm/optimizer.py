@@ -1,28 +1,86 @@
-"""How the parameters move: row-wise Adagrad inside the backward for the tables, AdamW for the rest."""
+"""How the parameters move: the tables within the backward pass, the rest by a step after it."""
+
+import math
+from typing import Any
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizerWrapper
-from torchrec.optim.optimizers import in_backward_optimizer_filter
+from torchrec.optim.optimizers import SGD, Adagrad, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys_dist import config
 from recsys_dist.deepfm.model import DeepFM
 
+OF_TABLES: dict[str, tuple[Any, dict[str, float]]] = {
+    "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
+    "adagrad": (Adagrad, {"eps": 1e-8}),
+    "sgd": (SGD, {}),
+}
+DENSE = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
+
 
 def fuse(model: DeepFM) -> None:
     """Give the tables their optimizer. Before sharding: later, the sharder would leave them untrained."""
+    kind, settings = OF_TABLES[model.settings.table_optimizer]
     for collection in (model.user_tables, model.item_tables):
         # A fresh dict each time: the call changes it.
-        settings = {"lr": model.settings.embedding_learning_rate, "eps": 1e-8}
-        apply_optimizer_in_backward(RowWiseAdagrad, collection.parameters(), settings)
+        rate = {"lr": model.settings.embedding_learning_rate}
+        apply_optimizer_in_backward(kind, collection.parameters(), settings | rate)
 
 
 def dense_optimizer(model: DistributedModelParallel, settings: config.DeepFM) -> KeyedOptimizerWrapper:
-    """AdamW over all that is not in a table."""
+    """The optimizer of all that is not in a table."""
     parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    kind = DENSE[settings.dense_optimizer]
     return KeyedOptimizerWrapper(
         parameters,
-        lambda found: torch.optim.AdamW(found, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        lambda found: kind(found, lr=settings.learning_rate, weight_decay=settings.weight_decay),
     )
+
+
+def rate_factor(settings: config.DeepFM, step: int, last: int, reductions: int) -> float:
+    """What both learning rates are multiplied by.
+
+    Args:
+        settings: warm-up and schedule.
+        step: from 0, over all epochs.
+        last: number of steps of all epochs.
+        reductions: evaluations so far that were not better than all before.
+    """
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    if settings.schedule == "cosine":
+        return warm * (1 + math.cos(math.pi * step / last)) / 2
+    return warm * settings.plateau_factor**reductions if settings.schedule == "plateau" else warm
+
+
+class Optimizers:
+    """Both optimizers of a sharded model, in step."""
+
+    def __init__(self, model: DistributedModelParallel, settings: config.DeepFM) -> None:
+        self.settings = settings
+        self.dense = dense_optimizer(model, settings)
+        self.fused = model.fused_optimizer
+        self.parameters = [p for group in self.dense.param_groups for p in group["params"]]
+
+    def begin(self, factor: float) -> None:
+        """Before the forward pass: learning rates for this step, no gradients."""
+        if self.settings.warmup_steps or self.settings.schedule != "constant":
+            for group in self.dense.param_groups:
+                group["lr"] = self.settings.learning_rate * factor
+            for group in self.fused.param_groups:
+                group["lr"] = self.settings.embedding_learning_rate * factor
+            self.fused.step()  # hands the rate to the kernels, which move the tables in the backward pass
+        self.dense.zero_grad()
+
+    def step(self) -> None:
+        """After the backward pass, which has moved the tables."""
+        if self.settings.l1:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.add_(parameter.detach().sign(), alpha=self.settings.l1)
+        if self.settings.clip_norm is not None:
+            clip_grad_norm_(self.parameters, self.settings.clip_norm)
+        self.dense.step()

@@ -1,4 +1,6 @@
-"""Where each table lives: large ones cut by rows over all workers, small ones whole on one worker each."""
+"""Where each table lives: large ones cut by rows over all workers, small ones whole on one worker each,
+unless the settings say otherwise.
+"""
 
 import itertools
 from typing import Any
@@ -11,8 +13,10 @@ from torchrec.distributed.sharding_plan import construct_module_sharding_plan, r
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from recsys_dist import config
+from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.model import DeepFM, initial_rows
 from recsys_dist.deepfm.optimizer import fuse
+from recsys_dist.errors import ConfigError
 
 COLLECTIONS = ("user_tables", "item_tables")
 
@@ -20,7 +24,17 @@ COLLECTIONS = ("user_tables", "item_tables")
 def make_plan(
     model: DeepFM, world_size: int, device: torch.device
 ) -> tuple[ShardingPlan, list[dict[str, Any]]]:
-    """TorchRec's plan, and the same as rows for people: name, rows, dim, sharding, ranks."""
+    """TorchRec's plan, and the same as rows for people: name, rows, dim, sharding, ranks.
+
+    Raises:
+        ConfigError: `sharding` names a field that has no table.
+    """
+    tables = [f.name for f in (*model.user_fields, *model.item_fields) if f.type in INDEXED]
+    strange = [name for name in model.settings.sharding if name not in tables]
+    if strange:
+        raise ConfigError(
+            f"deepfm.sharding: {', '.join(strange)} has no table; fields with one are {', '.join(tables)}"
+        )
     sharder = EmbeddingBagCollectionSharder()
     turns = itertools.cycle(range(world_size))
     plan, described = {}, []
@@ -28,7 +42,9 @@ def make_plan(
         collection = getattr(model, name)
         by_table = {}
         for table in collection.embedding_bag_configs():
-            large = table.num_embeddings >= model.settings.row_wise_from
+            default = "row_wise" if table.num_embeddings >= model.settings.row_wise_from else "table_wise"
+            chosen = model.settings.sharding.get(table.feature_names[0], default)
+            large = chosen == "row_wise"
             ranks = list(range(world_size)) if large else [next(turns)]
             by_table[table.name] = row_wise() if large else table_wise(rank=ranks[0])
             described.append(
@@ -36,7 +52,7 @@ def make_plan(
                     "table": table.name,
                     "rows": table.num_embeddings,
                     "dim": table.embedding_dim,
-                    "sharding": "row_wise" if large else "table_wise",
+                    "sharding": chosen,
                     "ranks": ranks,
                 }
             )

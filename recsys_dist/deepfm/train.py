@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from recsys_dist.config import Config
-from recsys_dist.errors import ConfigError, DataError, RetryableError
+from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
 from recsys_dist.workspace import OpenRun, Run
 
+REFUSED = "refused.json"
+"""What a worker found wrong with settings or data."""
 RAY = "ray"
 """The folder in which Ray Train keeps its own state."""
 
@@ -47,17 +50,9 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     with _own(folder):
-        shutil.rmtree(folder / RAY, ignore_errors=True)  # of a driver that died
         with local_or_cluster(config.deepfm.num_workers):
-            _train(config, run, folder)
-        if (folder / "diverged.json").exists():
-            found = json.loads((folder / "diverged.json").read_text())
-            raise ConfigError(
-                f"The training diverged: the loss of epoch {found['epoch']} is {found['loss']}. Lower "
-                f"deepfm.learning_rate={config.deepfm.learning_rate} or "
-                f"deepfm.embedding_learning_rate={config.deepfm.embedding_learning_rate}."
-            )
-        figures = _publish(config, run, folder)
+            fitted = _fit(config, run, folder)
+        figures = _publish(config, run, fitted)
     shutil.rmtree(folder, ignore_errors=True)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
@@ -65,7 +60,7 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
 def left_behind(run: OpenRun) -> bool:
     """Has a driver that is no longer there left checkpoints of this run, from which to go on?"""
     folder = _folder(run)
-    if not any(folder.glob("step_*")):
+    if not any(folder.glob("**/step_*")):
         return False
     try:
         with _own(folder):
@@ -113,21 +108,55 @@ def _require_enough(features: Run, config: Config) -> None:
             )
 
 
-def _train(config: Config, run: OpenRun, folder: Path) -> None:
+@dataclass(frozen=True)
+class _Fitted:
+    """What the training left in its folders."""
+
+    history: list[dict[str, Any]]
+    """Of the fit on train."""
+    folder: Path
+    """With the checkpoint of `step`."""
+    step: int
+    refit_seconds: float | None
+
+
+def _fit(config: Config, run: OpenRun, folder: Path) -> _Fitted:
+    """Fit on train, and where it is asked for once more on train and valid."""
+    from recsys_dist.deepfm.loop import HISTORY
     from recsys_dist.deepfm.model import used_fields
     from recsys_dist.deepfm.start_from import earlier_run
 
-    gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.num_workers
     features = run.inputs["features"]
     before = earlier_run(run.workspace, config.deepfm, used_fields(features.spec(), config.deepfm))
     if before:
         print(f"  starts from {before.uri}")
-    task = {"config": config, "features": features, "folder": folder, "start_from": before}
+    task = {"config": config, "features": features, "start_from": before}
+    again = folder / "refit"
+    if not again.exists():  # or a driver that died was there already
+        _train(config, folder, task)
+    history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+    best = [line for line in history if line["best"]][-1]
+    print(f"  the best epoch is {best['epoch']} (* marks an epoch better than all before)")
+    if config.deepfm.fit_on == "train":
+        return _Fitted(history, folder, best["step"], None)
+    print(f"  fitted anew on train and valid for {best['epoch']} epochs:")
+    again.mkdir(exist_ok=True)
+    _train(config, again, task | {"refit_epochs": best["epoch"]})
+    lines = [json.loads(line) for line in (again / HISTORY).read_text().splitlines()]
+    return _Fitted(history, again, lines[-1]["step"], sum(line["train_seconds"] for line in lines))
+
+
+def _train(config: Config, folder: Path, task: dict[str, Any]) -> None:
+    """Run the loop on Ray Train until it is done, with its files in `folder`."""
+    for name in (RAY, REFUSED):  # of a driver that died
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).unlink(missing_ok=True)
+    gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.num_workers
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
     trainer = TorchTrainer(
         _worker,
-        train_loop_config=task,
+        train_loop_config=task | {"folder": folder},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(num_workers=config.deepfm.num_workers, use_gpu=gpus),
         run_config=RunConfig(
@@ -141,6 +170,7 @@ def _train(config: Config, run: OpenRun, folder: Path) -> None:
     try:
         trainer.fit()
     except TrainingFailedError as error:
+        _require_accepted(folder)
         failures = config.deepfm.max_failures + 1
         raise RetryableError(
             f"The training failed {failures} times, the last time with: {error}. Its checkpoints are in "
@@ -149,6 +179,15 @@ def _train(config: Config, run: OpenRun, folder: Path) -> None:
     finally:
         stop.set()
         printer.join()
+    _require_accepted(folder)
+
+
+def _require_accepted(folder: Path) -> None:
+    """Raise what a worker found wrong with settings or data: that is no failure, and no second try helps."""
+    if (folder / REFUSED).exists():
+        found = json.loads((folder / REFUSED).read_text())
+        kinds = {kind.__name__: kind for kind in (ConfigError, DataError, RetryableError)}
+        raise kinds[found["class"]](found["error"]) from None
 
 
 def _worker(task: dict[str, Any]) -> None:
@@ -169,34 +208,38 @@ def _worker(task: dict[str, Any]) -> None:
     on_this_node = ray.train.get_context().get_local_world_size()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_node))
-    train(Task(**task), device)
+    try:
+        train(Task(**task), device)
+    except RecsysError as error:
+        found = {"class": type(error).__name__, "error": str(error)}
+        new = task["folder"] / f"{REFUSED}.{os.getpid()}"
+        new.write_text(json.dumps(found))
+        new.replace(task["folder"] / REFUSED)
 
 
-def _publish(config: Config, run: OpenRun, folder: Path) -> dict[str, Any]:
-    """Move the best checkpoint to its place and write model/ from it."""
+def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
+    """Move the chosen checkpoint to its place and write model/ from it."""
     from recsys_dist.deepfm.checkpoint import complete, load_weights
     from recsys_dist.deepfm.loop import HISTORY, PLAN
     from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 
-    spec = run.inputs["features"].spec()
-    history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
+    history, folder = fitted.history, fitted.folder
     best = [line for line in history if line["best"]][-1]
-    path = next(path for step, _, path in complete(folder) if step == best["step"])
-    spec = used_fields(spec, config.deepfm)
+    path = next(path for step, _, path in complete(folder) if step == fitted.step)
+    spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()
     load_weights(path, state)
     publish(run, spec, config.deepfm, state)
     run.filesystem.create_dir(f"{run.path}/checkpoint")
     pyarrow.fs.copy_files(str(path), f"{run.path}/checkpoint", destination_filesystem=run.filesystem)
-    pyarrow.fs.copy_files(
-        str(folder / HISTORY), f"{run.path}/{HISTORY}", destination_filesystem=run.filesystem
-    )
+    with run.filesystem.open_output_stream(f"{run.path}/{HISTORY}") as stream:
+        stream.write("".join(f"{json.dumps(line)}\n" for line in history).encode())
     plan = json.loads((folder / PLAN).read_text())
-    print(f"  the model is that of epoch {best['epoch']} (* marks an epoch better than all before)")
     return {
         "metric": best["metric"],
         best["metric"]: best[best["metric"]],
         "best_epoch": best["epoch"],
+        "fit_on": config.deepfm.fit_on,
         "epochs": history[-1]["epoch"],
         "steps": history[-1]["step"],
         "attempts": history[-1]["attempt"] + 1,
@@ -228,11 +271,13 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
                     print(f"  a process was lost: goes on from step {line['step']:,}", flush=True)
         for line in _lines(folder / "history.jsonl"):
             if line["step"] > printed:
-                mark = " *" if line["best"] else ""
+                measured = ""
+                if "metric" in line:
+                    mark = " *" if line["best"] else ""
+                    measured = f"  valid {line['metric'].upper()} {line[line['metric']]:.4f}{mark}"
                 print(
                     f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['examples_per_s']:>7,} examples/s  {line['pairs_per_s']:>9,} pairs/s  "
-                    f"valid {line['metric'].upper()} {line[line['metric']]:.4f}{mark}",
+                    f"{line['examples_per_s']:>7,} examples/s  {line['pairs_per_s']:>9,} pairs/s{measured}",
                     flush=True,
                 )
                 printed = line["step"]

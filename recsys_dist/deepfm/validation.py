@@ -72,7 +72,7 @@ class Ranking:
         spec = items.spec
         filter_seen = config.score.filter_seen
         state = run.table("users", filter=pc.field("as_of") == split)
-        events = without_seen(read_examples(run, spec, split, config.deepfm), state, filter_seen)
+        events = without_seen(read_examples(run, spec, [split], config.deepfm), state, filter_seen)
         if not len(events):
             raise DataError(
                 f"{run.uri}: every positive example in split={split} is of an item that the user has seen, "
@@ -166,7 +166,7 @@ class Predicting:
     """
 
     def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
-        table = read_examples(run, items.spec, split, config.deepfm)
+        table = read_examples(run, items.spec, [split], config.deepfm)
         self.metric = "rmse" if config.deepfm.objective == "squared" else "auc"
         self.targets = targets(table, config.deepfm)
         if self.metric == "auc" and len(set(self.targets.tolist())) < 2:

@@ -2,6 +2,7 @@
 
 python -m tests.bench
 python -m tests.bench --events 50000    a smaller run, to see that the benches work
+python -m tests.bench --only training   one of them
 
 Prints a table and writes bench.json.
 """
@@ -18,8 +19,9 @@ from typing import Any
 
 import pyspark
 
-from recsys_dist.config import REPOSITORY
-from tests.bench import features
+from recsys_dist.config import REPOSITORY, load
+from recsys_dist.workspace import Workspace
+from tests.bench import features, training
 from tests.bench.measure import Measure
 
 
@@ -54,17 +56,27 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", type=int, default=1_000_000, help="of the smallest generated log")
+    parser.add_argument("--only", choices=["features", "training"], help="leave the other out")
     arguments = parser.parse_args()
     found = {"machine": machine(), "events": arguments.events}
     for name, value in found["machine"].items():
         print(f"{name:<12}{value}")
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        measures, details = features.bench(arguments.events, Path(scratch))
-    print(f"\n{table(measures)}")
-    found["features"] = {measure.name: {"value": measure.value, "goal": measure.goal} for measure in measures}
-    found["features_details"] = details
+        if arguments.only != "training":
+            measures, details = features.bench(arguments.events, Path(scratch))
+            _tell(found, "features", measures, details)
+        if arguments.only != "features":
+            features.movielens_1m(Path(scratch))
+            config = load("conf/movielens_1m.yaml", [f"storage.root={scratch}/movielens"])
+            _tell(found, "training", *training.bench(config, Workspace(config).runs("features")[-1]))
     (REPOSITORY / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
+
+
+def _tell(found: dict[str, Any], name: str, measures: list[Measure], details: dict[str, Any]) -> None:
+    print(f"\n{table(measures)}\n", flush=True)
+    found[name] = {measure.name: {"value": measure.value, "goal": measure.goal} for measure in measures}
+    found[f"{name}_details"] = details
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def bench(events: int, folder: Path) -> tuple[list[Measure], dict[str, Any]]:
                 print(f"{'floor':>19}  {floor[-1]:7.1f} s", flush=True)
         (folder / "log.csv").unlink()
     t1, t4, t16 = (statistics.median(ours[scale]) for scale in SCALES)
-    movielens = _movielens_1m(folder)
+    movielens = movielens_1m(folder)
     millions = {scale: f"{events * scale / 1e6:g} million events" for scale in SCALES}
     measures = [
         *(Measure(f"features, {millions[scale]}, s", statistics.median(ours[scale])) for scale in SCALES),
@@ -151,7 +151,7 @@ def _floor(config: Config, conf: Path) -> float:
     return seconds
 
 
-def _movielens_1m(folder: Path) -> float:
+def movielens_1m(folder: Path) -> float:
     """Seconds of `python jobs/featurize.py --conf conf/movielens_1m.yaml`, Python's start included."""
     datasets.fetch("movielens_1m", REPOSITORY / "data")
     begin = time.perf_counter()

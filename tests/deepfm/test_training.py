@@ -9,14 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessRaisedException
 
+from recsys_dist.config import DeepFM as DeepFMSettings
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.checkpoint import complete, load_weights, newest
-from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.optimizer import rate_factor
+from recsys_dist.deepfm.sharding import make_plan
 from recsys_dist.deepfm.validation import Predicting, Ranking
-from recsys_dist.errors import DataError
+from recsys_dist.errors import ConfigError, DataError
 from tests.deepfm.workers import one_step, run_workers, train_in, validated
 from tests.synthetic import (
     items_as_of,
@@ -130,6 +134,66 @@ def test_a_step_equals_the_unsharded_models(workers, one, two, unsharded, plain)
         else:
             moved = start[name] - settings.learning_rate * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(answers[0]["after"][name], moved, rtol=1e-4, atol=1e-5, msg=name)
+
+
+OPTIMIZERS = {
+    "adagrad, adam": {
+        "table_optimizer": "adagrad",
+        "dense_optimizer": "adam",
+        "weight_decay": 0.01,
+        "l1": 0.003,
+        "warmup_steps": 4,
+    },
+    "sgd, adagrad": {"table_optimizer": "sgd", "dense_optimizer": "adagrad", "clip_norm": 1e-3},
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_path):
+    """Written out, on two workers, with the tables split the other way round."""
+    sharding = {"item": "table_wise", "group": "row_wise"}
+    settings = plain.deepfm.model_copy(update={**OPTIMIZERS[kind], "sharding": sharding})
+    config = plain.model_copy(update={"deepfm": settings})
+    answers = run_workers(2, one_step, tmp_path, config, features)
+    found = {row["table"].removeprefix("table_"): row["sharding"] for row in answers[0]["plan"]}
+    assert sharding.items() <= found.items()
+    assert found["user"] == "row_wise"
+    model, start, *_ = unsharded
+    factor = 1 / 4 if settings.warmup_steps else 1
+    dense = {name: p.grad for name, p in model.named_parameters() if ".embedding_bags." not in name}
+    norm = torch.cat([gradient.flatten() for gradient in dense.values()]).norm()
+    assert norm > 1e-3
+    for name, parameter in model.named_parameters():
+        gradient, rate = parameter.grad, factor * settings.embedding_learning_rate
+        if name not in dense:
+            step = gradient / (gradient.abs() + 1e-8) if settings.table_optimizer == "adagrad" else gradient
+        else:
+            rate = factor * settings.learning_rate
+            gradient = gradient + settings.l1 * start[name].sign()
+            if settings.clip_norm:
+                gradient = gradient * settings.clip_norm / norm
+            gradient = gradient + settings.weight_decay * start[name]
+            step = gradient / (gradient.abs() + (1e-10 if settings.dense_optimizer == "adagrad" else 1e-8))
+        moved = start[name] - rate * step
+        assert (moved != start[name]).any()
+        torch.testing.assert_close(answers[0]["after"][name], moved, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_rates_over_time():
+    settings = DeepFMSettings(warmup_steps=10)
+    assert [rate_factor(settings, step, 100, 3) for step in (0, 4, 9, 50)] == [0.1, 0.5, 1, 1]
+    cosine = settings.model_copy(update={"schedule": "cosine", "warmup_steps": 0})
+    assert [rate_factor(cosine, step, 100, 0) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    plateau = settings.model_copy(update={"schedule": "plateau", "plateau_factor": 0.5})
+    assert rate_factor(plateau, 50, 100, 3) == 0.125
+
+
+def test_a_field_without_a_table_cannot_be_sharded(plain, features, tmp_path):
+    settings = plain.deepfm.model_copy(update={"sharding": {"activity": "row_wise"}})
+    with pytest.raises(
+        ConfigError, match=r"deepfm.sharding: activity has no table; fields with one are user, "
+    ):
+        make_plan(DeepFM(features.spec(), settings, tables="meta"), 1, torch.device("cpu"))
 
 
 def test_workers_shares_make_up_the_step(plain, features):
@@ -280,12 +344,36 @@ def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp
     assert metrics[best] != metrics[-1]
 
 
+def test_a_refit_learns_from_valid_too_and_measures_nothing(config, features, tmp_path):
+    small = config.model_copy(update={"deepfm": config.deepfm.model_copy(update={"batch_size": 40})})
+    progress = run_workers(1, train_in, tmp_path, small, features, tmp_path, 2)[0]
+    lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2]
+    assert not any("metric" in line for line in lines)
+    found = features.spec().positives
+    steps = -(-(found["train"] + found["valid"]) // 40)
+    assert steps > -(-found["train"] // 40)
+    assert progress["step"] == progress["best_step"] == 2 * steps
+
+
+def test_the_next_batch_is_the_one_that_is_asked_for(plain, features):
+    """Also after a jump, as when a training is resumed."""
+    examples = Examples(features, Items(features, features.spec()), plain)
+    ahead = Ahead(examples, 0, 1)
+    places = [(0, step) for step in range(examples.steps)] + [(1, 0), (1, 1), (0, 2), (0, 3)]
+    for epoch, step in places:
+        found, expected = ahead.get(epoch, step), examples.batch(epoch, step, 0, 1)
+        assert torch.equal(found.item.indices.values(), expected.item.indices.values())
+        assert torch.equal(found.user.indices.values(), expected.user.indices.values())
+
+
 def test_a_diverged_training_leaves_no_evaluation_to_publish(config, features, tmp_path):
     wild = config.deepfm.model_copy(update={"learning_rate": 1e30})
     changed = config.model_copy(update={"deepfm": wild})
-    run_workers(1, train_in, tmp_path, changed, features, tmp_path)
-    found = json.loads((tmp_path / "diverged.json").read_text())
-    assert not np.isfinite(float(found["loss"]))
+    message = r"ConfigError: The training diverged: the loss of epoch 1 is (nan|inf)"
+    with pytest.raises(ProcessRaisedException, match=message):
+        run_workers(1, train_in, tmp_path, changed, features, tmp_path)
+    assert not (tmp_path / "history.jsonl").exists()
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,15 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     from recsys_dist.deepfm.examples import Examples
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import DeepFM
-    from recsys_dist.deepfm.optimizer import dense_optimizer
+    from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
     from recsys_dist.deepfm.sharding import shard
 
     spec, device = features.spec(), torch.device("cpu")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
     sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
-    dense = dense_optimizer(sharded, config.deepfm)
+    optimizers = Optimizers(sharded, config.deepfm)
+    optimizers.begin(rate_factor(config.deepfm, 0, 100, 0))
     answer: dict[str, Any] = {"plan": plan, "start": _whole(sharded.state_dict()), "shards": {}}
     for name, tensor in sharded.state_dict().items():
         if isinstance(tensor, ShardedTensor):
@@ -49,8 +50,8 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     loss.backward()
     answer |= {"loss": loss.item(), "logits": logits.detach(), "weight": batch.weight}
     parameters = dict(sharded.named_parameters())
-    answer["gradients"] = {name: parameters[name].grad.clone() for name in dense.params}
-    dense.step()
+    answer["gradients"] = {name: parameters[name].grad.clone() for name in optimizers.dense.params}
+    optimizers.step()
     answer["after"] = _whole(sharded.state_dict())
     answer["fused"] = _fused(sharded)
     return answer
@@ -80,11 +81,12 @@ def validated(config: Any, features: Any) -> float:
     return Ranking(features, items, config).ndcg(model, torch.device("cpu"))
 
 
-def train_in(config: Any, features: Any, folder: Path) -> dict[str, Any]:
+def train_in(config: Any, features: Any, folder: Path, refit_epochs: int | None = None) -> dict[str, Any]:
     """The whole loop."""
     from recsys_dist.deepfm.loop import Task, train
 
-    return asdict(train(Task(config, features, folder), torch.device("cpu")))
+    task = Task(config, features, folder, refit_epochs=refit_epochs)
+    return asdict(train(task, torch.device("cpu")))
 
 
 def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...]) -> None:

@@ -162,7 +162,7 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     config = synthetic_config(tmp_path)
     synthetic_features(config)
     words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
-    words += FEW_STEPS
+    words += [*FEW_STEPS, "--set", "deepfm.fit_on=train_valid"]
     done = subprocess.run(
         words, env=environment(), cwd="/", capture_output=True, text=True, check=False, timeout=240
     )
@@ -170,14 +170,31 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     assert done.stderr == ""
     lines = done.stdout.splitlines()
     evaluations = [line for line in lines if line.startswith("  epoch ")]
-    assert [line.split()[1] for line in evaluations] == ["1", "2"]
     assert all(word in evaluations[0] for word in ("step", "loss", "examples/s", "pairs/s", "valid NDCG@10"))
+    best = max(int(line.split()[1]) for line in evaluations if line.endswith("*"))
+    refit = [str(1 + epoch) for epoch in range(best)]
+    assert [line.split()[1] for line in evaluations] == ["1", "2", *refit]
+    assert not any("valid" in line for line in evaluations[2:])
+    assert f"  fitted anew on train and valid for {best} epochs:" in lines
     assert ["table_item", "51", "20", "row_wise", "0,1"] in [line.split() for line in lines]
     run = check_run(config)
     assert lines[-1].endswith(run.uri)
+    assert run.manifest["figures"]["fit_on"] == "train_valid"
 
     again = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert again.stdout == f"deepfm: done before, {run.uri}\n"
+
+
+def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(tmp_path):
+    config = synthetic_config(tmp_path)
+    synthetic_features(config)
+    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
+    words += [*FEW_STEPS, "--set", "deepfm.sharding={activity: row_wise}"]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 64, done.stdout + done.stderr
+    assert done.stderr.startswith("error: deepfm.sharding: activity has no table; fields with one are user, ")
+    (folder,) = tmp_path.glob("deepfm/*")
+    assert (folder / "training" / "attempt").read_text() == "0"
 
 
 def test_submitted_with_its_working_directory(head, tmp_path):
