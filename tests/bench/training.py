@@ -4,6 +4,7 @@ Both run in one process a worker, in turns, with the settings of conf/movielens_
 epoch or more. What is counted are steps after the first few, which still allocate.
 """
 
+import os
 import statistics
 import tempfile
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from recsys_dist.cluster import MALLOC
 from recsys_dist.config import Config
 from recsys_dist.workspace import Run
 from tests.bench.measure import Measure
@@ -32,6 +34,7 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
     Returns:
         the measures, and the seconds a step of every single run.
     """
+    os.environ.update(MALLOC)
     found: dict[int, dict[str, list[float]]] = {}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
