@@ -20,8 +20,8 @@ from recsys_dist.config import PACKAGE
 from recsys_dist.errors import ConfigError, RetryableError
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
-"""Of the workers' C library: memory that a step gave back is kept for the next one. By default every tensor of
-some MiB is new memory, whose pages the system fills with zeros first: a third of a step's time."""
+"""Of the workers' C library: memory that a step gave back is kept for the next one. By default every tensor
+of some MiB is new memory, whose pages the system fills with zeros first: a third of a step's time."""
 OBJECT_STORE_BYTES = 100_000_000
 """Of a local Ray: nothing big passes through it."""
 
