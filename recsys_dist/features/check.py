@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pyspark.errors import PySparkException
 from pyspark.sql import Column, DataFrame, SparkSession, Window
@@ -134,7 +134,13 @@ def quarantine(*checked: DataFrame) -> DataFrame:
     return whole
 
 
-def require_few(name: str, reasons: Counter[str], checked: DataFrame, limit: float) -> None:
+def require_few(
+    name: str,
+    reasons: Counter[str],
+    checked: DataFrame,
+    limit: float,
+    duplicates: Callable[[], DataFrame] | None = None,
+) -> None:
     """Raise a DataError when more than `limit` of a source's rows are set aside, with examples.
 
     Rows of the future are neither rows nor unusable here: a night that is made later has many.
@@ -144,6 +150,7 @@ def require_few(name: str, reasons: Counter[str], checked: DataFrame, limit: flo
         reasons: rows by reason; usable ones under the empty reason.
         checked: the rows with `_reason`, `_source` and `_raw`.
         limit: `data.max_bad_rows`.
+        duplicates: makes the duplicates' `_source` and `_raw`, where `checked` has lost them.
     """
     reasons = Counter({reason: count for reason, count in reasons.items() if reason != FUTURE})
     rows, bad = reasons.total(), reasons.total() - reasons[""]
@@ -152,8 +159,9 @@ def require_few(name: str, reasons: Counter[str], checked: DataFrame, limit: flo
     frequent = [(reason, count) for reason, count in reasons.most_common(4) if reason][:3]
     examples = []
     for reason, count in frequent:
-        row = checked.where(F.col("_reason") == reason).select("_source", "_raw").orderBy("_source", "_raw")
-        found = row.first()
+        lost = duplicates is not None and reason == DUPLICATE
+        those = duplicates() if duplicates and lost else checked.where(F.col("_reason") == reason)
+        found = those.select("_source", "_raw").orderBy("_source", "_raw").first()
         assert found is not None
         examples.append(f"{count} x {reason}, for example in {found['_source']}: {found['_raw'][:200]!r}")
     raise DataError(

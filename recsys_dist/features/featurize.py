@@ -1,6 +1,7 @@
 """Raw logs to a features run: read, check, gather by user, split, encode, look back, write."""
 
 import datetime as dt
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import reduce
 from typing import Any
@@ -32,7 +33,7 @@ from recsys_dist.features.read import unreadable
 from recsys_dist.features.session import Steps, exit_code, remove_checksums, start
 from recsys_dist.features.source import Opened, open_source
 from recsys_dist.features.spec import field_specs
-from recsys_dist.features.split import assign, gather, k_core, look_back
+from recsys_dist.features.split import assign, duplicates, gather, k_core, look_back
 from recsys_dist.features.state import (
     aggregate_values,
     counted_whens,
@@ -158,8 +159,12 @@ def _featurize(
         reasons = reasons_of(tables)
         look = looking.result()
         reasons["events"] = look.reasons
-        for name, frame in {"events": events, **tables}.items():
-            require_few(name, reasons[name], frame, config.data.max_bad_rows)
+        most = config.data.max_bad_rows
+        require_few("events", reasons["events"], events, most, lambda: duplicates(events, inputs.events()))
+        for name, frame in tables.items():
+            require_few(name, reasons[name], frame, most)
+        for name, counted in reasons.items():
+            _tell(name, counted)
         require_usable(config, look)
         for side, key in (("items", "item"), ("users", "user")):
             if side in known:
@@ -216,6 +221,14 @@ def _featurize(
         "parent": before.run_id if continued and before else None,
         "columns": {name: columns_of(found) for name, found in opened.items()},
     }
+
+
+def _tell(name: str, reasons: Counter[str]) -> None:
+    """Print how many rows of a source are set aside, and why."""
+    aside = reasons.total() - reasons[""]
+    if aside:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common() if reason)
+        print(f"  {aside:,} of {reasons.total():,} {name} are set aside: {why}", flush=True)
 
 
 def _fit_events(train: DataFrame, config: Config, look: Look) -> dict[str, Fitted]:

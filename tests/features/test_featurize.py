@@ -1,6 +1,7 @@
 """What featurize computes, on logs small enough to work out by hand or by plain Python."""
 
 import math
+import re
 
 import pyarrow as pa
 import pytest
@@ -236,6 +237,17 @@ def test_too_many_unusable_rows(spark, tmp_path):
     assert "2 x unparseable timestamp, for example in" in str(error.value)
     assert "'u,i,today,5'" in str(error.value)
     assert "1 x wrong number of columns" in str(error.value)
+
+
+def test_too_many_duplicates_are_shown_by_their_text(spark, tmp_path, capsys):
+    """Which the events themselves have lost by then."""
+    lines = [*GOOD, *GOOD[:5], "u,i,yesterday,5"]
+    with pytest.raises(DataError, match="6 of 18 rows are unusable, more than") as error:
+        featurized(log_config(tmp_path, lines))
+    assert re.search(r"5 x duplicate, for example in /.*/events\.csv: 'u0,i0,0,5'\n", str(error.value))
+    featurized(log_config(tmp_path, lines, data={"max_bad_rows": 0.5}))
+    told = "  6 of 18 events are set aside: 5 duplicate, 1 unparseable timestamp\n"
+    assert capsys.readouterr().out == told
 
 
 @pytest.mark.parametrize(
