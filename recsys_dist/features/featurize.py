@@ -56,6 +56,8 @@ OF_A_ROW = (
 """What an expression raises that fails on a row."""
 NO_ANSWER = (Py4JNetworkError, ConnectionError)
 """What is raised when Spark's Java process is gone."""
+GOING = ("SparkContext was shut down", "stopped SparkContext", "Shutting down")
+"""What is told while it is going."""
 OUT_OF_MEMORY = 52
 """The exit code with which Spark's Java process then ends."""
 READING = "read, check, gather"
@@ -91,23 +93,24 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
         figures = _featurize(config, run, spark, opened, steps, before)
         return figures | {"new_columns": news, "spark": pyspark.__version__, "seconds": steps.seconds}
     except (PySparkException, Py4JError, ConnectionError) as error:
-        file = unreadable(error, opened.values())
-        if file:
-            raise DataError(f"{file} cannot be read: {_cause(error)}. Restore the file.") from error
-        died = exit_code(spark) if isinstance(error, NO_ANSWER) else None
-        if died == OUT_OF_MEMORY or "OutOfMemoryError" in str(error):
-            raise ConfigError(
-                f"Spark has too little memory: {_cause(error)}. Raise --driver-memory in "
-                f"spark.submit={list(config.spark.submit)}, on a cluster the executors' memory."
-            ) from None
-        if died is not None:
+        text = _text(error)
+        if text is None:
+            died = exit_code(spark)
+            ended = f"its Java process ended with exit code {died}"
+            if died == OUT_OF_MEMORY:
+                raise _too_little_memory(config, ended) from None
             raise RetryableError(
-                f"Spark's Java process died with exit code {died}: {_cause(error)}"
+                f"Spark died: {ended if died is not None else 'it does not answer'}"
             ) from None
+        cause, file = _cause(text), unreadable(text, opened.values())
+        if file:
+            raise DataError(f"{file} cannot be read: {cause}. Restore the file.") from error
+        if "OutOfMemoryError" in text:
+            raise _too_little_memory(config, cause) from None
         if config.label.positive_when and READING not in steps.seconds and isinstance(error, OF_A_ROW):
             # No expression of ours that reads and checks can raise these.
             raise ConfigError(
-                f"label.positive_when={config.label.positive_when!r} fails on a row: {_cause(error)}"
+                f"label.positive_when={config.label.positive_when!r} fails on a row: {cause}"
             ) from None
         raise
     finally:
@@ -261,7 +264,23 @@ def _tokens(config: Config, events: DataFrame, counts: DataFrame, tables: dict[s
     return reduce(DataFrame.union, frames)
 
 
-def _cause(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _text(error: Exception) -> str | None:
+    """What an exception says; None where Spark's Java process, which is asked for it, is gone or going."""
+    try:
+        text = str(error)
+    except NO_ANSWER:
+        return None
+    return None if isinstance(error, NO_ANSWER) or any(sign in text for sign in GOING) else text
+
+
+def _too_little_memory(config: Config, cause: str) -> ConfigError:
+    return ConfigError(
+        f"Spark has too little memory: {cause}. Raise --driver-memory in "
+        f"spark.submit={list(config.spark.submit)}, on a cluster the executors' memory."
+    )
+
+
+def _cause(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     causes = [line for line in lines if line.startswith("Caused by:")]
     return (causes[-1].removeprefix("Caused by:") if causes else lines[0]).strip()[:300]

@@ -73,11 +73,11 @@ def read(spark: SparkSession, opened: Opened, scratch: str) -> DataFrame:
     return reduce(DataFrame.unionByName, [one(spark, opened, group, scratch) for group in opened.groups])
 
 
-def unreadable(error: Exception, opened: Iterable[Opened] = ()) -> str | None:
+def unreadable(error: Exception | str, opened: Iterable[Opened] = ()) -> str | None:
     """The path of the raw file for which a Spark job failed; None: it failed for another reason.
 
     Args:
-        error: what the job raised.
+        error: what the job raised, or its text.
         opened: the sources that it read. Spark 3.5 does not always name the file: then the packed ones of
             these are read, once, to find the one that cannot be.
     """

@@ -29,6 +29,8 @@ SMALL, LARGE = 8 * MEBIBYTE, 128 * MEBIBYTE
 ADAPTIVE_FROM = 1024 * MEBIBYTE
 """Input from which on Spark plans anew after every stage. Of less, nothing that it could join or split is
 worth the planning, which is a tenth of the whole time for MovieLens 1M."""
+DYING = 60
+"""Seconds that a Java process that no longer answers may take to end."""
 FILE = 256 * MEBIBYTE
 """Size of a file, where a table is so large."""
 
@@ -137,7 +139,7 @@ def exit_code(spark: SparkSession) -> int | None:
     """How Spark's Java process ended, where it was started from here and has ended or does so at once."""
     process = getattr(spark.sparkContext._gateway, "proc", None)
     try:
-        return None if process is None else int(process.wait(timeout=10))
+        return None if process is None else int(process.wait(timeout=DYING))
     except subprocess.TimeoutExpired:
         return None
 
