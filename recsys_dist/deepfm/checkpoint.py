@@ -8,6 +8,7 @@ from the own runs only; what is published is safetensors.
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import warnings
@@ -129,10 +130,14 @@ def _seal(path: Path) -> None:
     shares: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(shares, own)
     if dist.get_rank() == 0:
-        (path / f"{SEAL}.new").write_text(
-            json.dumps({name: of for share in shares for name, of in share.items()})
-        )
-        (path / f"{SEAL}.new").replace(path / SEAL)
+        write_json(path / SEAL, {name: of for share in shares for name, of in share.items()})
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    new = file.with_name(f"{file.name}.{os.getpid()}.new")
+    new.write_text(json.dumps(value))
+    new.replace(file)
 
 
 def _sha256(file: Path) -> str:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recsys_dist.config import Config
-from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
+from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest, write_json
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
@@ -212,9 +212,7 @@ class _Log:
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
         if self.active:
-            new = self.folder / f"{name}.new"
-            new.write_text(json.dumps(value))
-            new.replace(self.folder / name)
+            write_json(self.folder / name, value)
 
     def _speed(self) -> dict[str, int]:
         rate = self.examples / max(self.seconds, 1e-9)

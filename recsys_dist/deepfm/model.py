@@ -280,14 +280,40 @@ def publish(run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: dic
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with run.filesystem.open_output_stream(f"{run.path}/model/model.safetensors") as stream:
         stream.write(safetensors.torch.save(tensors))
-    description = {
+    told = {
         "model": settings.model,
         "settings": settings.model_dump(mode="json"),
         "fields": [field.model_dump(mode="json") for field in spec.fields],
         "vocabularies": {name: found.model_dump(mode="json") for name, found in spec.vocabularies.items()},
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
     }
-    run.write_json("model/model.json", description)
+    run.write_json("model/model.json", told)
+
+
+class Description(NamedTuple):
+    """What model.json says of a published model."""
+
+    uri: str
+    """Of its run."""
+    settings: config.DeepFM
+    fields: tuple[FieldSpec, ...]
+    vocabularies: dict[str, VocabularySpec]
+
+    def require_continued(self, spec: FeatureSpec) -> None:
+        """Raise a ConfigError where an index of the model may mean something else in `spec`."""
+        trained = spec.model_copy(update={"vocabularies": self.vocabularies})
+        spec.require_continues(trained, "the features run", f"the model of {self.uri}")
+
+
+def description(run: Run) -> Description:
+    """The description of the published model of a deepfm run."""
+    found: dict[str, Any] = run.json("model/model.json")
+    return Description(
+        run.uri,
+        config.DeepFM.model_validate(found["settings"]),
+        tuple(FieldSpec.model_validate(field) for field in found["fields"]),
+        {name: VocabularySpec.model_validate(of) for name, of in found["vocabularies"].items()},
+    )
 
 
 def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> DeepFM:
@@ -297,27 +323,20 @@ def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> Dee
         DataError: the model was made for other fields than `spec` has, or its files do not fit together.
         ConfigError: an index may mean something else in `spec` than it did in the training.
     """
-    description: dict[str, Any] = run.json("model/model.json")
-    settings = config.DeepFM.model_validate(description["settings"])
-    fields = tuple(FieldSpec.model_validate(field) for field in description["fields"])
-    spec = used_fields(spec, settings)
-    if fields != spec.fields:
+    made = description(run)
+    spec = used_fields(spec, made.settings)
+    if made.fields != spec.fields:
         raise DataError(
-            f"The model of {run.uri} was trained on the fields {_names(fields)}, and the features run has "
-            f"{_names(spec.fields)}, or the same ones with other vocabularies. Use the features run "
+            f"The model of {run.uri} was trained on the fields {_names(made.fields)}, and the features run "
+            f"has {_names(spec.fields)}, or the same ones with other vocabularies. Use the features run "
             f"{run.inputs.get('features')} that its manifest names."
         )
-    trained = {
-        name: VocabularySpec.model_validate(found) for name, found in description["vocabularies"].items()
-    }
-    spec.require_continues(
-        spec.model_copy(update={"vocabularies": trained}), "the features run", f"the model of {run.uri}"
-    )
+    made.require_continued(spec)
     with run.filesystem.open_input_stream(f"{run.path}/model/model.safetensors") as stream:
         content = io.BytesIO(stream.read())
     try:
         state = safetensors.torch.load(content.getvalue())
-        model = DeepFM(spec, settings, tables="meta")
+        model = DeepFM(spec, made.settings, tables="meta")
         model.load_state_dict(state, assign=True)
     except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
         raise DataError(

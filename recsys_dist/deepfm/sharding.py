@@ -3,6 +3,7 @@ unless the settings say otherwise.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,7 +98,14 @@ def _initialise(model: DistributedModelParallel, dim: int, settings: config.Deep
         if not isinstance(tensor, ShardedTensor):
             continue
         table = name.split(".")[-2]
-        for part in tensor.local_shards():
-            start, rows = part.metadata.shard_offsets[0], part.metadata.shard_sizes[0]
-            values = initial_rows(seed, table, start, start + rows, dim, settings.init_scale)
-            part.tensor.copy_(values)
+        for start, rows in held_rows(tensor):
+            rows.copy_(initial_rows(seed, table, start, start + len(rows), dim, settings.init_scale))
+
+
+def held_rows(tensor: torch.Tensor | ShardedTensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """The parts of a table that this worker holds: the first row's number, and the rows."""
+    if not isinstance(tensor, ShardedTensor):
+        yield 0, tensor
+        return
+    for part in tensor.local_shards():
+        yield part.metadata.shard_offsets[0], part.tensor

@@ -14,13 +14,15 @@ import pyarrow.fs
 import safetensors
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from recsys_dist import config
+from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.checkpoint import read_into
+from recsys_dist.deepfm.model import description
+from recsys_dist.deepfm.sharding import held_rows
 from recsys_dist.errors import ConfigError
-from recsys_dist.schema import FeatureSpec, FieldSpec, VocabularySpec
+from recsys_dist.schema import FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run, Workspace
 
 WEIGHTS, CHECKPOINT = "model/model.safetensors", "checkpoint"
@@ -48,21 +50,15 @@ def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec
             )
     if not runs:
         return None
-    description = runs[0].json("model/model.json")
-    theirs = config.DeepFM.model_validate(description["settings"])
-    width, own = (0 if s.model == "lr" else s.embedding_dim for s in (theirs, settings))
+    made = description(runs[0])
+    width, own = (0 if s.model == "lr" else s.embedding_dim for s in (made.settings, settings))
     if width != own:
         raise ConfigError(
-            f"deepfm.start_from={settings.start_from}: the {theirs.model} of {runs[0].uri} has embeddings of "
-            f"{width} factors, and this {settings.model} has {own}. Set deepfm.embedding_dim={width}, or "
-            f"leave start_from out."
+            f"deepfm.start_from={settings.start_from}: the {made.settings.model} of {runs[0].uri} has "
+            f"embeddings of {width} factors, and this {settings.model} has {own}. Set "
+            f"deepfm.embedding_dim={width}, or leave start_from out."
         )
-    trained = {
-        name: VocabularySpec.model_validate(found) for name, found in description["vocabularies"].items()
-    }
-    spec.require_continues(
-        spec.model_copy(update={"vocabularies": trained}), "the features run", f"the model of {runs[0].uri}"
-    )
+    made.require_continued(spec)
     return runs[0]
 
 
@@ -81,14 +77,13 @@ def take_over(
     Returns:
         The names of what was taken over, of a table its old rows.
     """
-    fields = {
-        field.name: field
-        for field in (FieldSpec.model_validate(found) for found in run.json("model/model.json")["fields"])
-    }
+    fields = {field.name: field for field in description(run).fields}
     # Tensors over all fields of a side mean the same only where the fields do.
-    same = [(f.name, f.type, f.cardinality) for f in spec.fields if f.type not in ("index", "indices")] == [
-        (f.name, f.type, f.cardinality) for f in fields.values() if f.type not in ("index", "indices")
-    ]
+    mine_of_numbers, theirs_of_numbers = (
+        [(f.name, f.type, f.cardinality) for f in of if f.type not in INDEXED]
+        for of in (spec.fields, fields.values())
+    )
+    same = mine_of_numbers == theirs_of_numbers
     order = [field.name for field in spec.fields] == list(fields)
     taken = []
     with _local(run) as folder, safetensors.safe_open(f"{folder}/{WEIGHTS}", "pt") as weights:
@@ -114,7 +109,7 @@ def take_over(
 
 def _copy_rows(theirs: Any, rows: int, mine: Any) -> None:
     """Copy the first `rows` rows, of them those that are held here."""
-    for start, part in _parts(mine):
+    for start, part in held_rows(mine):
         stop = min(start + len(part), rows)
         if start < stop:
             part[: stop - start].copy_(theirs[start:stop])
@@ -141,15 +136,6 @@ def _means_the_same(own: FieldSpec, theirs: FieldSpec) -> bool:
     """Is an index of `theirs` the same thing in `own`? A vocabulary may have grown; nothing else may."""
     grown = own.vocab is not None and own.cardinality > theirs.cardinality
     return own.vocab == theirs.vocab and (grown or own.cardinality == theirs.cardinality)
-
-
-def _parts(tensor: Any) -> Iterator[tuple[int, torch.Tensor]]:
-    """The rows of a table that are held here: the first one's number, and the rows."""
-    if not isinstance(tensor, ShardedTensor):
-        yield 0, tensor
-        return
-    for shard in tensor.local_shards():
-        yield shard.metadata.shard_offsets[0], shard.tensor
 
 
 @contextmanager

@@ -115,9 +115,19 @@ class _Fitted:
     history: list[dict[str, Any]]
     """Of the fit on train."""
     folder: Path
-    """With the checkpoint of `step`."""
-    step: int
-    refit_seconds: float | None
+    """With the checkpoint of `step`: that of this fit, or of the refit."""
+
+    @property
+    def step(self) -> int:
+        """The best step of the last fit; a refit's last one."""
+        from recsys_dist.deepfm.loop import HISTORY
+
+        return int([line for line in _lines(self.folder / HISTORY) if line["best"]][-1]["step"])
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The best epoch's line of the history."""
+        return [line for line in self.history if line["best"]][-1]
 
 
 def _fit(config: Config, run: OpenRun, folder: Path) -> _Fitted:
@@ -134,23 +144,22 @@ def _fit(config: Config, run: OpenRun, folder: Path) -> _Fitted:
     again = folder / "refit"
     if not again.exists():  # or a driver that died was there already
         _train(config, folder, task)
-    history = [json.loads(line) for line in (folder / HISTORY).read_text().splitlines()]
-    best = [line for line in history if line["best"]][-1]
+    fitted = _Fitted(_lines(folder / HISTORY), folder)
+    best = fitted.best
     print(f"  the best epoch is {best['epoch']} (* marks an epoch better than all before)")
     if config.deepfm.fit_on == "train":
-        return _Fitted(history, folder, best["step"], None)
+        return fitted
     print(f"  fitted anew on train and valid for {best['epoch']} epochs:")
     again.mkdir(exist_ok=True)
     _train(config, again, task | {"refit_epochs": best["epoch"]})
-    lines = [json.loads(line) for line in (again / HISTORY).read_text().splitlines()]
-    return _Fitted(history, again, lines[-1]["step"], sum(line["train_seconds"] for line in lines))
+    return _Fitted(fitted.history, again)
 
 
 def _train(config: Config, folder: Path, task: dict[str, Any]) -> None:
     """Run the loop on Ray Train until it is done, with its files in `folder`."""
-    for name in (RAY, REFUSED):  # of a driver that died
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).unlink(missing_ok=True)
+    # Of a driver that died.
+    shutil.rmtree(folder / RAY, ignore_errors=True)
+    (folder / REFUSED).unlink(missing_ok=True)
     gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.num_workers
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
@@ -202,6 +211,7 @@ def _worker(task: dict[str, Any]) -> None:
 
     import torch
 
+    from recsys_dist.deepfm.checkpoint import write_json
     from recsys_dist.deepfm.loop import Task, train
 
     device = ray.train.torch.get_device()
@@ -211,10 +221,7 @@ def _worker(task: dict[str, Any]) -> None:
     try:
         train(Task(**task), device)
     except RecsysError as error:
-        found = {"class": type(error).__name__, "error": str(error)}
-        new = task["folder"] / f"{REFUSED}.{os.getpid()}"
-        new.write_text(json.dumps(found))
-        new.replace(task["folder"] / REFUSED)
+        write_json(task["folder"] / REFUSED, {"class": type(error).__name__, "error": str(error)})
 
 
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
@@ -223,8 +230,7 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     from recsys_dist.deepfm.loop import HISTORY, PLAN
     from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 
-    history, folder = fitted.history, fitted.folder
-    best = [line for line in history if line["best"]][-1]
+    history, folder, best = fitted.history, fitted.folder, fitted.best
     path = next(path for step, _, path in complete(folder) if step == fitted.step)
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()

@@ -159,8 +159,8 @@ def require_few(
     frequent = [(reason, count) for reason, count in reasons.most_common(4) if reason][:3]
     examples = []
     for reason, count in frequent:
-        lost = duplicates is not None and reason == DUPLICATE
-        those = duplicates() if duplicates and lost else checked.where(F.col("_reason") == reason)
+        lost = duplicates if reason == DUPLICATE else None
+        those = lost() if lost else checked.where(F.col("_reason") == reason)
         found = those.select("_source", "_raw").orderBy("_source", "_raw").first()
         assert found is not None
         examples.append(f"{count} x {reason}, for example in {found['_source']}: {found['_raw'][:200]!r}")

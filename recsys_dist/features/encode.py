@@ -114,21 +114,22 @@ class Vocabularies:
 
         small = [name for name in fields if self.specs[name].size <= FEW_TOKENS]
 
-        def save(names: list[str]) -> None:
-            found = rows.where(F.col("field").isin(names))
-            if names != small:
-                write(found, f"{self._uri}/{names[0]}", VOCAB)
-                return
-            table = pa.Table.from_pylist(
-                [row.asDict() for row in found.select("field", *VOCAB.names).collect()],
-                schema=VOCAB.append(pa.field("field", pa.string())),
-            )
-            for name in names:
+        def save(name: str) -> None:
+            write(rows.where(F.col("field") == name), f"{self._uri}/{name}", VOCAB)
+
+        def save_small() -> None:
+            found = rows.where(F.col("field").isin(small)).select("field", *VOCAB.names).collect()
+            schema = VOCAB.append(pa.field("field", pa.string()))
+            table = pa.Table.from_pylist([row.asDict() for row in found], schema=schema)
+            for name in small:
                 own = table.filter(pc.field("field") == name).sort_by("index")
                 run.write_table(f"{FOLDER}/{name}", own.drop_columns("field"))
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(save, [small, *([name] for name in fields if name not in small)]))
+            jobs = [pool.submit(save, name) for name in fields if name not in small]
+            jobs += [pool.submit(save_small)] if small else []
+            for job in jobs:
+                job.result()
         cached.unpersist()
 
     def _describe(

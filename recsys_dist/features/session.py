@@ -210,9 +210,11 @@ def read_table(spark: SparkSession, uri: str, schema: pa.Schema) -> DataFrame:
 
 def at_once(spark: SparkSession) -> int:
     """Number of tasks that keep all cores busy, where there is enough to do."""
-    return min(
-        int(spark.conf.get("spark.sql.shuffle.partitions") or 1), spark.sparkContext.defaultParallelism
-    )
+    return min(_tasks(spark), spark.sparkContext.defaultParallelism)
+
+
+def _tasks(spark: SparkSession) -> int:
+    return int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
 
 
 def files(spark: SparkSession, size: int) -> int:
@@ -221,9 +223,8 @@ def files(spark: SparkSession, size: int) -> int:
     One for every 256 MiB; of less as many as there are cores, unless they would be very small. Never more
     than there are tasks anyway.
     """
-    tasks = int(spark.conf.get("spark.sql.shuffle.partitions") or 1)
     cores = spark.sparkContext.defaultParallelism
-    return max(1, min(tasks, max(math.ceil(size / FILE), min(cores, math.ceil(size / SMALL)))))
+    return max(1, min(_tasks(spark), max(math.ceil(size / FILE), min(cores, math.ceil(size / SMALL)))))
 
 
 def in_ranges(frame: DataFrame, key: str, size: int, partitions: int) -> DataFrame:
