@@ -360,8 +360,18 @@ class Als(Section):
     """Alternating sweeps."""
 
 
+Scheduled = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
+"""A number, or one an epoch, of which the last holds on."""
+
+
+def in_epoch(setting: Scheduled, epoch: int) -> float:
+    """The number of an epoch, from 0."""
+    return setting[min(epoch, len(setting) - 1)] if isinstance(setting, tuple) else setting
+
+
 class DeepFM(Section):
-    """The ranking model and its training."""
+    """The ranking model and its training. A number that may change from epoch to epoch is one, or a list of
+    one for each, of which the last holds on."""
 
     model: Literal["lr", "fm", "mf", "dnn", "deepfm"] = "deepfm"
     """What the logit is a sum of. `lr`: the fields' weights; `fm`: those and the products of all pairs of
@@ -374,10 +384,27 @@ class DeepFM(Section):
     """Factors of a field; a multiple of 4, which the fused kernels need."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), min_length=1)
     """Widths of the MLP's layers."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """After every hidden layer."""
+    dropout: Scheduled = 0.0
+    """After every hidden layer: the share that is left out. May change from epoch to epoch."""
+    batch_norm: bool = False
+    """Batch normalisation in every hidden layer, before its ReLU, over the rows of all workers."""
+    convolution: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Channels of the convolutions over each side's stacked field embeddings, whose result the MLP reads
+    beside these. Each is followed by tanh and by pooling to half of the fields."""
+    convolution_reach: int = Field(3, ge=1)
+    """Neighbouring fields that a convolution sees; odd."""
+    recency: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """History field to a number of items: in the field's mean, an item that so many came after counts 1/e."""
+    attention: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """The same of histories of items, which the MLP also reads weighted by the candidate item."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: the MLP is computed in it where the processor or GPU has it, else in float32; weights, tables
+    and the factorisation machine stay float32."""
     batch_size: int = Field(4096, ge=1)
     """Positive examples a step, over all workers together."""
+    sample_weight: Literal["value"] | None = None
+    """value: an example's loss counts by its value (the weight of its event type, a play count), divided by
+    the mean value."""
     negatives: int = Field(16, ge=0)
     """Items drawn for each positive. 0: nothing is drawn, and every example, positive or not, is learned with
     its own label (objective logistic) or value (squared)."""
@@ -418,10 +445,13 @@ class DeepFM(Section):
     """Greatest norm of the dense part's gradient: a longer one is scaled down to it."""
     init_scale: float = Field(0.01, gt=0)
     """Standard deviation of the initial embeddings."""
-    weight_decay: float = Field(0.0, ge=0)
-    """L2 of the dense part: decoupled with adamw, else in the gradient."""
-    l1: float = Field(0.0, ge=0)
-    """L1 of the dense part, in the gradient: l1 * sign(w)."""
+    weight_decay: Scheduled = 0.0
+    """L2 of the dense part: decoupled with adamw, else in the gradient. May change from epoch to epoch."""
+    l1: Scheduled = 0.0
+    """L1 of the dense part, in the gradient: l1 * sign(w). May change from epoch to epoch."""
+    embedding_weight_decay: Scheduled = 0.0
+    """Of the tables, decoupled: before every step each weight is multiplied by 1 - embedding learning rate *
+    this, those that are not looked up as well. May change from epoch to epoch."""
     row_wise_from: int = Field(1000, ge=2)
     """Tables of at least so many rows are split over the workers by rows; smaller ones live whole on one."""
     sharding: dict[str, Literal["row_wise", "table_wise"]] = {}
@@ -444,6 +474,23 @@ class DeepFM(Section):
             raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
+        for name in ("dropout", "weight_decay", "l1", "embedding_weight_decay"):
+            if getattr(self, name) == ():
+                raise ValueError(f"{name} is a number, or a list of one an epoch, found an empty list")
+        if max(self.dropout if isinstance(self.dropout, tuple) else (self.dropout,)) >= 1:
+            raise ValueError(f"dropout must be below 1, found {self.dropout}")
+        decay = self.embedding_weight_decay
+        greatest = max(decay if isinstance(decay, tuple) else (decay,))
+        if self.embedding_learning_rate * greatest >= 1:
+            raise ValueError(
+                f"embedding_learning_rate * embedding_weight_decay must be below 1, found "
+                f"{self.embedding_learning_rate} * {greatest}"
+            )
+        if self.convolution_reach % 2 == 0:
+            raise ValueError(f"convolution_reach must be odd, found {self.convolution_reach}")
+        for name in ("batch_norm", "convolution", "attention"):
+            if getattr(self, name) and self.model not in ("dnn", "deepfm"):
+                raise ValueError(f"{name} belongs to the MLP, which model {self.model} does not have")
         if self.fit_on == "train_valid" and self.schedule == "plateau":
             raise ValueError("schedule plateau goes by valid, of which fit_on train_valid leaves nothing")
         return self

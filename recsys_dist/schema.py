@@ -48,8 +48,12 @@ class FieldSpec(BaseModel):
     the indices 1 to `cardinality`."""
     hashed: bool = False
     """No vocabulary: a value's index is 1 + its hash (Spark's xxhash64) modulo cardinality - 1."""
-    pooling: Literal["mean", "sum"] | None = None
-    """How several embeddings become one."""
+    pooling: Literal["mean", "sum", "recency", "attention"] | None = None
+    """How several embeddings become one. recency: the mean with weights exp(-age / decay), where age is the
+    number of later ones; attention: that, and in the MLP also weighted by the candidate item. The features'
+    run says mean or sum, the others are the model's."""
+    decay: float | None = None
+    """See pooling."""
     last: int | None = None
     """history: the greatest number of events; the most recent comes last."""
     when: str | None = None

@@ -1,10 +1,10 @@
 """Arrow columns as the tensors that DeepFM reads.
 
-Legend: N rows, V numbers of a row (a value field is one, a vector field as many as its length), B examples,
-J items drawn for each.
+Legend: N rows, V numbers of a row (a value field is one, a vector field as many as its length), L greatest
+length of a history, B examples, J items drawn for each.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,13 @@ from recsys_dist.schema import UNKNOWN, FieldSpec
 
 INDEXED = ("index", "indices")
 """Types of the fields whose embeddings are looked up in a table; the other fields have numbers."""
+SEQUENCES = ("recency", "attention")
+"""Poolings for which each item of a history is looked up on its own."""
+
+
+def tabled(fields: Sequence[FieldSpec], sequence: bool = False) -> list[FieldSpec]:
+    """The fields with a table that are looked up as a bag, or as a sequence."""
+    return [f for f in fields if f.type in INDEXED and (f.pooling in SEQUENCES) == sequence]
 
 
 @dataclass
@@ -27,9 +34,11 @@ class SideBatch(Pipelineable):
     """N rows of one side's fields."""
 
     indices: KeyedJaggedTensor
-    """Keys: the fields of type `index` and `indices` in the spec's order; int32 values."""
+    """Keys: the fields of `tabled` in the spec's order; int32 values."""
     values: Tensor
     """[N, V] float32: the fields of type `value` and `vector` in the spec's order, side by side."""
+    sequences: KeyedJaggedTensor | None = None
+    """Keys: the fields that are looked up as sequences; N * L bags, a row's items first, one in each."""
 
     def __len__(self) -> int:
         return int(self.values.shape[0])
@@ -40,27 +49,27 @@ class SideBatch(Pipelineable):
         Args:
             rows: [M] int64.
         """
-        keys, offsets = self.indices.keys(), self.indices.offsets().to(torch.int64)
-        starts = torch.arange(len(keys), device=rows.device).unsqueeze(1) * len(self)
-        bags = (starts + rows).flatten()
-        lengths = offsets[bags + 1] - offsets[bags]
-        ends = lengths.cumsum(0)
-        shift = torch.repeat_interleave(offsets[bags] - ends + lengths, lengths)
-        taken = self.indices.values()[shift + torch.arange(shift.numel(), device=rows.device)]
-        indices = KeyedJaggedTensor(keys=keys, values=taken, lengths=lengths.to(torch.int32))
-        return SideBatch(indices, self.values[rows])
+        sequences = None
+        if self.sequences is not None:
+            length = self.sequences.stride() // len(self)
+            places = (rows.unsqueeze(1) * length + torch.arange(length, device=rows.device)).flatten()
+            sequences = _take(self.sequences, places)
+        return SideBatch(_take(self.indices, rows), self.values[rows], sequences)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "SideBatch":
         """The same on a device."""
         return SideBatch(
             self.indices.to(device, non_blocking=non_blocking),
             self.values.to(device, non_blocking=non_blocking),
+            None if self.sequences is None else self.sequences.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it (CUDA)."""
         self.indices.record_stream(stream)
         self.values.record_stream(stream)
+        if self.sequences is not None:
+            self.sequences.record_stream(stream)
 
 
 @dataclass
@@ -115,17 +124,45 @@ def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSp
             f"Use the features run that the model was trained on."
         )
     arrays = {field.name: _array(columns[field.name]) for field in fields}
-    indexed = [field for field in fields if field.type in INDEXED]
-    none = np.empty(0, np.int32)
-    parts = [(none, none), *(_indices(arrays[field.name], field) for field in indexed)]
-    indices = KeyedJaggedTensor(
-        keys=[field.name for field in indexed],
-        values=torch.from_numpy(np.concatenate([values for values, _ in parts])),
-        lengths=torch.from_numpy(np.concatenate([lengths for _, lengths in parts])),
-    )
-    numbers = [_numbers(arrays[field.name], field) for field in fields if field not in indexed]
+    numbers = [_numbers(arrays[field.name], field) for field in fields if field.type not in INDEXED]
     nothing = np.empty((len(arrays[fields[0].name]), 0), np.float32)
-    return SideBatch(indices, torch.from_numpy(np.concatenate([nothing, *numbers], axis=1)))
+    sequences = tabled(fields, sequence=True)
+    return SideBatch(
+        _jagged(arrays, tabled(fields)),
+        torch.from_numpy(np.concatenate([nothing, *numbers], axis=1)),
+        _jagged(arrays, sequences, max(field.last or 1 for field in sequences)) if sequences else None,
+    )
+
+
+def _jagged(
+    arrays: Mapping[str, pa.Array], fields: Sequence[FieldSpec], positions: int | None = None
+) -> KeyedJaggedTensor:
+    """A bag a row and field; with `positions`, so many bags of one value or none."""
+    none = np.empty(0, np.int32)
+    parts = [(none, none), *(_indices(arrays[field.name], field) for field in fields)]
+    lengths = np.concatenate([lengths for _, lengths in parts])
+    if positions is not None:
+        if len(lengths) and lengths.max() > positions:
+            names = ", ".join(field.name for field in fields)
+            raise DataError(f"{names}: a history of {lengths.max()} values, expected at most {positions}")
+        lengths = (np.arange(positions) < lengths[:, None]).astype(np.int32).ravel()
+    return KeyedJaggedTensor(
+        keys=[field.name for field in fields],
+        values=torch.from_numpy(np.concatenate([values for values, _ in parts])),
+        lengths=torch.from_numpy(lengths),
+    )
+
+
+def _take(jagged: KeyedJaggedTensor, rows: Tensor) -> KeyedJaggedTensor:
+    """These rows of every key."""
+    keys, offsets = jagged.keys(), jagged.offsets().to(torch.int64)
+    starts = torch.arange(len(keys), device=rows.device).unsqueeze(1) * jagged.stride()
+    bags = (starts + rows).flatten()
+    lengths = offsets[bags + 1] - offsets[bags]
+    ends = lengths.cumsum(0)
+    shift = torch.repeat_interleave(offsets[bags] - ends + lengths, lengths)
+    taken = jagged.values()[shift + torch.arange(shift.numel(), device=rows.device)]
+    return KeyedJaggedTensor(keys=keys, values=taken, lengths=lengths.to(torch.int32))
 
 
 def _array(column: pa.Array | pa.ChunkedArray) -> pa.Array:

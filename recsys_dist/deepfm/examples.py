@@ -49,6 +49,23 @@ def targets(table: pa.Table, settings: config.DeepFM) -> np.ndarray:
     return table["value" if settings.objective == "squared" else "label"].to_numpy().astype(np.float32)
 
 
+def weights(table: pa.Table, settings: config.DeepFM) -> np.ndarray:
+    """[N] float32, of mean 1: how much each example counts.
+
+    Raises:
+        DataError: a value is below 0 or none, or all are 0.
+    """
+    if not settings.sample_weight:
+        return np.ones(len(table), np.float32)
+    found = table["value"].to_numpy().astype(np.float64)
+    if not (np.isfinite(found).all() and found.min() >= 0 and found.max() > 0):
+        raise DataError(
+            f"deepfm.sample_weight=value: the examples' values are {found.min():g} to {found.max():g}; "
+            f"expected are numbers from 0 on, not all 0. Give the events a value, or leave sample_weight out."
+        )
+    return (found / found.mean()).astype(np.float32)
+
+
 class Examples:
     """The examples, in memory, and the batches of every epoch and step.
 
@@ -71,6 +88,7 @@ class Examples:
         self.items = table["item"].to_numpy()
         self.days = days_of(table["timestamp"])
         self.targets = targets(table, config.deepfm)
+        self.weights = weights(table, config.deepfm)
         self._order = functools.lru_cache(maxsize=1)(self._order_of)
         self.negatives = None
         if config.deepfm.negatives:
@@ -124,7 +142,7 @@ class Examples:
         real = mine < len(rows)
         mine = np.where(real, mine, 0)
         item = np.concatenate([self.items[rows[mine], None], drawn[mine]], axis=1)
-        weight = np.where(real, world_size / len(rows), 0).astype(np.float32)
+        weight = np.where(real, self.weights[rows[mine]] * world_size / len(rows), 0).astype(np.float32)
         return Batch(
             user=self.user.take(torch.from_numpy(rows[mine])),
             item=self.catalogue.at(

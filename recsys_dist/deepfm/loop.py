@@ -92,6 +92,7 @@ def train(task: Task, device: torch.device) -> Progress:
     dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
     log.write(WORKERS, workers)
 
+    bfloat16 = settings.precision == "bfloat16" and has_bfloat16(device)
     last = (task.refit_epochs or settings.epochs) * examples.steps
     batches = Ahead(examples, rank, world_size)
     while progress.step < last and progress.stale < settings.patience:
@@ -99,13 +100,17 @@ def train(task: Task, device: torch.device) -> Progress:
         # Dropout is the one thing left to chance; seeded by the step, a resumed training repeats it.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)[0]))
         batch = batches.get(epoch, step).to(device)
-        optimizers.begin(rate_factor(settings, progress.step, last, progress.reductions))
-        loss, _ = sharded(batch)
+        model.begin_epoch(epoch)
+        optimizers.begin(rate_factor(settings, progress.step, last, progress.reductions), epoch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+            loss, _ = sharded(batch)
         loss.backward()
         optimizers.step()
         progress.step += 1
         log.step(progress.step, loss.detach(), examples.rows(step))
         epoch_ends = step + 1 == examples.steps
+        if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
+            optimizers.finish()
         if epoch_ends:
             mean = log.mean_loss()
             if not math.isfinite(mean):
@@ -126,6 +131,13 @@ def train(task: Task, device: torch.device) -> Progress:
             _require_current(task.folder, attempt)
             checkpoints.save(sharded, optimizers.dense, progress)
     return progress
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Can the processor or GPU multiply matrices in bfloat16?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _merit(metric: str, figures: Mapping[str, float]) -> float:

@@ -9,12 +9,13 @@ A value field's embedding is its value times the field's own; a vector field's t
 number times the number's own. Either is one of the F fields.
 
 Legend: N rows, D embedding_dim (0 in `lr`), F fields of a side, V numbers of a side's value and vector
-fields, H width of the first hidden layer, B examples, J items drawn for each.
+fields, H width of the first hidden layer, A history fields with attention, L greatest length of a history, B
+examples, J items drawn for each.
 """
 
 import io
-import itertools
 import zlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,8 +28,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from recsys_dist import config
-from recsys_dist.deepfm.batches import INDEXED, Batch, SideBatch
-from recsys_dist.errors import DataError
+from recsys_dist.config import in_epoch
+from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
+from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, recency
+from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec, VocabularySpec
 from recsys_dist.workspace import OpenRun, Run
 
@@ -51,6 +54,14 @@ class Side(NamedTuple):
     """[N] second order within the side: (|sum|^2 - sum of squares) / 2."""
     hidden: Tensor
     """[N, H] the side's share of the first hidden layer, before activation; H is 0 without an MLP."""
+    history: Tensor
+    """Users: [N, A, L, D] embeddings of the items in the histories with attention. Items: [N, 0]."""
+    age: Tensor
+    """Users: [N, A, L] how many items of the history came after; below 0 where there is none. Items:
+    [N, 0]."""
+    query: Tensor
+    """Items: [N, D] the embedding that histories with attention are compared with, [N, 0] where there are
+    none. Users: [N, 0]."""
 
     def leading(self, *shape: int) -> "Side":
         """The same rows under another leading shape: `leading(-1, 1)` makes [N, 1], [N, 1, D], ..."""
@@ -94,66 +105,143 @@ class DeepFM(nn.Module):
         self.deep = settings.model in ("dnn", "deepfm")
         self.dim = 0 if settings.model == "lr" else settings.embedding_dim
         dim, widths = self.dim, settings.hidden
-        self.user_tables = _tables(self.user_fields, dim, tables or device)
-        self.item_tables = _tables(self.item_fields, dim, tables or device)
+        self.user_tables = _tables(tabled(self.user_fields), dim, tables or device)
+        self.item_tables = _tables(tabled(self.item_fields), dim, tables or device)
+        sequences = tabled(self.user_fields, sequence=True)
+        self.user_sequences = _tables(sequences, dim, tables or device) if sequences else None
+        self.attended = [field.name for field in sequences if field.pooling == "attention"]
         self.user_values = _value_weights(self.user_fields, dim, device)
         self.item_values = _value_weights(self.item_fields, dim, device)
         if self.linear:
             self.bias = nn.Parameter(torch.zeros((), device=device))
         if self.deep:
+            self.user_convolution = self._convolution(len(self.user_fields), device)
+            self.item_convolution = self._convolution(len(self.item_fields), device)
             # One Linear over the concatenation of all fields, cut into the columns of either side.
-            self.user_hidden = nn.Linear(len(self.user_fields) * dim, widths[0], device=device)
-            self.item_hidden = nn.Linear(len(self.item_fields) * dim, widths[0], bias=False, device=device)
-            layers: list[nn.Module] = [nn.ReLU(), nn.Dropout(settings.dropout)]
-            for inputs, outputs in itertools.pairwise(widths):
-                layers += [nn.Linear(inputs, outputs, device=device), nn.ReLU(), nn.Dropout(settings.dropout)]
+            inputs = [
+                len(fields) * dim + (convolution.width if convolution else 0)
+                for fields, convolution in (
+                    (self.user_fields, self.user_convolution),
+                    (self.item_fields, self.item_convolution),
+                )
+            ]
+            self.user_hidden = nn.Linear(inputs[0], widths[0], device=device)
+            self.item_hidden = nn.Linear(inputs[1], widths[0], bias=False, device=device)
+            layers: list[nn.Module] = []
+            for before, width in zip((0, *widths), widths, strict=False):
+                layers += [nn.Linear(before, width, device=device)] if before else []
+                layers += [BatchNorm(width, device)] if settings.batch_norm else []
+                layers += [nn.ReLU(), nn.Dropout(in_epoch(settings.dropout, 0))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
+            if self.attended:
+                decays = [settings.attention[name] for name in self.attended]
+                self.attention = Attention(decays, dim, widths[0], device)
         self._initialise(seed)
+
+    def _convolution(self, fields: int, device: torch.device | str) -> Convolution | None:
+        if not self.settings.convolution:
+            return None
+        return Convolution(
+            fields, self.dim, self.settings.convolution, self.settings.convolution_reach, device
+        )
+
+    @property
+    def collections(self) -> dict[str, EmbeddingBagCollection]:
+        """The modules with the tables."""
+        found = {"user_tables": self.user_tables, "item_tables": self.item_tables}
+        return found | ({"user_sequences": self.user_sequences} if self.user_sequences is not None else {})
+
+    def table(self, field: str) -> Tensor:
+        """[rows, D + PADDING] of a field of an unsharded model: factors, first-order weight, padding."""
+        name = f"table_{field}"
+        return next(
+            of.embedding_bags[name].weight for of in self.collections.values() if name in of.embedding_bags
+        )
 
     def user_side(self, batch: SideBatch) -> Side:
         """The user and context fields' part."""
-        return self._side(
-            self.user_tables(batch.indices),
-            batch,
-            self.user_fields,
-            self.user_values,
+        columns = self._columns(self.user_tables(batch.indices), batch, self.user_fields, self.user_values)
+        ages, histories = [], []
+        if self.user_sequences is not None:
+            assert batch.sequences is not None
+            by_name = self.user_sequences(batch.sequences).to_dict()
+            for field in tabled(self.user_fields, sequence=True):
+                there = batch.sequences[field.name].lengths().view(len(batch), -1)  # 1 or 0, the ones first
+                count = there.sum(1, keepdim=True)
+                age = count - 1 - torch.arange(there.shape[1], device=there.device)
+                embeddings = by_name[field.name].view(*there.shape, -1)[..., : self.dim + 1]
+                columns[field.name] = torch.einsum("nl,nld->nd", recency(age, field.decay or 1), embeddings)
+                if field.name in self.attended:
+                    ages.append(age)
+                    histories.append(embeddings[..., : self.dim])
+        side = self._side(
+            [columns[field.name] for field in self.user_fields],
+            self.user_convolution if self.deep else None,
             self.user_hidden if self.deep else None,
         )
+        if not self.attended:
+            return side
+        return side._replace(history=torch.stack(histories, 1), age=torch.stack(ages, 1))
 
     def item_side(self, batch: SideBatch) -> Side:
         """The item fields' part."""
-        return self._side(
-            self.item_tables(batch.indices),
-            batch,
-            self.item_fields,
-            self.item_values,
+        columns = self._columns(self.item_tables(batch.indices), batch, self.item_fields, self.item_values)
+        side = self._side(
+            [columns[field.name] for field in self.item_fields],
+            self.item_convolution if self.deep else None,
             self.item_hidden if self.deep else None,
         )
+        return side._replace(query=columns["item"][:, : self.dim]) if self.attended else side
 
     def fm(self, user: Side, item: Side) -> Tensor:
         """Bias, first and second order; leading shapes broadcast (Rendle 2010, lemma 3.1)."""
         first = self.bias + user.first + item.first
         if not self.factorised:
             return first
-        across = torch.einsum("...d,...d->...", user.sum, item.sum)
+        with torch.autocast(first.device.type, enabled=False):
+            across = torch.einsum("...d,...d->...", user.sum, item.sum)
         return first + user.pair + item.pair + across
 
-    def mlp(self, user: Side, item: Side) -> Tensor:
-        """The deep part; leading shapes broadcast."""
-        return self.layers(user.hidden + item.hidden).squeeze(-1)
+    def mlp(self, user: Side, item: Side, counted: Tensor | None = None) -> Tensor:
+        """The deep part; leading shapes broadcast.
 
-    def logits(self, user: Side, item: Side) -> Tensor:
+        Args:
+            user: users.
+            item: items.
+            counted: bool: which rows batch normalisation learns from; None: all.
+        """
+        x = user.hidden + item.hidden
+        if self.attended:
+            x = x + self.attention(user.history, user.age, item.query)
+        for layer in self.layers:
+            x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
+        return x.squeeze(-1).float()
+
+    def logits(self, user: Side, item: Side, counted: Tensor | None = None) -> Tensor:
         """The whole model; leading shapes broadcast: [U, 1] users and [1, I] items make [U, I]."""
         if not self.deep:
             return self.fm(user, item)
-        return self.fm(user, item) + self.mlp(user, item) if self.linear else self.mlp(user, item)
+        deep = self.mlp(user, item, counted)
+        return self.fm(user, item) + deep if self.linear else deep
+
+    @property
+    def width(self) -> int:
+        """Numbers of the widest array that `logits` makes of a pair."""
+        history = sum(field.last or 1 for field in self.user_fields if field.name in self.attended)
+        return max(1, self.user_hidden.out_features if self.deep else 0, history + 4 * self.dim)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, summed with the batch's weights, and the logits [B, 1 + J], the example's own first."""
         user = self.user_side(batch.user).leading(-1, 1)
         item = self.item_side(batch.item).leading(len(batch.user), -1)
-        logits = self.logits(user, item)
+        logits = self.logits(user, item, (batch.weight > 0).unsqueeze(1))
         return (self.loss(logits, batch) * batch.weight).sum(), logits
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Set what changes from epoch to epoch."""
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = in_epoch(self.settings.dropout, epoch)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss [B] of each example with its drawn items.
@@ -188,41 +276,45 @@ class DeepFM(nn.Module):
         assert isinstance(constant, Tensor)
         constant.fill_(prediction)
 
-    def _side(
-        self,
-        pooled: KeyedTensor,
-        batch: SideBatch,
-        fields: tuple[FieldSpec, ...],
-        weights: Tensor | None,
-        linear: nn.Linear | None,
-    ) -> Side:
+    def _columns(
+        self, pooled: KeyedTensor, batch: SideBatch, fields: tuple[FieldSpec, ...], weights: Tensor | None
+    ) -> dict[str, Tensor]:
+        """[N, D + 1] of each field but the sequences: its embedding and first-order weight."""
         dim = self.dim
         # By name: the order of a KeyedTensor's columns follows the sharding, not the fields.
         by_name, bags = pooled.to_dict(), batch.indices.to_dict()
-        columns, start = [], 0
+        columns, start = {}, 0
         for field in fields:
-            if field.type in INDEXED:
+            if field.name in by_name:
                 column = by_name[field.name][:, : dim + 1]
                 if field.pooling == "mean":
                     column = column / bags[field.name].lengths().clamp(min=1).unsqueeze(1)
-                columns.append(column)
-                continue
-            assert weights is not None
-            stop = start + field.cardinality
-            columns.append(batch.values[:, start:stop] @ weights[start:stop])
-            start = stop
+                columns[field.name] = column
+            elif field.type not in INDEXED:
+                assert weights is not None
+                stop = start + field.cardinality
+                columns[field.name] = batch.values[:, start:stop] @ weights[start:stop]
+                start = stop
+        return columns
+
+    def _side(self, columns: list[Tensor], convolution: Convolution | None, linear: nn.Linear | None) -> Side:
+        dim = self.dim
         embeddings = torch.stack(columns, dim=1)  # [N, F, D + 1]
         factors = embeddings[..., :dim]
         total = factors.sum(1)
         pair = 0.5 * (total.square() - factors.square().sum(1)).sum(-1)
-        hidden = factors.new_empty(len(factors), 0) if linear is None else linear(factors.flatten(1))
-        return Side(embeddings[..., dim].sum(1), total, pair, hidden)
+        none = factors.new_empty(len(factors), 0)
+        inputs = factors.flatten(1)
+        if convolution is not None:
+            inputs = torch.cat([inputs, convolution(factors)], dim=1)
+        hidden = none if linear is None else linear(inputs)
+        return Side(embeddings[..., dim].sum(1), total, pair, hidden, none, none, none)
 
     @torch.no_grad()
     def _initialise(self, seed: int) -> None:
         """Set the initial values, which depend on nothing but the seed and the fields."""
         dim, scale = self.dim, self.settings.init_scale
-        for collection in (self.user_tables, self.item_tables):
+        for collection in self.collections.values():
             for table in collection.embedding_bag_configs():
                 weight = collection.embedding_bags[table.name].weight
                 if not weight.is_meta:
@@ -241,13 +333,37 @@ class DeepFM(nn.Module):
         for values in (self.user_values, self.item_values):
             if values is not None:
                 values.copy_(torch.randn(values.shape, generator=generator) * scale)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | Attention):
+                weight = module.projection.weight if isinstance(module, Attention) else module.weight
+                fan_in = weight[0].numel()
+                weight.copy_(torch.randn(weight.shape, generator=generator) * fan_in**-0.5)
+                if isinstance(module, nn.Conv2d) and module.bias is not None:
+                    module.bias.zero_()
 
 
 def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
-    """The spec with the fields that the model has: all, or user and item in `mf`."""
-    if settings.model != "mf":
-        return spec
-    return spec.model_copy(update={"fields": tuple(f for f in spec.fields if f.name in ("user", "item"))})
+    """The fields that the model has: all, or user and item in `mf`; and how it pools the histories.
+
+    Raises:
+        ConfigError: recency or attention of a field that is not such a history.
+    """
+    changes: dict[str, dict[str, Any]] = {}
+    for kind in SEQUENCES:
+        for name, decay in getattr(settings, kind).items():
+            changes[name] = {"pooling": kind, "decay": decay}
+            right = [
+                f.name for f in spec.fields if f.kind == "history" and (kind == "recency" or f.of == "item")
+            ]
+            if name not in right:
+                raise ConfigError(
+                    f"deepfm.{kind}: {name} is no history{' of items' if kind == 'attention' else ''}; those "
+                    f"are {', '.join(right) or 'none: add a field of kind history'}"
+                )
+    fields = [field.model_copy(update=changes.get(field.name, {})) for field in spec.fields]
+    if settings.model == "mf":
+        fields = [field for field in fields if field.name in ("user", "item")]
+    return spec.model_copy(update={"fields": tuple(fields)})
 
 
 def initial_rows(seed: int, table: str, start: int, stop: int, dim: int, scale: float) -> Tensor:
@@ -345,7 +461,7 @@ def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> Dee
     return model.to(device).eval().requires_grad_(False)
 
 
-def _tables(fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str) -> EmbeddingBagCollection:
+def _tables(fields: Sequence[FieldSpec], dim: int, device: torch.device | str) -> EmbeddingBagCollection:
     tables = [
         EmbeddingBagConfig(
             # Not the bare name: `type` or `half` would clash with a method of torch.nn.Module.
@@ -358,7 +474,6 @@ def _tables(fields: tuple[FieldSpec, ...], dim: int, device: torch.device | str)
             pooling=PoolingType.SUM,
         )
         for field in fields
-        if field.type in INDEXED
     ]
     return EmbeddingBagCollection(tables=tables, device=torch.device(device))
 

@@ -12,6 +12,8 @@ from torchrec.optim.optimizers import SGD, Adagrad, in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys_dist import config
+from recsys_dist.config import in_epoch
+from recsys_dist.deepfm.decay import TableDecay
 from recsys_dist.deepfm.model import DeepFM
 
 OF_TABLES: dict[str, tuple[Any, dict[str, float]]] = {
@@ -25,7 +27,7 @@ DENSE = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adagrad": torch.
 def fuse(model: DeepFM) -> None:
     """Give the tables their optimizer. Before sharding: later, the sharder would leave them untrained."""
     kind, settings = OF_TABLES[model.settings.table_optimizer]
-    for collection in (model.user_tables, model.item_tables):
+    for collection in model.collections.values():
         # A fresh dict each time: the call changes it.
         rate = {"lr": model.settings.embedding_learning_rate}
         apply_optimizer_in_backward(kind, collection.parameters(), settings | rate)
@@ -37,7 +39,7 @@ def dense_optimizer(model: DistributedModelParallel, settings: config.DeepFM) ->
     kind = DENSE[settings.dense_optimizer]
     return KeyedOptimizerWrapper(
         parameters,
-        lambda found: kind(found, lr=settings.learning_rate, weight_decay=settings.weight_decay),
+        lambda found: kind(found, lr=settings.learning_rate, weight_decay=in_epoch(settings.weight_decay, 0)),
     )
 
 
@@ -57,30 +59,49 @@ def rate_factor(settings: config.DeepFM, step: int, last: int, reductions: int) 
 
 
 class Optimizers:
-    """Both optimizers of a sharded model, in step."""
+    """All that moves the weights of a sharded model, in step."""
 
     def __init__(self, model: DistributedModelParallel, settings: config.DeepFM) -> None:
         self.settings = settings
         self.dense = dense_optimizer(model, settings)
         self.fused = model.fused_optimizer
         self.parameters = [p for group in self.dense.param_groups for p in group["params"]]
+        self.decay = TableDecay(model) if settings.embedding_weight_decay else None
+        self.epoch = 0
 
-    def begin(self, factor: float) -> None:
-        """Before the forward pass: learning rates for this step, no gradients."""
+    def begin(self, factor: float, epoch: int = 0) -> None:
+        """Before the forward pass: rates and penalties for this step, no gradients.
+
+        Args:
+            factor: of `rate_factor`.
+            epoch: from 0.
+        """
+        self.epoch = epoch
         if self.settings.warmup_steps or self.settings.schedule != "constant":
             for group in self.dense.param_groups:
                 group["lr"] = self.settings.learning_rate * factor
             for group in self.fused.param_groups:
                 group["lr"] = self.settings.embedding_learning_rate * factor
             self.fused.step()  # hands the rate to the kernels, which move the tables in the backward pass
+        for group in self.dense.param_groups:
+            group["weight_decay"] = in_epoch(self.settings.weight_decay, epoch)
+        if self.decay:
+            rate = self.settings.embedding_learning_rate * factor
+            self.decay.begin(1 - rate * in_epoch(self.settings.embedding_weight_decay, epoch))
         self.dense.zero_grad()
 
     def step(self) -> None:
         """After the backward pass, which has moved the tables."""
-        if self.settings.l1:
+        l1 = in_epoch(self.settings.l1, self.epoch)
+        if l1:
             for parameter in self.parameters:
                 if parameter.grad is not None:
-                    parameter.grad.add_(parameter.detach().sign(), alpha=self.settings.l1)
+                    parameter.grad.add_(parameter.detach().sign(), alpha=l1)
         if self.settings.clip_norm is not None:
             clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.dense.step()
+
+    def finish(self) -> None:
+        """Before the weights are saved or used: bring those that are behind to where they should be."""
+        if self.decay:
+            self.decay.catch_up()

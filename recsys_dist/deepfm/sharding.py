@@ -19,8 +19,6 @@ from recsys_dist.deepfm.model import DeepFM, initial_rows
 from recsys_dist.deepfm.optimizer import fuse
 from recsys_dist.errors import ConfigError
 
-COLLECTIONS = ("user_tables", "item_tables")
-
 
 def make_plan(
     model: DeepFM, world_size: int, device: torch.device
@@ -30,7 +28,7 @@ def make_plan(
     Raises:
         ConfigError: `sharding` names a field that has no table.
     """
-    tables = [f.name for f in (*model.user_fields, *model.item_fields) if f.type in INDEXED]
+    tables = [f.name for f in model.spec.fields if f.type in INDEXED]
     strange = [name for name in model.settings.sharding if name not in tables]
     if strange:
         raise ConfigError(
@@ -39,8 +37,7 @@ def make_plan(
     sharder = EmbeddingBagCollectionSharder()
     turns = itertools.cycle(range(world_size))
     plan, described = {}, []
-    for name in COLLECTIONS:
-        collection = getattr(model, name)
+    for name, collection in model.collections.items():
         by_table = {}
         for table in collection.embedding_bag_configs():
             default = "row_wise" if table.num_embeddings >= model.settings.row_wise_from else "table_wise"

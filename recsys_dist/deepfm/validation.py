@@ -1,7 +1,7 @@
 """What the validation part says of a model, which decides when training stops: how well it ranks all items,
 or, where the model learns labels or values, how well it predicts those.
 
-Legend: U users of a chunk, I items, H width of the first hidden layer, N examples.
+Legend: U users of a chunk, I items, H numbers of a pair, N examples.
 """
 
 import itertools
@@ -124,7 +124,7 @@ class Ranking:
         for first, last in self.groups:
             share = self.items.at(_share(len(self.items)) + 1, self.days[first : first + 1])
             items = _gather(model.item_side(share.to(device)), len(self.items))
-            size = max(1, CHUNK // (len(self.items) * max(1, items.hidden.shape[1])))
+            size = max(1, CHUNK // (len(self.items) * model.width))
             per_worker = -(-(last - first) // dist.get_world_size())
             start = first + dist.get_rank() * per_worker
             stop = min(start + per_worker, last)
@@ -229,7 +229,8 @@ def _gather(side: Side, rows: int) -> Side:
     parts = []
     for part in side:
         gathered = part.new_empty((len(part) * world_size, *part.shape[1:]))
-        dist.all_gather_into_tensor(gathered, part.contiguous())
+        if gathered.numel():
+            dist.all_gather_into_tensor(gathered, part.contiguous())
         parts.append(gathered[:rows])
     return Side(*parts)
 

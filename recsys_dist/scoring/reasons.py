@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from recsys_dist.deepfm.layers import recency
 from recsys_dist.recall.inner_product import Lists
 from recsys_dist.schema import UNKNOWN
 from recsys_dist.scoring.scorers import Ranker
@@ -31,8 +32,9 @@ class Reasons:
 def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
     """Attribute the interaction of history and listed item to the items of the history.
 
-    A history field enters the FM as the mean (or sum) of its items' embeddings, so that its second-order
-    term with the listed item, <mean_j e_j, sum_i>, is a sum over j of <e_j, sum_i> / n: j's contribution.
+    A history field enters the FM as the mean (or sum, or weighted mean) of its items' embeddings, so that its
+    second-order term with the listed item, <mean_j e_j, sum_i>, is a sum over j of <e_j, sum_i> / n: j's
+    contribution.
     An item that occurs in several history fields adds up. Histories of items' attributes name no item and
     are left out; a model without a second order gives no reasons.
     """
@@ -49,9 +51,11 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
         length_B = torch.bincount(rows, minlength=len(users))
         start_B = torch.cumsum(length_B, 0) - length_B
         history_BH[rows, torch.arange(len(rows)) - start_B[rows]] = items
-        table = ranker.model.user_tables.embedding_bags[f"table_{field.name}"].weight
-        embedded_BHD = table[history_BH][..., :width]
-        if field.pooling == "mean":
+        embedded_BHD = ranker.model.table(field.name)[history_BH][..., :width]
+        if field.decay is not None:
+            age_BH = length_B[:, None] - 1 - torch.arange(history_BH.shape[1])
+            embedded_BHD = embedded_BHD * recency(age_BH, field.decay)[:, :, None]
+        elif field.pooling == "mean":
             embedded_BHD = embedded_BHD / length_B.clamp(min=1)[:, None, None]
         share_BKH = torch.einsum("bkd,bhd->bkh", listed_BKD, embedded_BHD)
         share_BKH = share_BKH.masked_fill((history_BH == UNKNOWN)[:, None], 0)

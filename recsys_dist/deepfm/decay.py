@@ -1,0 +1,82 @@
+"""Decoupled weight decay of the tables that touches a row only when it is looked up, and yet equals decay of
+the whole table before every step: a weight is multiplied by the factors of all steps that its row has missed.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from torch import Tensor
+from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+
+class TableDecay:
+    """The decay of the fused tables, of the rows that this worker holds.
+
+    Rows that were not looked up are behind until `catch_up`, after which nothing is to be remembered: a
+    checkpoint holds no trace of when a row was last seen.
+
+    Args:
+        model: sharded.
+    """
+
+    def __init__(self, model: DistributedModelParallel) -> None:
+        self.rows: list[list[Tensor]] = []
+        """Of each group of tables the weights [rows, D]."""
+        self.seen: list[list[Tensor]] = []
+        """Of each row the number of factors that it has been multiplied by."""
+        self.logs: list[float] = [0.0]
+        """Logarithm of the product of the first n factors since `catch_up`."""
+        for number, tables in enumerate(_fused(model)):
+            self.rows.append([weights.detach() for weights in tables.split_embedding_weights()])
+            self.seen.append([w.new_zeros(len(w), dtype=torch.int32) for w in self.rows[-1]])
+            tables.register_forward_pre_hook(self._hook(number), with_kwargs=True)
+
+    def begin(self, factor: float) -> None:
+        """From the coming step on every weight is multiplied by one more factor."""
+        self.logs.append(self.logs[-1] + math.log(factor))
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Bring all rows to where they should be, before the tables are saved or used."""
+        for tables, counts in zip(self.rows, self.seen, strict=True):
+            for weights, seen in zip(tables, counts, strict=True):
+                weights.mul_(self._missing(seen))
+                seen.zero_()
+        self.logs = [0.0]
+
+    def _hook(self, number: int) -> Any:
+        """What runs before a group of tables is looked up."""
+
+        @torch.no_grad()
+        def hook(tables: SplitTableBatchedEmbeddingBagsCodegen, _: Any, inputs: dict[str, Any]) -> None:
+            if len(self.logs) == 1:
+                return
+            offsets, features = inputs["offsets"], tables.feature_table_map
+            bounds = offsets[:: (len(offsets) - 1) // len(features)].tolist()
+            for feature, table in enumerate(features):
+                rows = inputs["indices"][bounds[feature] : bounds[feature + 1]]
+                weights, seen = self.rows[number][table], self.seen[number][table]
+                # A row that occurs several times is written several times, with the same values.
+                weights[rows] = weights[rows] * self._missing(seen[rows])
+                seen[rows] = len(self.logs) - 1
+
+        return hook
+
+    def _missing(self, seen: Tensor) -> Tensor:
+        """[N, 1]: the product of the factors that rows have not been multiplied by."""
+        logs = torch.tensor(self.logs, dtype=torch.float64, device=seen.device)
+        return torch.exp(logs[-1] - logs).float()[seen].unsqueeze(1)
+
+
+def _fused(model: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+    """The groups of tables, in an order that does not change."""
+    for module in model.modules():
+        if isinstance(module, ShardedEmbeddingBagCollection):
+            for lookup in module._lookups:  # nothing else leads to the kernels
+                for kernel in lookup.modules():
+                    if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
+                        yield kernel

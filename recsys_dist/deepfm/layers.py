@@ -1,0 +1,150 @@
+"""Layers of DeepFM that torch does not have, or not for every device.
+
+Legend: N rows, F fields, D factors, H width of a layer, A history fields with attention, L their length;
+`...` are leading dimensions, which broadcast.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
+from torch import Tensor, nn
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) over the rows of all workers.
+
+    torch's SyncBatchNorm is for CUDA alone, and would count rows that only fill a batch.
+
+    Args:
+        width: H.
+        device: of the parameters.
+        momentum: weight of the newest batch in the running mean and variance.
+        eps: added to the variance.
+    """
+
+    def __init__(
+        self, width: int, device: torch.device | str | None = None, momentum: float = 0.1, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+        self.weight = nn.Parameter(torch.ones(width, device=device))
+        self.bias = nn.Parameter(torch.zeros(width, device=device))
+        self.mean: Tensor
+        self.variance: Tensor
+        self.register_buffer("mean", torch.zeros(width, device=device))
+        self.register_buffer("variance", torch.ones(width, device=device))
+
+    def forward(self, x: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Normalise [..., H]; collective while training.
+
+        Args:
+            x: the rows.
+            counted: [...] bool: which rows make the mean and variance; None: all.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            mean, variance = self._statistics(x, counted) if self.training else (self.mean, self.variance)
+            return (x - mean) * (self.weight * torch.rsqrt(variance + self.eps)) + self.bias
+
+    def _statistics(self, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        ones = x.new_ones(x.shape[:-1]) if counted is None else counted.to(x.dtype).expand(x.shape[:-1])
+        rows, weights = x.flatten(0, -2), ones.flatten()
+        sums = torch.cat([weights.sum().unsqueeze(0), weights @ rows, weights @ rows.square()])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            assert dist.group.WORLD
+            sums = collectives.all_reduce(sums, "sum", dist.group.WORLD)
+        count, total, squares = sums.split([1, x.shape[-1], x.shape[-1]])
+        count = count.clamp(min=1)
+        mean = total / count
+        variance = (squares / count - mean.square()).clamp(min=0)
+        with torch.no_grad():
+            self.mean.lerp_(mean, self.momentum)
+            self.variance.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+        return mean, variance
+
+
+class Convolution(nn.Module):
+    """Convolutions along the fields, each with pooling to half of them, as in CCPM (Liu et al. 2015) and
+    FGCNN (Liu et al. 2019): patterns of fields that stand beside each other, for the MLP.
+
+    Args:
+        fields: F.
+        dim: D.
+        channels: of each convolution.
+        reach: fields that a kernel sees; odd.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        fields: int,
+        dim: int,
+        channels: Sequence[int],
+        reach: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        before = 1
+        for after in channels:
+            layers += [
+                nn.Conv2d(before, after, (reach, 1), padding="same", device=device),
+                nn.Tanh(),
+                nn.MaxPool2d((2, 1), ceil_mode=True),
+            ]
+            before, fields = after, -(-fields // 2)
+        self.layers = nn.Sequential(*layers)
+        self.width = before * fields * dim
+        """Numbers a row."""
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """[N, width] of the embeddings [N, F, D]."""
+        return self.layers(embeddings.unsqueeze(1)).flatten(1)
+
+
+class Attention(nn.Module):
+    """What the items of a history have to do with the candidate item: scaled dot products, as in DIN (Zhou et
+    al. 2018) with the softmax of Vaswani et al. 2017, less the older an item is by a learned rate; a part of
+    the attention goes to nothing, so that a history may be of no matter. Adds to the MLP's first layer.
+
+    Args:
+        decays: of each history the items after which, at first, one counts 1/e.
+        dim: D.
+        width: H.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, decays: Sequence[float], dim: int, width: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(1 / torch.tensor(decays, device=device).unsqueeze(1))
+        self.projection = nn.Linear(2 * len(decays) * dim, width, bias=False, device=device)
+
+    def forward(self, history: Tensor, age: Tensor, query: Tensor) -> Tensor:
+        """[..., H] of each pair.
+
+        Args:
+            history: [..., A, L, D] embeddings.
+            age: [..., A, L] float32: how many items came after; below 0 where there is no item.
+            query: [..., D] the candidate's embedding.
+        """
+        scores = torch.einsum("...d,...ald->...al", query, history) * query.shape[-1] ** -0.5
+        scores = (scores - age * self.rate).masked_fill(age < 0, -torch.inf)
+        weights = nn.functional.pad(scores, (0, 1)).softmax(-1)[..., :-1]
+        pooled = torch.einsum("...al,...ald->...ad", weights, history)
+        pairs = torch.cat([pooled, pooled * query.unsqueeze(-2)], dim=-1)
+        return self.projection(pairs.flatten(-2))
+
+
+def recency(age: Tensor, decay: float) -> Tensor:
+    """Weights [..., L], of sum 1, that fall with the age: exp(-age / decay); 0 where there is no item.
+
+    Args:
+        age: [..., L] as in Attention.
+        decay: items after which one counts 1/e.
+    """
+    weights = torch.exp(-age / decay).masked_fill(age < 0, 0)
+    return weights / weights.sum(-1, keepdim=True).clamp(min=1)
