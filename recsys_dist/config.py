@@ -394,7 +394,8 @@ class DeepFM(Section):
     convolution_reach: int = Field(3, ge=1)
     """Neighbouring fields that a convolution sees; odd."""
     recency: dict[str, Annotated[float, Field(gt=0)]] = {}
-    """History field to a number of items: in the field's mean, an item that so many came after counts 1/e."""
+    """History field to a number of items: in the field's mean, an item that so many came after counts 1/e. Of
+    a history of an attribute with several values, the values take the items' place."""
     attention: dict[str, Annotated[float, Field(gt=0)]] = {}
     """The same of histories of items, which the MLP also reads weighted by the candidate item."""
     precision: Literal["float32", "bfloat16"] = "float32"

@@ -137,18 +137,18 @@ def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSp
 def _jagged(
     arrays: Mapping[str, pa.Array], fields: Sequence[FieldSpec], positions: int | None = None
 ) -> KeyedJaggedTensor:
-    """A bag a row and field; with `positions`, so many bags of one value or none."""
+    """A bag a row and field; with `positions`, of its last so many values a bag each, the others empty."""
     none = np.empty(0, np.int32)
     parts = [(none, none), *(_indices(arrays[field.name], field) for field in fields)]
+    values = np.concatenate([values for values, _ in parts])
     lengths = np.concatenate([lengths for _, lengths in parts])
     if positions is not None:
-        if len(lengths) and lengths.max() > positions:
-            names = ", ".join(field.name for field in fields)
-            raise DataError(f"{names}: a history of {lengths.max()} values, expected at most {positions}")
+        later = np.repeat(lengths.cumsum(), lengths) - np.arange(1, len(values) + 1)
+        values = values[later < positions]
         lengths = (np.arange(positions) < lengths[:, None]).astype(np.int32).ravel()
     return KeyedJaggedTensor(
         keys=[field.name for field in fields],
-        values=torch.from_numpy(np.concatenate([values for values, _ in parts])),
+        values=torch.from_numpy(values),
         lengths=torch.from_numpy(lengths),
     )
 

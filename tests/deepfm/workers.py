@@ -23,11 +23,11 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     """Shard, take the first step, and return what changed. Tables come whole from rank 0, None elsewhere."""
     from recsys_dist.deepfm.examples import Examples
     from recsys_dist.deepfm.items import Items
-    from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.model import DeepFM, used_fields
     from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
     from recsys_dist.deepfm.sharding import shard
 
-    spec, device = features.spec(), torch.device("cpu")
+    spec, device = used_fields(features.spec(), config.deepfm), torch.device("cpu")
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
     sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
@@ -54,6 +54,51 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     optimizers.step()
     answer["after"] = _whole(sharded.state_dict())
     answer["fused"] = _fused(sharded)
+    answer["buffers"] = {name: buffer.clone() for name, buffer in sharded.named_buffers()}
+    return answer
+
+
+def decayed(config: Any, features: Any) -> dict[str, Any]:
+    """The tables after seven steps: with the lazy decay, with one of all rows before every step, and with
+    none; and how many rows were behind at the end. Whole from rank 0.
+    """
+    from recsys_dist.config import in_epoch
+    from recsys_dist.deepfm.examples import Examples
+    from recsys_dist.deepfm.items import Items
+    from recsys_dist.deepfm.model import DeepFM, used_fields
+    from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
+    from recsys_dist.deepfm.sharding import shard
+
+    spec = used_fields(features.spec(), config.deepfm)
+    examples = Examples(features, Items(features, spec), config)
+    answer: dict[str, Any] = {}
+    for way in ("lazy", "whole", "none"):
+        settings = config.deepfm
+        if way != "lazy":
+            settings = settings.model_copy(update={"embedding_weight_decay": 0.0})
+        model = DeepFM(spec, settings, tables="meta", seed=config.seed)
+        sharded, _ = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
+        tables = {k: t for k, t in sharded.state_dict().items() if isinstance(t, ShardedTensor)}
+        optimizers = Optimizers(sharded, settings)
+        for step in range(7):
+            epoch, factor = step // 4, rate_factor(settings, step, 100, 0)
+            if way == "whole":
+                rate = factor * settings.embedding_learning_rate
+                decay = in_epoch(config.deepfm.embedding_weight_decay, epoch)
+                for table in tables.values():
+                    for part in table.local_shards():
+                        part.tensor.detach().mul_(1 - rate * decay)
+            optimizers.begin(factor, epoch)
+            loss, _ = sharded(examples.batch(0, step, dist.get_rank(), dist.get_world_size()))
+            loss.backward()
+            optimizers.step()
+        before = _whole(tables)
+        optimizers.finish()
+        answer[way] = {name: table for name, table in _whole(tables).items() if table is not None}
+        if way == "lazy":
+            answer["behind"] = {
+                name: int((before[name] != table).any(1).sum()) for name, table in answer[way].items()
+            }
     return answer
 
 

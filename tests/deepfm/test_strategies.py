@@ -1,0 +1,272 @@
+"""What the settings of the model and its training do, against the same thing written out."""
+
+import itertools
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from recsys_dist.config import DeepFM as DeepFMSettings
+from recsys_dist.config import in_epoch
+from recsys_dist.deepfm.batches import side_batch
+from recsys_dist.deepfm.examples import Examples, weights
+from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.layers import BatchNorm, Convolution, recency
+from recsys_dist.deepfm.loop import has_bfloat16
+from recsys_dist.deepfm.model import DeepFM, used_fields
+from recsys_dist.errors import ConfigError, DataError
+from tests.deepfm.workers import decayed, one_step, run_workers
+from tests.synthetic import synthetic_config, synthetic_features
+
+EVERYTHING = {
+    "batch_norm": True,
+    "convolution": (3, 2),
+    "recency": {"genres_seen": 2.0},
+    "attention": {"recent": 3.0},
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return synthetic_config(tmp_path_factory.mktemp("root"), init_scale=0.3, batch_size=100)
+
+
+@pytest.fixture(scope="module")
+def features(config):
+    return synthetic_features(config)
+
+
+def changed(config, **changes):
+    return config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
+
+
+def first_batch(config, features):
+    spec = used_fields(features.spec(), config.deepfm)
+    return Examples(features, Items(features, spec), config).batch(0, 0, rank=0, world_size=1)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_all_of_it_on_several_workers_equals_the_unsharded_model(config, features, tmp_path, workers):
+    """100 examples on 3 workers: two rows only fill the batch, which must not show anywhere."""
+    config = changed(config, **EVERYTHING)
+    model = DeepFM(used_fields(features.spec(), config.deepfm), config.deepfm, seed=config.seed)
+    loss, _ = model(first_batch(config, features))
+    loss.backward()
+    answers = run_workers(workers, one_step, tmp_path, config, features)
+    assert sum(answer["loss"] for answer in answers) / workers == pytest.approx(loss.item(), rel=1e-5)
+    assert {row["sharding"] for row in answers[0]["plan"]} == {"row_wise", "table_wise"}
+    for name, parameter in model.named_parameters():
+        if ".embedding_bags." not in name:
+            for answer in answers:
+                torch.testing.assert_close(
+                    answer["gradients"][name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+                )
+            continue
+        accumulated = parameter.grad.square().mean(1)
+        parts = [part for answer in answers for part in answer["fused"].get(name, [])]
+        found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+        torch.testing.assert_close(found, accumulated, rtol=1e-3, atol=1e-10, msg=name)
+    for name, buffer in model.named_buffers():
+        for answer in answers:
+            torch.testing.assert_close(answer["buffers"][name], buffer, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@torch.no_grad()
+def test_recency_and_attention_written_out(config, features):
+    settings = config.deepfm.model_copy(update={name: EVERYTHING[name] for name in ("recency", "attention")})
+    spec = used_fields(features.spec(), settings)
+    model, plain = DeepFM(spec, settings, seed=3).eval(), DeepFM(features.spec(), config.deepfm).eval()
+    rows = features.table("examples").sort_by("timestamp")
+    rows = pa.concat_tables([rows.slice(0, 5), rows.slice(len(rows) - 35)])
+    lengths = {len(bag) for bag in rows["recent"].to_pylist()}
+    assert {0, 5} <= lengths
+    batch = side_batch(rows, model.user_fields)
+    items = Items(features, spec)
+    every = torch.arange(1, len(items) + 1)
+    item = model.item_side(items.at(every, torch.zeros(1)))
+    user = model.user_side(batch)
+    # Everything but the sequences from a model without them.
+    shared = plain.state_dict()
+    own = model.state_dict()
+    plain.load_state_dict({name: own.get(name, shared[name]) for name in shared})
+    bags = side_batch(rows, plain.user_fields)
+    columns = plain._columns(plain.user_tables(bags.indices), bags, plain.user_fields, plain.user_values)
+    dim = model.dim
+    for name, decay in (("recent", 3.0), ("genres_seen", 2.0)):
+        table = model.table(name)
+        for row, bag in enumerate(rows[name].to_pylist()):
+            bag = bag[-5:]  # genres_seen has several values an item
+            factors = [np.exp(-age / decay) for age in reversed(range(len(bag)))]
+            columns[name][row] = sum(
+                (f * table[i, : dim + 1] for f, i in zip(factors, bag, strict=True)), torch.zeros(dim + 1)
+            ) / max(sum(factors), 1)
+    expected = model._side(
+        [columns[field.name] for field in model.user_fields], model.user_convolution, model.user_hidden
+    )
+    for name in ("first", "sum", "pair", "hidden"):
+        torch.testing.assert_close(getattr(user, name), getattr(expected, name), msg=name)
+    logits = model.logits(user.leading(-1, 1), item.leading(1, -1))
+    candidates = model.item_tables.embedding_bags["table_item"].weight[1:, :dim]
+    for u, bag in enumerate(rows["recent"].to_pylist()):
+        for i in range(0, len(items), 11):
+            query, history = candidates[i], model.table("recent")[bag, :dim]
+            ages = torch.arange(len(bag)).flip(0)
+            scores = torch.exp(history @ query / dim**0.5 - ages / 3.0)
+            pooled = (scores / (scores.sum() + 1)) @ history  # what is left goes to nothing
+            x = user.hidden[u] + item.hidden[i]
+            x = x + model.attention.projection(torch.cat([pooled, pooled * query]))
+            other = model.fm(user.rows(u, u + 1), item.rows(i, i + 1))[0]
+            assert logits[u, i].item() == pytest.approx(
+                (other + model.layers(x)[0]).item(), rel=1e-5, abs=1e-6
+            )
+
+
+def test_batch_norm_is_that_of_torch_over_the_rows_that_count():
+    torch.manual_seed(0)
+    x = torch.randn(20, 3, 4) * 2 + 1
+    counted = torch.arange(20).unsqueeze(1) < 17
+    mine, theirs = BatchNorm(4), nn.BatchNorm1d(4)
+    for _ in range(2):
+        found = mine(x, counted)
+        torch.testing.assert_close(found[:17].flatten(0, 1), theirs(x[:17].flatten(0, 1)))
+    torch.testing.assert_close(mine.mean, theirs.running_mean)
+    torch.testing.assert_close(mine.variance, theirs.running_var)
+    assert not torch.equal(mine.mean, torch.zeros(4))
+    torch.testing.assert_close(mine.eval()(x[0]), theirs.eval()(x[0]))
+
+
+def test_a_convolution_sees_neighbouring_fields():
+    torch.manual_seed(0)
+    layer, x = Convolution(5, 4, (2,), 3), torch.randn(6, 5, 4)
+    kernel, bias = layer.layers[0].weight[:, 0, :, 0], layer.layers[0].bias
+    padded = F.pad(x, (0, 0, 1, 1))
+    made = torch.stack([torch.einsum("nrd,cr->ncd", padded[:, f : f + 3], kernel) for f in range(5)], 2)
+    made = torch.tanh(made + bias[:, None, None])
+    pooled = torch.stack([made[:, :, 0:2].amax(2), made[:, :, 2:4].amax(2), made[:, :, 4]], 2)
+    torch.testing.assert_close(layer(x), pooled.flatten(1))
+    assert layer.width == pooled[0].numel()
+
+
+def test_recency_weights():
+    age = torch.tensor([[2, 1, 0, -1], [-1, -2, -3, -4]])
+    expected = np.exp([-1.0, -0.5, 0]) / np.exp([-1.0, -0.5, 0]).sum()
+    np.testing.assert_allclose(recency(age, 2.0), [[*expected, 0], [0, 0, 0, 0]], rtol=1e-6)
+
+
+def test_lazy_decay_equals_that_of_the_whole_table_at_every_step(config, features, tmp_path):
+    """Seven steps on two workers, with rates and decays that change; and it is lazy."""
+    changes = {"embedding_weight_decay": (0.5, 0.1), "warmup_steps": 5, "attention": {"recent": 3.0}}
+    answers = run_workers(2, decayed, tmp_path, changed(config, **changes), features)
+    for name, found in answers[0]["lazy"].items():
+        torch.testing.assert_close(found, answers[0]["whole"][name], rtol=1e-5, atol=1e-7, msg=name)
+        assert not torch.allclose(found, answers[0]["none"][name], rtol=1e-3), name
+    behind = [name for name, rows in answers[0]["behind"].items() if rows]
+    assert any("table_item" in name for name in behind)
+
+
+def test_examples_count_by_their_values(config, features):
+    spec = features.spec()
+    weighted = changed(config, sample_weight="value")
+    examples = Examples(features, Items(features, spec), weighted)
+    values = np.random.default_rng(1).integers(1, 6, len(examples.items)).astype(np.float32)
+    examples.weights = weights(pa.table({"value": values}), weighted.deepfm)
+    assert examples.weights.mean() == pytest.approx(1)
+    model = DeepFM(spec, config.deepfm, seed=3)
+    shares = [examples.batch(0, 0, rank, 2) for rank in (0, 1)]
+    loss = sum(model(share)[0] for share in shares) / 2
+    plain = Examples(features, Items(features, spec), config).batch(0, 0, 0, 1)
+    each = model.loss(model(plain)[1], plain)
+    rows = np.random.default_rng([config.seed, 0]).permutation(len(values))[:100]
+    expected = (each * torch.from_numpy(values[rows])).mean() / values.mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert loss.item() != pytest.approx(each.mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("values", [[1.0, -1.0], [0.0, 0.0], [1.0, np.nan]])
+def test_values_that_are_no_weights(values):
+    settings = DeepFMSettings(sample_weight="value")
+    with pytest.raises(DataError, match="sample_weight=value: the examples' values are"):
+        weights(pa.table({"value": np.array(values, np.float32)}), settings)
+
+
+@pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16")
+def test_bfloat16_is_used_in_the_mlp_alone(config, features):
+    config = changed(config, **EVERYTHING)
+    model = DeepFM(used_fields(features.spec(), config.deepfm), config.deepfm, seed=3).eval()
+    batch = first_batch(config, features)
+    kinds = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(lambda *a, name=name: kinds.update({name: a[2].dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, logits = model(batch)
+    assert set(kinds.values()) == {torch.bfloat16}
+    expected_loss, expected = model(batch)
+    assert (loss.dtype, logits.dtype) == (torch.float32, torch.float32)
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02)
+    assert not torch.equal(logits, expected)
+    user, item = model.user_side(batch.user), model.item_side(batch.item)
+    pairs = user.leading(-1, 1), item.leading(len(batch.user), -1)
+    exact = model.fm(*pairs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.fm(*pairs), exact)
+
+
+def test_numbers_by_epoch(config, features):
+    assert [in_epoch((0.5, 0.3), epoch) for epoch in range(4)] == [0.5, 0.3, 0.3, 0.3]
+    assert in_epoch(0.2, 7) == 0.2
+    settings = config.deepfm.model_copy(update={"dropout": (0.5, 0.25)})
+    model = DeepFM(features.spec(), settings)
+    found = []
+    for epoch in range(3):
+        model.begin_epoch(epoch)
+        found.append({module.p for module in model.modules() if isinstance(module, nn.Dropout)})
+    assert found == [{0.5}, {0.25}, {0.25}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dropout": (0.5, 1.0)}, "dropout must be below 1"),
+        ({"dropout": ()}, "dropout is a number, or a list of one an epoch, found an empty list"),
+        ({"embedding_weight_decay": 20.0}, r"embedding_weight_decay must be below 1, found 0.05 \* 20"),
+        ({"convolution": (2,), "convolution_reach": 2}, "convolution_reach must be odd, found 2"),
+        ({"model": "fm", "batch_norm": True}, "batch_norm belongs to the MLP, which model fm does not have"),
+        ({"model": "lr", "attention": {"recent": 3}}, "attention belongs to the MLP"),
+    ],
+)
+def test_settings_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DeepFMSettings(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recency": {"group": 2.0}}, "recency: group is no history; those are recent, genres_seen"),
+        ({"attention": {"genres_seen": 2.0}}, "genres_seen is no history of items; those are recent"),
+    ],
+)
+def test_fields_that_do_not_fit(config, features, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        used_fields(features.spec(), config.deepfm.model_copy(update=changes))
+
+
+def test_every_setting_learns(config, features):
+    """Each strategy on its own, for a few steps of plain gradient descent: the loss falls."""
+    for name, value in EVERYTHING.items():
+        changed_config = changed(config, **{name: value})
+        model = DeepFM(used_fields(features.spec(), changed_config.deepfm), changed_config.deepfm, seed=3)
+        batch = first_batch(changed_config, features)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        losses = []
+        for _ in range(8):
+            loss, _ = model(batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert all(after < before for before, after in itertools.pairwise(losses)), (name, losses)
