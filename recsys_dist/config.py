@@ -403,6 +403,12 @@ class DeepFM(Section):
     and the factorisation machine stay float32."""
     batch_size: int = Field(4096, ge=1)
     """Positive examples a step, over all workers together."""
+    streams: int = Field(12, ge=1)
+    """Parts of an epoch that are read side by side, each shuffled on its own; a step takes the next rows of
+    all. The workers share them, so there are at least as many, and what a step consists of does not depend on
+    the number of workers."""
+    cache_megabytes: int = Field(1024, ge=0)
+    """Examples that each worker keeps in memory from one epoch to the next."""
     sample_weight: Literal["value"] | None = None
     """value: an example's loss counts by its value (the weight of its event type, a play count), divided by
     the mean value."""
@@ -475,6 +481,11 @@ class DeepFM(Section):
             raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
+        if self.num_workers > self.streams:
+            raise ValueError(
+                f"num_workers {self.num_workers} needs as many streams of examples: set streams, which is "
+                f"{self.streams}, to a multiple of it"
+            )
         for name in ("dropout", "weight_decay", "l1", "embedding_weight_decay"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is a number, or a list of one an epoch, found an empty list")

@@ -6,8 +6,10 @@ Legend: B examples of a worker's share, J items drawn for each.
 """
 
 import functools
+from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ import torch
 from recsys_dist import config
 from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import Batch, side_batch
+from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
 from recsys_dist.errors import DataError
@@ -24,23 +27,32 @@ from recsys_dist.schema import FeatureSpec
 from recsys_dist.workspace import Run
 
 
+def wanted(parts: Sequence[str], settings: config.DeepFM) -> pc.Expression:
+    """Which examples of some parts the model learns from: the positives, or all where nothing is drawn."""
+    chosen = pc.field("split").isin(list(parts))
+    return chosen & (pc.field("label") == 1) if settings.negatives else chosen
+
+
+def nothing(run: Run, spec: FeatureSpec, parts: Sequence[str], settings: config.DeepFM) -> DataError:
+    """What to say where there is no such example."""
+    kind = "positive example" if settings.negatives else "example"
+    return DataError(
+        f"{run.uri} has no {kind} in split={'+'.join(parts)}, of "
+        f"{sum(spec.rows.get(part, 0) for part in parts)} examples. Check label.positive_when and "
+        f"split.fractions, and run jobs/featurize.py again."
+    )
+
+
 def read_examples(run: Run, spec: FeatureSpec, parts: Sequence[str], settings: config.DeepFM) -> pa.Table:
-    """The examples of some parts that the model learns from: the positives, or all where nothing is drawn.
+    """All of them in memory.
 
     Raises:
         DataError: there is none.
     """
-    wanted = pc.field("split").isin(list(parts))
-    if settings.negatives:
-        wanted &= pc.field("label") == 1
-    table = run.table("examples", columns=spec.examples_schema().names, filter=wanted)
+    columns = spec.examples_schema().names
+    table = run.table("examples", columns=columns, filter=wanted(parts, settings))
     if not len(table):
-        kind = "positive example" if settings.negatives else "example"
-        raise DataError(
-            f"{run.uri} has no {kind} in split={'+'.join(parts)}, of "
-            f"{sum(spec.rows.get(part, 0) for part in parts)} examples. Check label.positive_when and "
-            f"split.fractions, and run jobs/featurize.py again."
-        )
+        raise nothing(run, spec, parts, settings)
     return table
 
 
@@ -49,50 +61,58 @@ def targets(table: pa.Table, settings: config.DeepFM) -> np.ndarray:
     return table["value" if settings.objective == "squared" else "label"].to_numpy().astype(np.float32)
 
 
-def weights(table: pa.Table, settings: config.DeepFM) -> np.ndarray:
-    """[N] float32, of mean 1: how much each example counts.
+class Counted(NamedTuple):
+    """What is to be known of the examples before they are read."""
 
-    Raises:
-        DataError: a value is below 0 or none, or all are 0.
-    """
-    if not settings.sample_weight:
-        return np.ones(len(table), np.float32)
-    found = table["value"].to_numpy().astype(np.float64)
-    if not (np.isfinite(found).all() and found.min() >= 0 and found.max() > 0):
-        raise DataError(
-            f"deepfm.sample_weight=value: the examples' values are {found.min():g} to {found.max():g}; "
-            f"expected are numbers from 0 on, not all 0. Give the events a value, or leave sample_weight out."
-        )
-    return (found / found.mean()).astype(np.float32)
+    rows: int
+    targets: float
+    """Sum of the targets."""
+    values: float
+    """Sum of the values."""
+    bad: int
+    """Values that are no weight: below 0, or not finite."""
 
 
 class Examples:
-    """The examples, in memory, and the batches of every epoch and step.
+    """The examples' batches of every epoch and step.
 
-    The items, drawn ones like the examples' own, have their fields as of the day of the event. Each worker
-    holds all examples and draws the whole step's items, of which it uses its share, so that a batch does not
-    depend on the number of workers.
+    The items, drawn ones like the examples' own, have their fields as of the day of the event. What a step
+    consists of does not depend on the number of workers: each takes the rows of its streams, and draws for
+    each stream from a generator of its own.
 
     Args:
         run: the features run.
         catalogue: its items.
         config: seed, batch size and how items are drawn.
         parts: whose examples they are.
+
+    Raises:
+        DataError: there is none, or their values are asked to be weights and are not.
     """
 
     def __init__(self, run: Run, catalogue: Items, config: Config, parts: Sequence[str] = ("train",)) -> None:
-        table = read_examples(run, catalogue.spec, parts, config.deepfm)
+        settings = config.deepfm
         self.config = config
         self.catalogue = catalogue
-        self.user = side_batch(table, catalogue.spec.side("user", "context"))
-        self.items = table["item"].to_numpy()
-        self.days = days_of(table["timestamp"])
-        self.targets = targets(table, config.deepfm)
-        self.weights = weights(table, config.deepfm)
-        self._order = functools.lru_cache(maxsize=1)(self._order_of)
+        self.fields = catalogue.spec.side("user", "context")
+        columns = catalogue.spec.examples_schema().names
+        room = settings.cache_megabytes << 20
+        groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room)
+        counted = groups.each(functools.partial(_count, settings=settings), ["label", "value"])
+        self.total = Counted(*(sum(column) for column in zip(Counted(0, 0, 0, 0), *counted, strict=True)))
+        if not self.total.rows:
+            raise nothing(run, catalogue.spec, parts, settings)
+        if settings.sample_weight and (self.total.bad or not self.total.values):
+            raise DataError(
+                f"deepfm.sample_weight=value: of the {self.total.rows} examples' values {self.total.bad} are "
+                f"below 0, missing or not finite, and the sum is {self.total.values:g}; expected are numbers "
+                f"from 0 on, not all 0. Give the events a value, or leave sample_weight out."
+            )
+        self.order = Order([of.rows for of in counted], settings.streams, settings.batch_size, config.seed)
+        self.shuffled = Shuffled(groups, self.order)
         self.negatives = None
-        if config.deepfm.negatives:
-            self.negatives = Negatives(catalogue.counts, catalogue.present, config.deepfm.negatives_power)
+        if settings.negatives:
+            self.negatives = Negatives(catalogue.counts, catalogue.present, settings.negatives_power)
 
     @property
     def average(self) -> float:
@@ -101,27 +121,26 @@ class Examples:
         """
         if self.negatives:
             return 0.0
-        mean = float(self.targets.mean(dtype=np.float64))
+        mean = self.total.targets / self.total.rows
         if self.config.deepfm.objective == "squared":
             return mean
-        half = 0.5 / len(self.targets)  # finite also where all labels are equal
+        half = 0.5 / self.total.rows  # finite also where all labels are equal
         return float(np.log(max(mean, half) / max(1 - mean, half)))
 
     @property
     def steps(self) -> int:
         """Steps in an epoch."""
-        return -(-len(self.items) // self.config.deepfm.batch_size)
+        return self.order.steps
 
     def rows(self, step: int) -> int:
         """Examples in a step of an epoch."""
-        size = self.config.deepfm.batch_size
-        return min(size, len(self.items) - step * size)
+        return self.order.size(step)
 
     def batch(self, epoch: int, step: int, rank: int, world_size: int) -> Batch:
         """One worker's share of a step.
 
-        All shares have the same size; rows that only fill the last one weigh nothing. The others weigh so
-        that the workers' mean loss is the mean over the whole step's examples.
+        All shares have the same size; rows that only fill one weigh nothing. The others weigh so that the
+        workers' mean loss is the mean over the whole step's examples.
 
         Args:
             epoch: from 0.
@@ -129,51 +148,69 @@ class Examples:
             rank: the worker.
             world_size: number of workers.
         """
-        settings = self.config.deepfm
-        seed = self.config.seed
-        rows = self._order(epoch)[step * settings.batch_size : (step + 1) * settings.batch_size]
-        generator = np.random.default_rng([seed, epoch, step])
-        if self.negatives:
-            drawn, log_probability = self.negatives.draw(self.items[rows], settings.negatives, generator)
-        else:
-            drawn, log_probability = np.empty((len(rows), 0), np.int64), np.empty((len(rows), 0), np.float32)
-        share = -(-settings.batch_size // world_size)
-        mine = np.arange(rank * share, (rank + 1) * share)
-        real = mine < len(rows)
-        mine = np.where(real, mine, 0)
-        item = np.concatenate([self.items[rows[mine], None], drawn[mine]], axis=1)
-        weight = np.where(real, self.weights[rows[mine]] * world_size / len(rows), 0).astype(np.float32)
+        settings, seed = self.config.deepfm, self.config.seed
+        streams = self.order.streams
+        own = range(rank * streams // world_size, (rank + 1) * streams // world_size)
+        share = -(-streams // world_size) * self.order.most
+        parts = [self.shuffled.take(epoch, step, stream) for stream in own]
+        table = self.shuffled.padded(parts, share)
+        real = np.arange(share) < sum(map(len, parts))
+        items = np.zeros((share, 1 + settings.negatives), np.int64)
+        items[:, 0] = table["item"].to_numpy()
+        log_probability = np.zeros((share, settings.negatives), np.float32)
+        if self.negatives and real.any():
+            drawn = [
+                self.negatives.draw(
+                    part["item"].to_numpy(),
+                    settings.negatives,
+                    np.random.default_rng([seed, epoch, step, stream]),
+                )
+                for stream, part in zip(own, parts, strict=True)
+            ]
+            items[real, 1:] = np.concatenate([found for found, _ in drawn])
+            log_probability[real] = np.concatenate([found for _, found in drawn])
+        weight = real * (world_size / self.rows(step))
+        if settings.sample_weight:
+            weight = weight * table["value"].to_numpy() / (self.total.values / self.total.rows)
         return Batch(
-            user=self.user.take(torch.from_numpy(rows[mine])),
+            user=side_batch(table, self.fields),
             item=self.catalogue.at(
-                torch.from_numpy(item.astype(np.int64).ravel()),
-                torch.from_numpy(np.repeat(self.days[rows[mine]], item.shape[1])),
+                torch.from_numpy(items.ravel()),
+                torch.from_numpy(np.repeat(days_of(table["timestamp"]), items.shape[1])),
             ),
-            log_probability=torch.from_numpy(log_probability[mine]),
-            weight=torch.from_numpy(weight),
-            label=torch.from_numpy(self.targets[rows[mine]]),
+            log_probability=torch.from_numpy(log_probability),
+            weight=torch.from_numpy(weight.astype(np.float32)),
+            label=torch.from_numpy(targets(table, settings)),
         )
 
-    def _order_of(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.config.seed, epoch]).permutation(len(self.items))
+
+def _count(table: pa.Table, settings: config.DeepFM) -> Counted:
+    values = table["value"].to_numpy().astype(np.float64)
+    bad = ~(np.isfinite(values) & (values >= 0))
+    total = float(targets(table, settings).sum(dtype=np.float64))
+    return Counted(len(table), total, float(values[~bad].sum()), int(bad.sum()))
 
 
 class Ahead:
-    """One worker's batches in order; the next one is made while this one trains."""
+    """One worker's batches in order; the next ones are made while this one trains."""
+
+    DEPTH = 4
+    """Batches that are ready or being made: the first one of a chunk takes longer than the others."""
 
     def __init__(self, examples: Examples, rank: int, world_size: int) -> None:
         self.examples, self.rank, self.world_size = examples, rank, world_size
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
-        self.next: tuple[tuple[int, int], Future[Batch]] | None = None
+        self.next: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
 
     def get(self, epoch: int, step: int) -> Batch:
-        """The batch of a step, and begin with that after it."""
-        if self.next is None or self.next[0] != (epoch, step):
-            self.next = self._begin(epoch, step)
-        batch = self.next[1].result()
-        steps = self.examples.steps
-        self.next = self._begin(epoch + (step + 1) // steps, (step + 1) % steps)
-        return batch
-
-    def _begin(self, epoch: int, step: int) -> tuple[tuple[int, int], Future[Batch]]:
-        return (epoch, step), self.pool.submit(self.examples.batch, epoch, step, self.rank, self.world_size)
+        """The batch of a step, and begin with those after it."""
+        if not self.next or self.next[0][0] != (epoch, step):
+            for _, batch in self.next:
+                batch.cancel()
+            self.next.clear()
+        place = epoch * self.examples.steps + step
+        for later in range(place + len(self.next), place + self.DEPTH + 1):
+            at = divmod(later, self.examples.steps)
+            made = self.pool.submit(self.examples.batch, *at, self.rank, self.world_size)
+            self.next.append((at, made))
+        return self.next.popleft()[1].result()

@@ -1,9 +1,13 @@
 """What the settings of the model and its training do, against the same thing written out."""
 
+import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +16,7 @@ from torch import nn
 from recsys_dist.config import DeepFM as DeepFMSettings
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import side_batch
-from recsys_dist.deepfm.examples import Examples, weights
+from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.layers import BatchNorm, Convolution, recency
 from recsys_dist.deepfm.loop import has_bfloat16
@@ -168,28 +172,34 @@ def test_lazy_decay_equals_that_of_the_whole_table_at_every_step(config, feature
 
 
 def test_examples_count_by_their_values(config, features):
-    spec = features.spec()
-    weighted = changed(config, sample_weight="value")
-    examples = Examples(features, Items(features, spec), weighted)
-    values = np.random.default_rng(1).integers(1, 6, len(examples.items)).astype(np.float32)
-    examples.weights = weights(pa.table({"value": values}), weighted.deepfm)
-    assert examples.weights.mean() == pytest.approx(1)
-    model = DeepFM(spec, config.deepfm, seed=3)
-    shares = [examples.batch(0, 0, rank, 2) for rank in (0, 1)]
-    loss = sum(model(share)[0] for share in shares) / 2
-    plain = Examples(features, Items(features, spec), config).batch(0, 0, 0, 1)
-    each = model.loss(model(plain)[1], plain)
-    rows = np.random.default_rng([config.seed, 0]).permutation(len(values))[:100]
-    expected = (each * torch.from_numpy(values[rows])).mean() / values.mean()
+    plain = changed(config, negatives=0)
+    weighted, spec = changed(plain, sample_weight="value"), features.spec()
+    items, model = Items(features, spec), DeepFM(spec, config.deepfm, seed=3)
+    values = features.table("examples", filter=pc.field("split") == "train")["value"].to_numpy()
+    assert set(values.tolist()) == {3.0, 5.0}
+    examples = Examples(features, items, weighted)
+    loss = sum(model(examples.batch(0, 0, rank, 2))[0] for rank in (0, 1)) / 2
+    batch = Examples(features, items, plain).batch(0, 0, 0, 1)
+    each = model.loss(model(batch)[1], batch)
+    expected = (each * (3 + 2 * batch.label) * batch.weight).sum() / values.mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert loss.item() != pytest.approx(each.mean().item(), rel=1e-3)
+    assert loss.item() != pytest.approx((each * batch.weight).sum().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("values", [[1.0, -1.0], [0.0, 0.0], [1.0, np.nan]])
-def test_values_that_are_no_weights(values):
-    settings = DeepFMSettings(sample_weight="value")
-    with pytest.raises(DataError, match="sample_weight=value: the examples' values are"):
-        weights(pa.table({"value": np.array(values, np.float32)}), settings)
+@pytest.mark.parametrize(("bad", "found"), [(-1.0, "1 are"), (None, "0 are"), (np.nan, "1 are")])
+def test_values_that_are_no_weights(config, features, tmp_path, bad, found):
+    shutil.copytree(features.path, tmp_path / "run")
+    for number, file in enumerate(sorted((tmp_path / "run/examples/split=train").iterdir())):
+        table = pq.read_table(file, partitioning=None)
+        values = np.zeros(len(table), np.float32) if bad is None else table["value"].to_numpy().copy()
+        if bad is not None and not number:
+            values[0] = bad
+        place = table.schema.get_field_index("value")
+        pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values)), file)
+    broken = dataclasses.replace(features, path=str(tmp_path / "run"))
+    settings = changed(config, sample_weight="value", negatives=0)
+    with pytest.raises(DataError, match=f"sample_weight=value: of the .* examples' values {found} below 0"):
+        Examples(broken, Items(features, features.spec()), settings)
 
 
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16")

@@ -1,0 +1,183 @@
+"""The examples' Parquet files, read in a shuffled order of which every worker reads its own parts.
+
+An epoch is the row groups in a seeded order, one after the other, cut into a fixed number of streams of equal
+length. A stream shuffles its rows chunk by chunk; a step takes the next rows of every stream. So the rows of
+a step depend on nothing but seed, epoch and step, each row comes once an epoch, and a worker only opens the
+row groups that its streams lie in.
+
+Legend: R row groups, N rows, S streams, T steps of an epoch.
+"""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import torch.distributed as dist
+
+CHUNK = 1 << 16
+"""Rows that are shuffled together, at least: row groups are not read in parts."""
+
+
+class RowGroups:
+    """The row groups of a data set, and of each the rows that a filter lets through.
+
+    Args:
+        dataset: of Parquet files.
+        columns: what is read.
+        wanted: the filter.
+        cache_bytes: row groups are kept in memory, those that were used last, up to so many bytes.
+    """
+
+    def __init__(
+        self, dataset: pa.dataset.Dataset, columns: Sequence[str], wanted: pc.Expression, cache_bytes: int
+    ) -> None:
+        self._schema, self._columns, self._wanted = dataset.schema, list(columns), wanted
+        files = sorted(dataset.get_fragments(filter=wanted), key=lambda file: file.path)
+        self._groups = [group for file in files for group in file.split_by_row_group()]
+        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._room = cache_bytes
+        self.empty: pa.Table = pa.schema([self._schema.field(name) for name in columns]).empty_table()
+        """No rows."""
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def read(self, number: int) -> pa.Table:
+        """The rows of a row group."""
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number]
+        table = self._read(number, self._columns)
+        self._cache[number] = table
+        self._room -= table.nbytes
+        while self._room < 0:
+            self._room += self._cache.popitem(last=False)[1].nbytes
+        return table
+
+    def each(self, of: Callable[[pa.Table], Any], columns: Sequence[str]) -> list[Any]:
+        """`of` these columns of every row group, in order. Collective: each worker reads its share."""
+        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        own = [of(self._read(n, columns)) for n in range(rank, len(self), world_size)]
+        shares: list[Any] = [own]
+        if world_size > 1:
+            shares = [None] * world_size
+            dist.all_gather_object(shares, own)
+        return [shares[n % world_size][n // world_size] for n in range(len(self))]
+
+    def _read(self, number: int, columns: Sequence[str]) -> pa.Table:
+        return self._groups[number].to_table(schema=self._schema, columns=list(columns), filter=self._wanted)
+
+
+class Chunk(NamedTuple):
+    """Rows of a stream that are shuffled together."""
+
+    start: int
+    """The first one's place in the stream."""
+    pieces: list[tuple[int, int, int]]
+    """Where they are: a row group, the first of its rows, and that after the last."""
+
+
+class Order:
+    """Which rows an epoch's steps take.
+
+    Args:
+        rows: [R] of each row group.
+        streams: S; there are fewer where a step or all row groups have fewer rows.
+        batch_size: rows of a step at most.
+        seed: of the order of row groups and rows.
+    """
+
+    def __init__(self, rows: Sequence[int], streams: int, batch_size: int, seed: int) -> None:
+        total = sum(rows)
+        self.row_groups, self.seed = list(rows), seed
+        self.streams = min(streams, batch_size, total)
+        self.cuts = [stream * total // self.streams for stream in range(self.streams + 1)]
+        """[S + 1] where the streams begin, and the last one ends."""
+        longest = -(-total // self.streams)
+        self.steps = -(-longest // (batch_size // self.streams))
+        """T."""
+        self.most = -(-longest // self.steps)
+        """Rows that a step takes of a stream at most."""
+
+    def taken(self, stream: int, step: int) -> tuple[int, int]:
+        """The first of the rows that a step takes of a stream, counted within it, and that after them."""
+        length = self.cuts[stream + 1] - self.cuts[stream]
+        return step * length // self.steps, (step + 1) * length // self.steps
+
+    def size(self, step: int) -> int:
+        """Rows of a step."""
+        taken = (self.taken(stream, step) for stream in range(self.streams))
+        return sum(stop - start for start, stop in taken)
+
+    def chunks(self, epoch: int) -> list[list[Chunk]]:
+        """[S] the chunks of every stream, in order."""
+        groups = np.random.default_rng([self.seed, epoch]).permutation(len(self.row_groups))
+        found: list[list[Chunk]] = [[] for _ in self.cuts[1:]]
+        stream = begin = 0
+        for group in groups.tolist():
+            end = begin + self.row_groups[group]
+            while begin < end:
+                while self.cuts[stream + 1] <= begin:
+                    stream += 1
+                chunks, place = found[stream], begin - self.cuts[stream]
+                if not chunks or place - chunks[-1].start >= CHUNK:
+                    chunks.append(Chunk(place, []))
+                stop = min(end, self.cuts[stream + 1])
+                first = begin - (end - self.row_groups[group])
+                chunks[-1].pieces.append((group, first, first + stop - begin))
+                begin = stop
+        return found
+
+
+class Shuffled:
+    """The rows of the streams that a worker reads.
+
+    Args:
+        groups: the row groups.
+        order: of the same row groups.
+    """
+
+    def __init__(self, groups: RowGroups, order: Order) -> None:
+        self.groups, self.order = groups, order
+        self._plan = functools.lru_cache(maxsize=2)(order.chunks)
+        self._made: dict[int, tuple[int, Chunk, pa.Table]] = {}
+
+    def take(self, epoch: int, step: int, stream: int) -> pa.Table:
+        """What a step takes of a stream."""
+        start, stop = self.order.taken(stream, step)
+        chunks = self._plan(epoch)[stream]
+        parts = []
+        for number, chunk in enumerate(chunks):
+            end = chunks[number + 1].start if number + 1 < len(chunks) else stop
+            first, last = max(start, chunk.start), min(stop, end)
+            if first < last:
+                rows = self._shuffled(epoch, stream, chunk)
+                parts.append(rows.slice(first - chunk.start, last - first))
+        return pa.concat_tables(parts) if parts else self.groups.empty
+
+    def padded(self, parts: Sequence[pa.Table], rows: int) -> pa.Table:
+        """All parts, and after them copies of a row, so that there are so many."""
+        there = [part for part in parts if len(part)]
+        missing = rows - sum(len(part) for part in there)
+        if missing:
+            group = next(group for group, count in enumerate(self.order.row_groups) if count)
+            row = (there[0] if there else self.groups.read(group)).slice(0, 1)
+            there.append(row.take(pa.array(np.zeros(missing, np.int64))))
+        return pa.concat_tables(there)
+
+    def _shuffled(self, epoch: int, stream: int, chunk: Chunk) -> pa.Table:
+        """A chunk's rows; those of each stream's latest are kept."""
+        made = self._made.get(stream)
+        if made is None or (made[0], made[1].start) != (epoch, chunk.start):
+            table = pa.concat_tables(
+                self.groups.read(group).slice(first, last - first) for group, first, last in chunk.pieces
+            ).combine_chunks()
+            generator = np.random.default_rng([self.order.seed, epoch, stream, chunk.start])
+            made = epoch, chunk, table.take(pa.array(generator.permutation(len(table))))
+            self._made[stream] = made
+        return made[2]
