@@ -417,6 +417,11 @@ class DeepFM(Section):
     its own label (objective logistic) or value (squared)."""
     negatives_power: float = Field(0.0, ge=0, le=1)
     """Items are drawn with probability proportional to (1 + train positives)^power; 0 is uniform."""
+    negatives_from: Literal["catalogue", "batch"] = "catalogue"
+    """batch: the items drawn for a positive are other positives of its stream in the same step, whatever
+    `negatives_power` says."""
+    negatives_outside_history: bool = False
+    """No item is drawn for an example that is in its longest history of items."""
     objective: Literal["logistic", "softmax", "bpr", "squared"] = "softmax"
     """`logistic`: each positive and each drawn item on its own, or each example's label; `softmax`: the
     positive against the drawn items, corrected for how often each is drawn (logQ); `bpr`: the positive above

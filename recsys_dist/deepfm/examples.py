@@ -22,8 +22,8 @@ from recsys_dist.deepfm.batches import Batch, side_batch
 from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
-from recsys_dist.errors import DataError
-from recsys_dist.schema import FeatureSpec
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.schema import FeatureSpec, pairs
 from recsys_dist.workspace import Run
 
 
@@ -112,7 +112,21 @@ class Examples:
         self.shuffled = Shuffled(groups, self.order)
         self.negatives = None
         if settings.negatives:
-            self.negatives = Negatives(catalogue.counts, catalogue.present, settings.negatives_power)
+            self.negatives = Negatives(
+                catalogue.counts,
+                catalogue.present,
+                settings.negatives_power,
+                settings.negatives_from == "batch",
+            )
+        self.history = None
+        if settings.negatives_outside_history:
+            histories = [f for f in catalogue.spec.fields if f.kind == "history" and f.of == "item"]
+            if not histories:
+                raise ConfigError(
+                    "deepfm.negatives_outside_history=true, and no field is a history of items. Add one, "
+                    "such as {name: recent, kind: history, of: item}."
+                )
+            self.history = max(histories, key=lambda field: field.last or 0)
 
     @property
     def average(self) -> float:
@@ -160,11 +174,7 @@ class Examples:
         log_probability = np.zeros((share, settings.negatives), np.float32)
         if self.negatives and real.any():
             drawn = [
-                self.negatives.draw(
-                    part["item"].to_numpy(),
-                    settings.negatives,
-                    np.random.default_rng([seed, epoch, step, stream]),
-                )
+                self._draw(part, self.negatives, [seed, epoch, step, stream])
                 for stream, part in zip(own, parts, strict=True)
             ]
             items[real, 1:] = np.concatenate([found for found, _ in drawn])
@@ -182,6 +192,19 @@ class Examples:
             weight=torch.from_numpy(weight.astype(np.float32)),
             label=torch.from_numpy(targets(table, settings)),
         )
+
+    def _draw(
+        self, rows: pa.Table, negatives: Negatives, seed: Sequence[int]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Negatives.draw for a stream's rows."""
+        history = None
+        if self.history:
+            row, items = pairs(rows[self.history.name])
+            place = np.arange(len(row)) - np.searchsorted(row, row)
+            history = np.zeros((len(rows), self.history.last or 1), np.int64)
+            history[row, place] = items
+        positives, number = rows["item"].to_numpy(), self.config.deepfm.negatives
+        return negatives.draw(positives, number, np.random.default_rng(seed), history)
 
 
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:

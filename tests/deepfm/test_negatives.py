@@ -40,3 +40,42 @@ def test_two_items_leave_no_choice():
 def test_one_item_is_refused(present):
     with pytest.raises(DataError, match="there is 1 item"):
         Negatives(np.full(len(present), 3), np.array(present), 0.0)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_nothing_of_the_history_is_drawn(power):
+    """Neither what occurs twice in it, nor what is absent, nor the positive itself changes other odds."""
+    present = ~np.isin(np.arange(1, 7), [6])
+    negatives = Negatives(COUNTS, present, power)
+    history = np.array([[4, 0, 4, 6, 1, 2]])
+    items, log_probability = negatives.draw(
+        np.full(20_000, 2), 5, np.random.default_rng(1), np.repeat(history, 20_000, axis=0)
+    )
+    expected = np.where(np.isin(np.arange(1, 7), [3, 5]), (1.0 + COUNTS) ** power, 0)
+    expected = expected / expected.sum()
+    np.testing.assert_allclose(np.bincount(items.ravel(), minlength=7)[1:] / items.size, expected, atol=0.01)
+    np.testing.assert_allclose(np.exp(log_probability), expected[items - 1], rtol=1e-5)
+
+
+def test_a_history_of_everything_leaves_all_but_the_positive():
+    negatives = Negatives(COUNTS, ALL, 0.0)
+    history = np.array([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 0]])
+    items, log_probability = negatives.draw(np.array([2, 2]), 2000, np.random.default_rng(0), history)
+    assert set(items[0].tolist()) == {1, 3, 4, 5, 6}
+    assert set(items[1].tolist()) == {6}
+    np.testing.assert_allclose(np.exp(log_probability), [[0.2] * 2000, [1.0] * 2000], rtol=1e-6)
+
+
+def test_in_a_batch_its_other_positives_are_drawn():
+    negatives = Negatives(COUNTS, ALL, 0.0, in_batch=True)
+    positives = np.array([2, 4, 4, 4, 6] * 2000)
+    items, log_probability = negatives.draw(positives, 4, np.random.default_rng(0))
+    assert set(items.ravel().tolist()) == {2, 4, 6}
+    assert not (items == positives[:, None]).any()
+    of_two = items[positives == 2]
+    assert (of_two == 4).mean() == pytest.approx(3 / 4, abs=0.01)
+    # How often an item is met is how often it is positive in the whole train part: 5, 30 and 8 of 44.
+    expected = COUNTS[items - 1] / 44 / (1 - np.minimum(COUNTS[positives - 1] / 44, 0.5))[:, None]
+    np.testing.assert_allclose(np.exp(log_probability), expected, rtol=1e-5)
+    alone, _ = negatives.draw(np.full(9, 4), 50, np.random.default_rng(0))
+    assert set(alone.ravel().tolist()) == {1, 2, 3, 5, 6}

@@ -470,6 +470,34 @@ def test_positives_and_drawn_items_have_the_fields_of_the_positives_day(plain, f
         assert {item for item, *_ in drawn} <= {row["item"] for row in rows if row["present"]}
 
 
+@pytest.mark.parametrize("source", ["catalogue", "batch"])
+def test_no_item_of_the_examples_own_history_is_drawn(plain, features, source):
+    changes = {"negatives_outside_history": True, "negatives_from": source}
+    spec = features.spec()
+    items = Items(features, spec)
+    met = {}
+    for outside in (True, False):
+        settings = plain.deepfm.model_copy(update=changes | {"negatives_outside_history": outside})
+        examples = Examples(features, items, plain.model_copy(update={"deepfm": settings}))
+        width = 1 + settings.negatives
+        met[outside] = 0
+        for step in range(examples.steps):
+            batch = examples.batch(0, step, rank=0, world_size=1)
+            drawn = batch.item.indices.to_dict()["item"].values().view(-1, width)[:, 1:].tolist()
+            histories = batch.user.indices.to_dict()["recent"].to_dense()
+            for row, history in zip(drawn, histories, strict=True):
+                met[outside] += len(set(row) & set(history.tolist()))
+    assert met[True] == 0 < met[False]
+
+
+def test_without_a_history_there_is_nothing_to_leave_out(plain, features):
+    spec = features.spec()
+    spec = spec.model_copy(update={"fields": tuple(f for f in spec.fields if f.kind != "history")})
+    settings = plain.deepfm.model_copy(update={"negatives_outside_history": True})
+    with pytest.raises(ConfigError, match="negatives_outside_history=true, and no field is a history of"):
+        Examples(features, Items(features, spec), plain.model_copy(update={"deepfm": settings}))
+
+
 @pytest.fixture(scope="module")
 def labelled(config):
     """Nothing is drawn: every example is learned with its own label."""
