@@ -92,6 +92,7 @@ class Examples:
 
     def __init__(self, run: Run, catalogue: Items, config: Config, parts: Sequence[str] = ("train",)) -> None:
         settings = config.deepfm
+        self.run = run
         self.config = config
         self.catalogue = catalogue
         self.fields = catalogue.spec.side("user", "context")
@@ -163,9 +164,7 @@ class Examples:
             world_size: number of workers.
         """
         settings, seed = self.config.deepfm, self.config.seed
-        streams = self.order.streams
-        own = range(rank * streams // world_size, (rank + 1) * streams // world_size)
-        share = -(-streams // world_size) * self.order.most
+        own, share = self._share(rank, world_size)
         parts = [self.shuffled.take(epoch, step, stream) for stream in own]
         table = self.shuffled.padded(parts, share)
         real = np.arange(share) < sum(map(len, parts))
@@ -192,6 +191,23 @@ class Examples:
             weight=torch.from_numpy(weight.astype(np.float32)),
             label=torch.from_numpy(targets(table, settings)),
         )
+
+    def numbers(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:
+        """[B] which examples one worker's share of a step holds, fillers included."""
+        own, share = self._share(rank, world_size)
+        parts = [self.shuffled.numbers(epoch, step, stream) for stream in own]
+        found = np.concatenate([*parts, np.empty(0, np.int64)])
+        return np.pad(found, (0, share - len(found)), constant_values=found[0] if len(found) else 0)
+
+    def places(self, numbers: Sequence[int]) -> list[str]:
+        """File and row in it, from 0, of examples: reads the files again, nothing remembers it."""
+        return [self.shuffled.place(number).replace(self.run.path, self.run.uri) for number in numbers]
+
+    def _share(self, rank: int, world_size: int) -> tuple[range, int]:
+        """The streams of a worker, and the rows of its share."""
+        streams = self.order.streams
+        own = range(rank * streams // world_size, (rank + 1) * streams // world_size)
+        return own, -(-streams // world_size) * self.order.most
 
     def _draw(
         self, rows: pa.Table, negatives: Negatives, seed: Sequence[int]

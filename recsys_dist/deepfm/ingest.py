@@ -10,7 +10,7 @@ Legend: R row groups, N rows, S streams, T steps of an epoch.
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,6 +68,14 @@ class RowGroups:
             shares = [None] * world_size
             dist.all_gather_object(shares, own)
         return [shares[n % world_size][n // world_size] for n in range(len(self))]
+
+    def place(self, number: int, row: int) -> str:
+        """The file, and the row in it, of a row that the filter lets through; both count from 0."""
+        group = self._groups[number]
+        mask = group.to_table(schema=self._schema, columns={"wanted": self._wanted})["wanted"]
+        before = range(group.row_groups[0].id)
+        first = sum(group.metadata.row_group(earlier).num_rows for earlier in before)
+        return f"{group.path} row {first + int(np.flatnonzero(mask.to_numpy())[row])}"
 
     def _read(self, number: int, columns: Sequence[str]) -> pa.Table:
         return self._groups[number].to_table(schema=self._schema, columns=list(columns), filter=self._wanted)
@@ -149,16 +157,39 @@ class Shuffled:
 
     def take(self, epoch: int, step: int, stream: int) -> pa.Table:
         """What a step takes of a stream."""
+        parts = [
+            self._shuffled(epoch, stream, chunk).slice(first, last - first)
+            for chunk, first, last in self._slices(epoch, step, stream)
+        ]
+        return pa.concat_tables(parts) if parts else self.groups.empty
+
+    def numbers(self, epoch: int, step: int, stream: int) -> np.ndarray:
+        """The numbers, among all rows, of what a step takes of a stream."""
+        begins = np.cumsum([0, *self.order.row_groups])
+        parts = [np.empty(0, np.int64)]
+        for chunk, first, last in self._slices(epoch, step, stream):
+            rows = np.concatenate([begins[group] + np.arange(*ends) for group, *ends in chunk.pieces])
+            parts.append(rows[self._permutation(epoch, stream, chunk, len(rows))][first:last])
+        return np.concatenate(parts)
+
+    def place(self, number: int) -> str:
+        """The file, and the row in it, of a numbered row."""
+        ends = np.cumsum(self.order.row_groups)
+        group = int(np.searchsorted(ends, number, side="right"))
+        return self.groups.place(group, number - int(ends[group]) + self.order.row_groups[group])
+
+    def _slices(self, epoch: int, step: int, stream: int) -> Iterator[tuple[Chunk, int, int]]:
+        """Where a step's rows of a stream are: a chunk, the first of its rows, and that after the last."""
         start, stop = self.order.taken(stream, step)
         chunks = self._plan(epoch)[stream]
-        parts = []
         for number, chunk in enumerate(chunks):
             end = chunks[number + 1].start if number + 1 < len(chunks) else stop
             first, last = max(start, chunk.start), min(stop, end)
             if first < last:
-                rows = self._shuffled(epoch, stream, chunk)
-                parts.append(rows.slice(first - chunk.start, last - first))
-        return pa.concat_tables(parts) if parts else self.groups.empty
+                yield chunk, first - chunk.start, last - chunk.start
+
+    def _permutation(self, epoch: int, stream: int, chunk: Chunk, rows: int) -> np.ndarray:
+        return np.random.default_rng([self.order.seed, epoch, stream, chunk.start]).permutation(rows)
 
     def padded(self, parts: Sequence[pa.Table], rows: int) -> pa.Table:
         """All parts, and after them copies of a row, so that there are so many."""
@@ -177,7 +208,7 @@ class Shuffled:
             table = pa.concat_tables(
                 self.groups.read(group).slice(first, last - first) for group, first, last in chunk.pieces
             ).combine_chunks()
-            generator = np.random.default_rng([self.order.seed, epoch, stream, chunk.start])
-            made = epoch, chunk, table.take(pa.array(generator.permutation(len(table))))
+            order = self._permutation(epoch, stream, chunk, len(table))
+            made = epoch, chunk, table.take(pa.array(order))
             self._made[stream] = made
         return made[2]

@@ -6,7 +6,6 @@ are sharded; `now.json`, where it stands between evaluations; `workers.json`, ho
 """
 
 import json
-import math
 import os
 import socket
 import time
@@ -18,18 +17,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest, write_json
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
+from recsys_dist.deepfm.not_finite import complaint
 from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
 from recsys_dist.deepfm.sharding import shard
 from recsys_dist.deepfm.start_from import take_over
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
-from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Run
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
@@ -64,7 +62,7 @@ def train(task: Task, device: torch.device) -> Progress:
 
     Raises:
         ConfigError: the settings do not fit the fields, or the loss is no longer finite.
-        DataError: there is nothing to learn from, or to measure with.
+        DataError: there is nothing to learn from or to measure with, or a number of it is not finite.
     """
     settings, seed = task.config.deepfm, task.config.seed
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -85,7 +83,8 @@ def train(task: Task, device: torch.device) -> Progress:
     if task.start_from and not whole:
         fused = sharded.fused_optimizer.state_dict()["state"]
         take_over(sharded.state_dict(), spec, task.start_from, fused)
-    log = _Log(task, attempt, progress.step)
+    last = (task.refit_epochs or settings.epochs) * examples.steps
+    log = _Log(task, attempt, progress.step, examples.steps, last)
     log.write(PLAN, plan)
     log.write(RESUMED, {"attempt": attempt, "step": progress.step, "refused": refused})
     workers: list[Any] = [None] * world_size
@@ -93,7 +92,6 @@ def train(task: Task, device: torch.device) -> Progress:
     log.write(WORKERS, workers)
 
     bfloat16 = settings.precision == "bfloat16" and has_bfloat16(device)
-    last = (task.refit_epochs or settings.epochs) * examples.steps
     batches = Ahead(examples, rank, world_size)
     while progress.step < last and progress.stale < settings.patience:
         epoch, step = divmod(progress.step, examples.steps)
@@ -103,22 +101,19 @@ def train(task: Task, device: torch.device) -> Progress:
         model.begin_epoch(epoch)
         optimizers.begin(rate_factor(settings, progress.step, last, progress.reductions), epoch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, _ = sharded(batch)
+            loss, logits = sharded(batch)
+        mean = loss.detach() / world_size
+        dist.all_reduce(mean)
+        if not mean.isfinite():  # before the tables move, which they do in the backward pass
+            raise complaint(model, examples, batch, logits, epoch, step)
         loss.backward()
         optimizers.step()
         progress.step += 1
-        log.step(progress.step, loss.detach(), examples.rows(step))
+        log.step(progress.step, float(mean), examples.rows(step))
         epoch_ends = step + 1 == examples.steps
         if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
             optimizers.finish()
         if epoch_ends:
-            mean = log.mean_loss()
-            if not math.isfinite(mean):
-                raise ConfigError(
-                    f"The training diverged: the loss of epoch {epoch + 1} is {mean}. Lower "
-                    f"deepfm.learning_rate={settings.learning_rate} or "
-                    f"deepfm.embedding_learning_rate={settings.embedding_learning_rate}."
-                )
             figures = valid.figures(model, device) if valid else {}
             merit = _merit(valid.metric, figures) if valid else float(progress.step)
             better = merit > progress.best
@@ -126,7 +121,7 @@ def train(task: Task, device: torch.device) -> Progress:
             progress.reductions += not better
             if better:
                 progress.best, progress.best_step = merit, progress.step
-            log.evaluation(epoch, progress, mean, figures | ({"metric": valid.metric} if valid else {}))
+            log.evaluation(epoch, progress, figures | ({"metric": valid.metric} if valid else {}))
         if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
             _require_current(task.folder, attempt)
             checkpoints.save(sharded, optimizers.dense, progress)
@@ -165,8 +160,9 @@ def _require_current(folder: Path, attempt: int) -> None:
 class _Log:
     """What worker 0 tells the driver. The other workers' write nothing."""
 
-    def __init__(self, task: Task, attempt: int, resumed_from: int) -> None:
+    def __init__(self, task: Task, attempt: int, resumed_from: int, epoch_steps: int, last: int) -> None:
         self.folder, self.attempt, self.resumed_from = task.folder, attempt, resumed_from
+        self.epoch_steps, self.last, self.evaluation_seconds = epoch_steps, last, 0.0
         self.negatives = task.config.deepfm.negatives
         self.active = dist.get_rank() == 0
         self.history = task.folder / HISTORY
@@ -179,39 +175,32 @@ class _Log:
             self.history.write_text("".join(f"{line}\n" for line in kept))
 
     def _restart(self) -> None:
-        self.steps, self.examples, self.seconds = 0, 0, 0.0
-        self.losses: Tensor | float = 0.0
+        self.steps, self.examples, self.seconds, self.losses = 0, 0, 0.0, 0.0
         self.start = time.monotonic()
 
-    def step(self, step: int, loss: Tensor, examples: int) -> None:
+    def step(self, step: int, loss: float, examples: int) -> None:
         """Count a step."""
         self.steps += 1
         self.examples += examples
-        self.losses = self.losses + loss
+        self.losses += loss
         now = time.monotonic()
         self.seconds = now - self.start
         if self.active and now - self.told > EVERY_SECONDS:
             self.told = now
-            self.write(NOW, {"step": step, "loss": float(self.losses) / self.steps, **self._speed()})
+            self.write(NOW, {"step": step, "loss": self.losses / self.steps, **self._speed(step)})
 
-    def mean_loss(self) -> float:
-        """The steps' mean loss since the last evaluation. Collective."""
-        assert isinstance(self.losses, Tensor)
-        mean = self.losses / self.steps
-        dist.all_reduce(mean)
-        return float(mean) / dist.get_world_size()
-
-    def evaluation(self, epoch: int, progress: Progress, loss: float, figures: Mapping[str, Any]) -> None:
+    def evaluation(self, epoch: int, progress: Progress, figures: Mapping[str, Any]) -> None:
         """Append an epoch's line."""
+        self.evaluation_seconds = time.monotonic() - self.start - self.seconds
         line = {
             "epoch": epoch + 1,
             "step": progress.step,
-            "loss": round(loss, 6),
+            "loss": round(self.losses / self.steps, 6),
             **{name: round(of, 6) if isinstance(of, float) else of for name, of in figures.items()},
             "best": progress.stale == 0,
-            **self._speed(),
+            **self._speed(progress.step),
             "train_seconds": round(self.seconds, 3),
-            "evaluation_seconds": round(time.monotonic() - self.start - self.seconds, 3),
+            "evaluation_seconds": round(self.evaluation_seconds, 3),
             "attempt": self.attempt,
             "resumed_from": self.resumed_from,
         }
@@ -226,6 +215,13 @@ class _Log:
         if self.active:
             write_json(self.folder / name, value)
 
-    def _speed(self) -> dict[str, int]:
+    def _speed(self, step: int) -> dict[str, int]:
+        """Rates since the last evaluation, and the seconds left at these if all epochs are needed."""
         rate = self.examples / max(self.seconds, 1e-9)
-        return {"examples_per_s": round(rate), "pairs_per_s": round(rate * (1 + self.negatives))}
+        evaluations = -(-(self.last - step) // self.epoch_steps)
+        left = (self.last - step) * self.seconds / self.steps + evaluations * self.evaluation_seconds
+        return {
+            "examples_per_s": round(rate),
+            "pairs_per_s": round(rate * (1 + self.negatives)),
+            "seconds_left": round(left),
+        }

@@ -283,7 +283,8 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
                     measured = f"  valid {line['metric'].upper()} {line[line['metric']]:.4f}{mark}"
                 print(
                     f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['examples_per_s']:>7,} examples/s  {line['pairs_per_s']:>9,} pairs/s{measured}",
+                    f"{line['examples_per_s']:>7,} examples/s  {line['pairs_per_s']:>9,} pairs/s{measured}  "
+                    f"left {_duration(line['seconds_left'])}",
                     flush=True,
                 )
                 printed = line["step"]
@@ -291,12 +292,19 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
             if line["step"] > printed:
                 print(
                     f"             step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['examples_per_s']:>7,} examples/s",
+                    f"{line['examples_per_s']:>7,} examples/s  left {_duration(line['seconds_left'])}",
                     flush=True,
                 )
                 printed = line["step"]
         if last:
             return
+
+
+def _duration(seconds: int) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 def _plan_text(plan: list[dict[str, Any]]) -> str:
