@@ -471,7 +471,9 @@ class DeepFM(Section):
     num_workers: int = Field(2, ge=1)
     """Ray Train workers: processes on CPU, one a GPU where there are GPUs."""
     checkpoint_every_steps: int = Field(200, ge=1)
-    """A failed worker costs at most so many steps."""
+    """A failed worker costs at most so many steps, and those while the last checkpoint was written."""
+    checkpoint_every_minutes: float | None = Field(None, gt=0)
+    """A checkpoint also where the last one was begun so many minutes ago."""
     checkpoints_kept: int = Field(2, ge=1)
     """The newest so many checkpoints are kept, beside the best."""
     max_failures: int = Field(3, ge=0)

@@ -1,8 +1,9 @@
 """Training checkpoints: folders `step_<n>-<attempt>` by torch.distributed.checkpoint.
 
-A folder counts from the moment its `sha256.json` is there, the hash of every file, which is renamed into
-place last; one whose files are not what was saved is not read. Loading one unpickles, so checkpoints are read
-from the own runs only; what is published is safetensors.
+They are written in the background, from a copy, while the training goes on. A folder counts from the moment
+its `sha256.json` is there, the hash of every file, which is renamed into place last; one whose files are not
+what was saved is not read. Loading one unpickles, so checkpoints are read from the own runs only; what is
+published is safetensors.
 """
 
 import hashlib
@@ -11,14 +12,18 @@ import math
 import os
 import re
 import shutil
+import time
 import warnings
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 
@@ -49,23 +54,51 @@ class Checkpoints:
         folder: theirs.
         attempt: number of this start of the workers, part of the names.
         keep: how many of the newest stay, beside the best.
+        device: of this worker.
     """
 
-    def __init__(self, folder: Path, attempt: int, keep: int) -> None:
+    def __init__(self, folder: Path, attempt: int, keep: int, device: torch.device) -> None:
         self.folder, self.attempt, self.keep = folder, attempt, keep
+        # A group of its own: in the training's, its messages would mix with those of the steps meanwhile.
+        self.group = dist.new_group(backend="gloo")
+        # For a GPU the copy is pinned memory, which is slow to get and therefore kept.
+        self.stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.writing: Future[None] | None = None
+        self.saved = time.monotonic()
+        """When the last one was begun."""
 
     def save(self, model: DistributedModelParallel, dense: KeyedOptimizerWrapper, progress: Progress) -> None:
-        """Save everything, then remove all but the newest and the best."""
+        """Copy everything and begin to write it; all but the newest and the best are removed after that.
+
+        One is written at a time: the next waits for it.
+        """
+        self.wait()
+        self.saved = time.monotonic()
+        state = self.stager.stage(_state(model, dense) | vars(progress))
+        self.writing = self.pool.submit(self._write, state, replace(progress))
+
+    def wait(self) -> None:
+        """Return when what was begun is complete; raise what went wrong with it."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+    def _write(self, state: dict[str, Any], progress: Progress) -> None:
         path = self.folder / f"step_{progress.step}-{self.attempt}"
-        dcp.save(_state(model, dense) | vars(progress), checkpoint_id=str(path))
-        _seal(path)
+        try:
+            dcp.save(state, checkpoint_id=str(path), process_group=self.group)
+        except CheckpointException as error:  # which is no Exception
+            raise OSError(f"checkpoint {path} could not be written: {error}") from error
+        _seal(path, self.group)
         if dist.get_rank() == 0:
-            steps = sorted({step for step, _, _ in complete(self.folder)})
+            passed = [entry for entry in found(self.folder) if entry[0] <= progress.step]
+            steps = sorted({step for step, _, other in passed if (other / SEAL).exists()})
             kept = {*steps[-self.keep :], progress.best_step}
-            for step, attempt, path in found(self.folder):
+            for step, attempt, other in passed:
                 if step not in kept or (step == progress.step and attempt != self.attempt):
-                    shutil.rmtree(path)
-        dist.barrier()
+                    shutil.rmtree(other)
+        dist.barrier(self.group)
 
     def load(self, model: DistributedModelParallel, dense: KeyedOptimizerWrapper, path: Path) -> Progress:
         """Restore everything from a checkpoint, of any number of workers."""
@@ -123,12 +156,12 @@ def _problem(path: Path, rank: int, world_size: int) -> str | None:
     return None
 
 
-def _seal(path: Path) -> None:
+def _seal(path: Path, group: dist.ProcessGroup) -> None:
     """Write down size and hash of every file, each worker those of its share. Collective."""
     names = sorted(file.name for file in path.iterdir())[dist.get_rank() :: dist.get_world_size()]
     own = {name: [(path / name).stat().st_size, _sha256(path / name)] for name in names}
     shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, own)
+    dist.all_gather_object(shares, own, group)
     if dist.get_rank() == 0:
         write_json(path / SEAL, {name: of for share in shares for name, of in share.items()})
 

@@ -6,6 +6,7 @@ are sharded; `now.json`, where it stands between evaluations; `workers.json`, ho
 """
 
 import json
+import math
 import os
 import socket
 import time
@@ -78,7 +79,7 @@ def train(task: Task, device: torch.device) -> Progress:
     assert dist.group.WORLD
     sharded, plan = shard(model, dist.group.WORLD, device, seed)
     optimizers = Optimizers(sharded, settings)
-    checkpoints = Checkpoints(task.folder, attempt, settings.checkpoints_kept)
+    checkpoints = Checkpoints(task.folder, attempt, settings.checkpoints_kept, device)
     progress = checkpoints.load(sharded, optimizers.dense, whole) if whole else Progress()
     if task.start_from and not whole:
         fused = sharded.fused_optimizer.state_dict()["state"]
@@ -102,16 +103,22 @@ def train(task: Task, device: torch.device) -> Progress:
         optimizers.begin(rate_factor(settings, progress.step, last, progress.reductions), epoch)
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             loss, logits = sharded(batch)
-        mean = loss.detach() / world_size
-        dist.all_reduce(mean)
-        if not mean.isfinite():  # before the tables move, which they do in the backward pass
+        # What all workers must judge alike: the loss, and whether one's clock asks for a checkpoint.
+        minutes = settings.checkpoint_every_minutes
+        late = minutes is not None and time.monotonic() - checkpoints.saved > 60 * minutes
+        told = torch.stack([loss.detach() / world_size, loss.new_tensor(float(late))])
+        dist.all_reduce(told)
+        mean, late_somewhere = told.tolist()
+        if not math.isfinite(mean):  # before the tables move, which they do in the backward pass
+            checkpoints.wait()
             raise complaint(model, examples, batch, logits, epoch, step)
         loss.backward()
         optimizers.step()
         progress.step += 1
-        log.step(progress.step, float(mean), examples.rows(step))
+        log.step(progress.step, mean, examples.rows(step))
         epoch_ends = step + 1 == examples.steps
-        if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
+        saves = epoch_ends or late_somewhere or progress.step % settings.checkpoint_every_steps == 0
+        if saves:
             optimizers.finish()
         if epoch_ends:
             figures = valid.figures(model, device) if valid else {}
@@ -122,9 +129,10 @@ def train(task: Task, device: torch.device) -> Progress:
             if better:
                 progress.best, progress.best_step = merit, progress.step
             log.evaluation(epoch, progress, figures | ({"metric": valid.metric} if valid else {}))
-        if epoch_ends or progress.step % settings.checkpoint_every_steps == 0:
+        if saves:
             _require_current(task.folder, attempt)
             checkpoints.save(sharded, optimizers.dense, progress)
+    checkpoints.wait()
     return progress
 
 

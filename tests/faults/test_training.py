@@ -111,6 +111,31 @@ def test_a_killed_worker_costs_the_steps_since_its_last_checkpoint(tmp_path):
     load(resumed(config, output), features.spec())
 
 
+def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before(tmp_path):
+    """Steps go on while the checkpoint is written; what is left of it is refused by name."""
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    epoch = -(-features.spec().positives["train"] // SETTINGS["batch_size"])
+    last = (epoch - 1) // 20 * 20  # of the first epoch
+    assert 60 <= last < epoch
+    with training(tmp_path, output) as process:
+        folder = wait_for(lambda: next(tmp_path.glob("deepfm/*/training"), None), process, output)
+        unfinished = folder / f"step_{last}-0"
+        unfinished.mkdir()
+        os.mkfifo(unfinished / ".metadata.tmp")  # whoever opens it to write waits for a reader
+        # The epoch's end comes after the save began, which has not ended.
+        wait_for(lambda: (folder / "history.jsonl").exists(), process, output)
+        assert list(unfinished.glob("*.distcp"))
+        assert not (unfinished / "sha256.json").exists()
+        workers = {of["rank"]: of["pid"] for of in json.loads((folder / "workers.json").read_text())}
+        os.kill(workers[0], signal.SIGKILL)
+        wait_for(lambda: gone(workers[0]), process, output)
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    assert f"checkpoint step_{last}-0 is refused: it was not finished" in output.read_text()
+    history = Path(resumed(config, output).path, "history.jsonl").read_text().splitlines()
+    assert {json.loads(line)["resumed_from"] for line in history} == {last - 20}
+
+
 def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path):
     """And ends with the very weights of a training that nothing disturbed."""
     config, output = load_config(None, overrides(tmp_path)), tmp_path / "output"
