@@ -27,13 +27,16 @@ OBJECT_STORE_BYTES = 100_000_000
 
 
 @contextlib.contextmanager
-def local_or_cluster(workers: int = 1, key: str = "deepfm.num_workers") -> Iterator[None]:
+def local_or_cluster(
+    workers: int = 1, key: str = "deepfm.num_workers", least: int | None = None
+) -> Iterator[None]:
     """Connect to the cluster of RAY_ADDRESS (a submitted job has it), else start Ray on this machine.
 
     Args:
         workers: processes of one CPU each that will be asked for at the same time. This machine runs them
             however few cores it has; a cluster must have the CPUs.
         key: the setting that decides their number, for the error.
+        least: of them, where a cluster may have fewer CPUs.
 
     Raises:
         RetryableError: the cluster cannot be reached, or a local Ray not started.
@@ -57,9 +60,10 @@ def local_or_cluster(workers: int = 1, key: str = "deepfm.num_workers") -> Itera
         raise RetryableError(f"{where} cannot be used: {error}") from error
     try:
         found = int(ray.cluster_resources().get("CPU", 0))
-        if found < workers:
+        needed = least or workers
+        if found < needed:
             raise ConfigError(
-                f"{key}={workers} needs as many CPUs, and the Ray cluster at {address} has {found}. Add "
+                f"{key}={needed} needs as many CPUs, and the Ray cluster at {address} has {found}. Add "
                 f"nodes, or give --set {key}={max(found, 1)}."
             )
         yield

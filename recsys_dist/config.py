@@ -468,8 +468,9 @@ class DeepFM(Section):
     """Tables of at least so many rows are split over the workers by rows; smaller ones live whole on one."""
     sharding: dict[str, Literal["row_wise", "table_wise"]] = {}
     """Field to how its table is split, where `row_wise_from` is not to decide."""
-    num_workers: int = Field(2, ge=1)
-    """Ray Train workers: processes on CPU, one a GPU where there are GPUs."""
+    num_workers: int | tuple[int, int] = 2
+    """Ray Train workers: processes on CPU, one a GPU where there are GPUs. A pair [least, most]: as many as
+    the cluster has room for, fewer after it has lost a node, more after it has got one."""
     checkpoint_every_steps: int = Field(200, ge=1)
     """A failed worker costs at most so many steps, and those while the last checkpoint was written."""
     checkpoint_every_minutes: float | None = Field(None, gt=0)
@@ -512,7 +513,17 @@ class DeepFM(Section):
                 raise ValueError(f"{name} belongs to the MLP, which model {self.model} does not have")
         if self.fit_on == "train_valid" and self.schedule == "plateau":
             raise ValueError("schedule plateau goes by valid, of which fit_on train_valid leaves nothing")
+        least, most = self.workers
+        if not 1 <= least <= most:
+            raise ValueError(
+                f"num_workers must be [least, most], 1 <= least <= most, found [{least}, {most}]"
+            )
         return self
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The least and the greatest number of workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
 
 class Score(Section):

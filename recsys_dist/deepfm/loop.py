@@ -2,7 +2,7 @@
 
 Worker 0 writes, beside the checkpoints: `history.jsonl`, a line an evaluation; `plan.json`, how the tables
 are sharded; `now.json`, where it stands between evaluations; `workers.json`, host and process of each;
-`resumed.json`, from which step this attempt goes on, and which checkpoints were refused.
+`resumed.json`, from which step this attempt goes on, on how many workers, and which checkpoints were refused.
 """
 
 import json
@@ -87,7 +87,7 @@ def train(task: Task, device: torch.device) -> Progress:
     last = (task.refit_epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples.steps, last)
     log.write(PLAN, plan)
-    log.write(RESUMED, {"attempt": attempt, "step": progress.step, "refused": refused})
+    log.write(RESUMED, {"attempt": attempt, "step": progress.step, "workers": world_size, "refused": refused})
     workers: list[Any] = [None] * world_size
     dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
     log.write(WORKERS, workers)

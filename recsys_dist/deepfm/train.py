@@ -50,7 +50,8 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     folder = _folder(run)
     folder.mkdir(parents=True, exist_ok=True)
     with _own(folder):
-        with local_or_cluster(config.deepfm.num_workers):
+        least, most = config.deepfm.workers
+        with local_or_cluster(most, least=least):
             fitted = _fit(config, run, folder)
         figures = _publish(config, run, fitted)
     shutil.rmtree(folder, ignore_errors=True)
@@ -160,7 +161,7 @@ def _train(config: Config, folder: Path, task: dict[str, Any]) -> None:
     # Of a driver that died.
     shutil.rmtree(folder / RAY, ignore_errors=True)
     (folder / REFUSED).unlink(missing_ok=True)
-    gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.num_workers
+    gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.workers[0]
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
     trainer = TorchTrainer(
@@ -274,7 +275,7 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
                     print(f"  {refused}", flush=True)
                 if told:
                     printed = line["step"]
-                    print(f"  a process was lost: goes on from step {line['step']:,}", flush=True)
+                    print(f"  begun anew on {line['workers']} workers, from step {printed:,}", flush=True)
         for line in _lines(folder / "history.jsonl"):
             if line["step"] > printed:
                 measured = ""

@@ -20,7 +20,7 @@ from recsys_dist.deepfm.optimizer import rate_factor
 from recsys_dist.deepfm.sharding import make_plan
 from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
-from tests.deepfm.workers import one_step, run_workers, train_in, validated
+from tests.deepfm.workers import one_step, restored, run_workers, train_in, validated
 from tests.synthetic import (
     items_as_of,
     listable,
@@ -309,6 +309,40 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_been(
     if workers == 2:
         assert all(torch.equal(state[name], original[name]) for name in original)
         assert lines[-1]["ndcg@10"] == expected[-1]["ndcg@10"]
+
+
+def fused(answers):
+    """The tables' optimizer state, put together from the workers' parts."""
+    parts = {}
+    for answer in answers:
+        for name, held in answer["fused"].items():
+            parts[name] = parts.get(name, []) + held
+    return {
+        name: torch.cat([part for _, part in sorted(held, key=lambda part: part[0])])
+        for name, held in parts.items()
+    }
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_a_checkpoint_is_the_same_under_another_plan(whole_training, config, features, tmp_path, workers):
+    """Weights and optimizer states bit for bit, of two workers' checkpoint."""
+    folder, _ = whole_training
+    other = config.deepfm.model_copy(update={"sharding": {"item": "table_wise", "group": "row_wise"}})
+    changed = config.model_copy(update={"deepfm": other})
+    before = run_workers(2, restored, tmp_path / "before", config, features, folder)
+    after = run_workers(workers, restored, tmp_path / "after", changed, features, folder)
+    kinds = [{row["table"]: row["sharding"] for row in answers[0]["plan"]} for answers in (before, after)]
+    assert sum(kinds[0][table] != kinds[1][table] for table in kinds[0]) == 2
+    saved = weights(features, config, complete(folder)[-1][2])
+    for name in saved:
+        assert torch.equal(after[0]["weights"][name], saved[name]), name
+    for found, expected in (
+        (fused(after), fused(before)),
+        *((one["dense"], before[0]["dense"]) for one in after),
+    ):
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert any(found[name].any() for name in expected)
 
 
 def test_only_the_newest_two_and_the_best_checkpoint_are_kept(whole_training):

@@ -134,6 +134,29 @@ def train_in(config: Any, features: Any, folder: Path, refit_epochs: int | None 
     return asdict(train(task, torch.device("cpu")))
 
 
+def restored(config: Any, features: Any, folder: Path) -> dict[str, Any]:
+    """What the newest checkpoint brings back: weights, and the state of either optimizer."""
+    from recsys_dist.deepfm.checkpoint import Checkpoints, newest
+    from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.optimizer import Optimizers
+    from recsys_dist.deepfm.sharding import shard
+
+    device = torch.device("cpu")
+    model = DeepFM(features.spec(), config.deepfm, tables="meta", seed=config.seed)
+    sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
+    dense = Optimizers(sharded, config.deepfm).dense
+    path, _ = newest(folder)
+    assert path
+    Checkpoints(folder, 1, 1, device).load(sharded, dense, path)
+    states = dense.state_dict()["state"]
+    return {
+        "plan": plan,
+        "weights": _whole(sharded.state_dict()),
+        "fused": _fused(sharded),
+        "dense": {f"{name} {key}": found.clone() for name in states for key, found in states[name].items()},
+    }
+
+
 def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...]) -> None:
     for name in (None, "torch", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)

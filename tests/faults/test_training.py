@@ -51,17 +51,19 @@ def gone(pid):
         return True
 
 
-def overrides(root):
+def overrides(root, more=()):
     """The job's settings."""
-    return [f"storage.root={root}", *(f"deepfm.{name}={value}" for name, value in SETTINGS.items())]
+    settings = SETTINGS | dict(more)
+    return [f"storage.root={root}", *(f"deepfm.{name}={value}" for name, value in settings.items())]
 
 
 @contextlib.contextmanager
-def training(root, output):
+def training(root, output, settings=(), variables=()):
     """The job as a process; stopped at the end where it is still there."""
     words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py")]
-    words += [word for override in overrides(root) for word in ("--set", override)]
+    words += [word for override in overrides(root, settings) for word in ("--set", override)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= dict(variables)
     with output.open("a") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment)
     try:
@@ -85,7 +87,7 @@ def under_way(root, process, output):
     return {worker["rank"]: worker["pid"] for worker in json.loads((folder / "workers.json").read_text())}
 
 
-def resumed(config, output):
+def resumed(config, output, workers=2):
     """The finished run, after checking that its history goes on after step 40 as if nothing had been."""
     (run,) = Workspace(config).runs("deepfm")
     history = [json.loads(line) for line in Path(run.path, "history.jsonl").read_text().splitlines()]
@@ -95,7 +97,7 @@ def resumed(config, output):
     assert 40 <= again[0]["resumed_from"] < again[0]["step"]
     assert [line["epoch"] for line in history] == list(range(1, SETTINGS["epochs"] + 1))
     assert run.manifest["figures"]["attempts"] == 2
-    assert f"a process was lost: goes on from step {again[0]['resumed_from']}" in output.read_text()
+    assert f"begun anew on {workers} workers, from step {again[0]['resumed_from']}\n" in output.read_text()
     assert not Path(run.path, "training").exists()
     return run
 

@@ -1,0 +1,78 @@
+"""A node of the Ray cluster is killed: an elastic training goes on with the workers that are left."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import psutil
+import pytest
+from ray.cluster_utils import Cluster
+
+from recsys_dist.deepfm.model import load
+from tests.faults.test_training import (
+    DEADLINE_SECONDS,
+    SETTINGS,
+    gone,
+    resumed,
+    training,
+    under_way,
+    wait_for,
+)
+from tests.synthetic import synthetic_config, synthetic_features
+
+
+@pytest.fixture
+def cluster():
+    """A head and another node, with a CPU each."""
+    nodes = Cluster(
+        initialize_head=True,
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "object_store_memory": 100_000_000,
+            "_system_config": {"health_check_period_ms": 1000, "health_check_failure_threshold": 3},
+        },
+    )
+    try:
+        other = nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
+        yield nodes, other
+    finally:
+        nodes.shutdown()
+
+
+def test_a_training_outlives_a_node(cluster, tmp_path):
+    nodes, other = cluster
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    environment = {
+        "RAY_ADDRESS": nodes.address,
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+    with training(tmp_path, output, {"num_workers": "[1,2]"}, environment) as process:
+        workers = under_way(tmp_path, process, output)
+        assert set(workers) == {0, 1}
+        (folder,) = tmp_path.glob("deepfm/*/training")
+        raylet = psutil.Process(other.all_processes["raylet"][0].process.pid)
+        family = [raylet, *raylet.children(recursive=True)]
+        lost = set(workers.values()) & {one.pid for one in family}
+        assert len(lost) == 1
+        for one in family:
+            os.kill(one.pid, signal.SIGKILL)
+        newest = max(int(path.parent.name[5:].split("-")[0]) for path in folder.glob("step_*/sha256.json"))
+        left = wait_for(
+            lambda: len(found := json.loads((folder / "workers.json").read_text())) == 1 and found,
+            process,
+            output,
+        )
+        assert all(gone(one.pid) for one in family)
+        alive = {node["NodeID"]: node["Alive"] for node in nodes.global_state.node_table()}
+        assert alive == {nodes.head_node.node_id: True, other.node_id: False}
+        assert left[0]["pid"] not in workers.values()
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    run = resumed(config, output, workers=1)
+    *_, last = Path(run.path, "history.jsonl").read_text().splitlines()
+    resumed_from = json.loads(last)["resumed_from"]
+    assert resumed_from in (newest, newest + SETTINGS["checkpoint_every_steps"])
+    load(run, features.spec())
