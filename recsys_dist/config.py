@@ -489,11 +489,12 @@ class DeepFM(Section):
             raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
-        if self.num_workers > self.streams:
-            raise ValueError(
-                f"num_workers {self.num_workers} needs as many streams of examples: set streams, which is "
-                f"{self.streams}, to a multiple of it"
-            )
+        if self.fit_on == "train_valid" and self.schedule == "plateau":
+            raise ValueError("schedule plateau goes by valid, of which fit_on train_valid leaves nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _strategies(self) -> "DeepFM":
         for name in ("dropout", "weight_decay", "l1", "embedding_weight_decay"):
             if getattr(self, name) == ():
                 raise ValueError(f"{name} is a number, or a list of one an epoch, found an empty list")
@@ -511,12 +512,19 @@ class DeepFM(Section):
         for name in ("batch_norm", "convolution", "attention"):
             if getattr(self, name) and self.model not in ("dnn", "deepfm"):
                 raise ValueError(f"{name} belongs to the MLP, which model {self.model} does not have")
-        if self.fit_on == "train_valid" and self.schedule == "plateau":
-            raise ValueError("schedule plateau goes by valid, of which fit_on train_valid leaves nothing")
+        return self
+
+    @model_validator(mode="after")
+    def _workers(self) -> "DeepFM":
         least, most = self.workers
         if not 1 <= least <= most:
             raise ValueError(
                 f"num_workers must be [least, most], 1 <= least <= most, found [{least}, {most}]"
+            )
+        if most > self.streams:
+            raise ValueError(
+                f"num_workers {most} needs as many streams of examples: set streams, which is "
+                f"{self.streams}, to a multiple of it"
             )
         return self
 
