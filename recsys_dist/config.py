@@ -464,10 +464,9 @@ class DeepFM(Section):
     embedding_weight_decay: Scheduled = 0.0
     """Of the tables, decoupled: before every step each weight is multiplied by 1 - embedding learning rate *
     this, those that are not looked up as well. May change from epoch to epoch."""
-    row_wise_from: int = Field(1000, ge=2)
-    """Tables of at least so many rows are split over the workers by rows; smaller ones live whole on one."""
-    sharding: dict[str, Literal["row_wise", "table_wise"]] = {}
-    """Field to how its table is split, where `row_wise_from` is not to decide."""
+    sharding: dict[str, Literal["row_wise", "table_wise", "data_parallel", "table_row_wise"]] = {}
+    """Field to how its table is split, where TorchRec's planner is not to decide: by rows over all workers,
+    whole on one, whole on every one; with GPUs also by rows over those of one node."""
     num_workers: int | tuple[int, int] = 2
     """Ray Train workers: processes on CPU, one a GPU where there are GPUs. A pair [least, most]: as many as
     the cluster has room for, fewer after it has lost a node, more after it has got one."""

@@ -20,6 +20,7 @@ from recsys_dist.workspace import Run, Workspace
 
 GROUPS = 4
 START = dt.datetime(2024, 1, 1, tzinfo=dt.UTC)
+ROW_WISE = "{user: row_wise, item: row_wise, recent: row_wise}"
 CUTS = {"valid": 0.8, "test": 0.9, "date": 1.0}
 ACTIVE_TO = {1: START + dt.timedelta(days=4)}
 ACTIVE_FROM = {2: START + dt.timedelta(days=4, hours=12)}
@@ -27,7 +28,8 @@ ACTIVE_FROM = {2: START + dt.timedelta(days=4, hours=12)}
 
 def synthetic_config(root: Any, **deepfm: Any) -> Config:
     """The default configuration with this root and these settings of the model."""
-    small = {"embedding_dim": 4, "hidden": [16, 8], "batch_size": 64, "epochs": 2, "row_wise_from": 40}
+    small = {"embedding_dim": 4, "hidden": [16, 8], "batch_size": 64, "epochs": 2}
+    small |= {"sharding": ROW_WISE}
     small |= {"objective": "logistic", "negatives": 4}
     overrides = [f"deepfm.{key}={value}" for key, value in (small | deepfm).items()]
     return load(None, [f"storage.root={root}", *overrides])

@@ -25,7 +25,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.optim.keyed import KeyedOptimizerWrapper
+
+from recsys_dist.deepfm.optimizer import Optimizers
 
 NAME = re.compile(r"step_(\d+)-(\d+)")
 SEAL = "sha256.json"
@@ -68,14 +69,14 @@ class Checkpoints:
         self.saved = time.monotonic()
         """When the last one was begun."""
 
-    def save(self, model: DistributedModelParallel, dense: KeyedOptimizerWrapper, progress: Progress) -> None:
+    def save(self, model: DistributedModelParallel, optimizers: Optimizers, progress: Progress) -> None:
         """Copy everything and begin to write it; all but the newest and the best are removed after that.
 
         One is written at a time: the next waits for it.
         """
         self.wait()
         self.saved = time.monotonic()
-        state = self.stager.stage(_state(model, dense) | vars(progress))
+        state = self.stager.stage(_state(model, optimizers) | vars(progress))
         self.writing = self.pool.submit(self._write, state, replace(progress))
 
     def wait(self) -> None:
@@ -100,14 +101,13 @@ class Checkpoints:
                     shutil.rmtree(other)
         dist.barrier(self.group)
 
-    def load(self, model: DistributedModelParallel, dense: KeyedOptimizerWrapper, path: Path) -> Progress:
-        """Restore everything from a checkpoint, of any number of workers."""
-        dense.init_state()  # or Adam's state would silently not be loaded
-        state = _state(model, dense) | vars(Progress())
-        dcp.load(state, checkpoint_id=str(path))
+    def load(self, model: DistributedModelParallel, optimizers: Optimizers, path: Path) -> Progress:
+        """Restore everything from a checkpoint, of any number of workers and under any plan."""
+        optimizers.dense.init_state()  # or Adam's state would silently not be loaded
+        state = _state(model, optimizers) | vars(Progress())
+        dcp.load(state, checkpoint_id=str(path))  # into the tensors themselves
         model.load_state_dict(state["model"])
-        model.fused_optimizer.load_state_dict(state["fused"])
-        dense.load_state_dict(state["dense"])
+        optimizers.dense.load_state_dict(state["dense"])
         return Progress(**{name: state[name] for name in vars(Progress())})
 
 
@@ -190,9 +190,10 @@ def read_into(state: dict[str, Any], path: str) -> None:
         dcp.load(state, checkpoint_id=path, no_dist=True)
 
 
-def _state(model: DistributedModelParallel, dense: KeyedOptimizerWrapper) -> dict[str, Any]:
+def _state(model: DistributedModelParallel, optimizers: Optimizers) -> dict[str, Any]:
+    # Of the tables' optimizer nothing but its tensors: rates follow from the step.
     return {
         "model": model.state_dict(),
-        "fused": model.fused_optimizer.state_dict(),
-        "dense": dense.state_dict(),
+        "fused": {"state": optimizers.of_tables()},
+        "dense": optimizers.dense.state_dict(),
     }

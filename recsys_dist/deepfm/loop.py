@@ -80,10 +80,9 @@ def train(task: Task, device: torch.device) -> Progress:
     sharded, plan = shard(model, dist.group.WORLD, device, seed)
     optimizers = Optimizers(sharded, settings)
     checkpoints = Checkpoints(task.folder, attempt, settings.checkpoints_kept, device)
-    progress = checkpoints.load(sharded, optimizers.dense, whole) if whole else Progress()
+    progress = checkpoints.load(sharded, optimizers, whole) if whole else Progress()
     if task.start_from and not whole:
-        fused = sharded.fused_optimizer.state_dict()["state"]
-        take_over(sharded.state_dict(), spec, task.start_from, fused)
+        take_over(sharded.state_dict(), spec, task.start_from, optimizers.of_tables())
     last = (task.refit_epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples.steps, last)
     log.write(PLAN, plan)
@@ -131,7 +130,7 @@ def train(task: Task, device: torch.device) -> Progress:
             log.evaluation(epoch, progress, figures | ({"metric": valid.metric} if valid else {}))
         if saves:
             _require_current(task.folder, attempt)
-            checkpoints.save(sharded, optimizers.dense, progress)
+            checkpoints.save(sharded, optimizers, progress)
     checkpoints.wait()
     return progress
 

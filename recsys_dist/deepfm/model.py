@@ -346,8 +346,15 @@ def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
     """The fields that the model has: all, or user and item in `mf`; and how it pools the histories.
 
     Raises:
-        ConfigError: recency or attention of a field that is not such a history.
+        ConfigError: recency or attention of a field that is not such a history, sharding of one without a
+            table.
     """
+    tables = [field.name for field in spec.fields if field.type in INDEXED]
+    strange = [name for name in settings.sharding if name not in tables]
+    if strange:
+        raise ConfigError(
+            f"deepfm.sharding: {', '.join(strange)} has no table; fields with one are {', '.join(tables)}"
+        )
     changes: dict[str, dict[str, Any]] = {}
     for kind in SEQUENCES:
         for name, decay in getattr(settings, kind).items():

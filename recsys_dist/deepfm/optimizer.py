@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
@@ -16,11 +17,19 @@ from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.decay import TableDecay
 from recsys_dist.deepfm.model import DeepFM
 
+TABLES = ".embedding_bags."
+"""In the name of every table's weights."""
 OF_TABLES: dict[str, tuple[Any, dict[str, float]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
     "adagrad": (Adagrad, {"eps": 1e-8}),
     "sgd": (SGD, {}),
 }
+ON_EVERY_WORKER: dict[str, Any] = {
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adagrad": torch.optim.Adagrad,
+    "sgd": torch.optim.SGD,
+}
+"""The same formulas for a table that is whole on every worker, of which torchrec fuses none."""
 DENSE = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
 
 
@@ -35,7 +44,11 @@ def fuse(model: DeepFM) -> None:
 
 def dense_optimizer(model: DistributedModelParallel, settings: config.DeepFM) -> KeyedOptimizerWrapper:
     """The optimizer of all that is not in a table."""
-    parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
+    parameters = {
+        name: parameter
+        for name, parameter in in_backward_optimizer_filter(model.named_parameters())
+        if TABLES not in name
+    }
     kind = DENSE[settings.dense_optimizer]
     return KeyedOptimizerWrapper(
         parameters,
@@ -58,6 +71,47 @@ def rate_factor(settings: config.DeepFM, step: int, last: int, reductions: int) 
     return warm * settings.plateau_factor**reductions if settings.schedule == "plateau" else warm
 
 
+class Replicated:
+    """The optimizer of the tables that are whole on every worker, with the state that a fused one keeps.
+
+    Args:
+        model: sharded.
+        settings: which optimizer.
+    """
+
+    def __init__(self, model: DistributedModelParallel, settings: config.DeepFM) -> None:
+        named = in_backward_optimizer_filter(model.named_parameters())
+        self.tables = {name: parameter for name, parameter in named if TABLES in name}
+        kind, (_, keywords) = ON_EVERY_WORKER[settings.table_optimizer], OF_TABLES[settings.table_optimizer]
+        self.optimizer: torch.optim.Optimizer | None = None
+        if self.tables:
+            rate = settings.embedding_learning_rate
+            self.optimizer = kind(list(self.tables.values()), lr=rate, **keywords)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Of each table the tensors that the fused optimizer would have, under the same names."""
+        if self.optimizer is None:
+            return {}
+        return {
+            name: {f"{name.split('.')[-2]}.momentum1": state["sum"].squeeze(-1)}
+            for name, table in self.tables.items()
+            if "sum" in (state := self.optimizer.state[table])
+        }
+
+    def begin(self, rate: float, decay: float) -> None:
+        """Before the forward pass: the step's rate, what all weights are multiplied by, no gradients."""
+        if self.optimizer is not None:
+            self.optimizer.param_groups[0]["lr"] = rate
+            self.optimizer.zero_grad()
+            if decay != 1:
+                torch._foreach_mul_([table.detach() for table in self.tables.values()], decay)
+
+    def step(self) -> None:
+        """After the backward pass."""
+        if self.optimizer is not None:
+            self.optimizer.step()
+
+
 class Optimizers:
     """All that moves the weights of a sharded model, in step."""
 
@@ -66,6 +120,7 @@ class Optimizers:
         self.dense = dense_optimizer(model, settings)
         self.fused = model.fused_optimizer
         self.parameters = [p for group in self.dense.param_groups for p in group["params"]]
+        self.replicated = Replicated(model, settings)
         self.decay = TableDecay(model) if settings.embedding_weight_decay else None
         self.epoch = 0
 
@@ -85,9 +140,11 @@ class Optimizers:
             self.fused.step()  # hands the rate to the kernels, which move the tables in the backward pass
         for group in self.dense.param_groups:
             group["weight_decay"] = in_epoch(self.settings.weight_decay, epoch)
+        rate = self.settings.embedding_learning_rate * factor
+        decay = 1 - rate * in_epoch(self.settings.embedding_weight_decay, epoch)
         if self.decay:
-            rate = self.settings.embedding_learning_rate * factor
-            self.decay.begin(1 - rate * in_epoch(self.settings.embedding_weight_decay, epoch))
+            self.decay.begin(decay)
+        self.replicated.begin(rate, decay)
         self.dense.zero_grad()
 
     def step(self) -> None:
@@ -100,6 +157,12 @@ class Optimizers:
         if self.settings.clip_norm is not None:
             clip_grad_norm_(self.parameters, self.settings.clip_norm)
         self.dense.step()
+        self.replicated.step()
+
+    def of_tables(self) -> dict[str, dict[str, Any]]:
+        """The state of the tables' optimizer, a tensor sharded as its table is."""
+        state: dict[str, dict[str, Any]] = self.fused.state_dict()["state"]
+        return state | self.replicated.state()
 
     def finish(self) -> None:
         """Before the weights are saved or used: bring those that are behind to where they should be."""

@@ -1,8 +1,8 @@
-"""Where each table lives: large ones cut by rows over all workers, small ones whole on one worker each,
-unless the settings say otherwise.
+"""Where each table lives: cut by rows over all workers, whole on one, or whole on every one, as TorchRec's
+planner finds cheapest, unless the settings say otherwise.
 """
 
-import itertools
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +10,8 @@ import torch
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise, table_wise
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from recsys_dist import config
@@ -19,50 +20,67 @@ from recsys_dist.deepfm.model import DeepFM, initial_rows
 from recsys_dist.deepfm.optimizer import fuse
 from recsys_dist.errors import ConfigError
 
+OFFERED = ["row_wise", "table_wise", "data_parallel"]
+"""What the planner chooses from. Cut by columns the optimizer's state could not be resharded."""
+
+
+class Sharder(EmbeddingBagCollectionSharder):
+    """Offers the planner what works on CPU too, where torchrec keeps row_wise from it."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        """See torchrec."""
+        return [*OFFERED, "table_row_wise"] if compute_device_type == "cuda" else OFFERED
+
 
 def make_plan(
-    model: DeepFM, world_size: int, device: torch.device
+    model: DeepFM, process_group: torch.distributed.ProcessGroup, device: torch.device
 ) -> tuple[ShardingPlan, list[dict[str, Any]]]:
-    """TorchRec's plan, and the same as rows for people: name, rows, dim, sharding, ranks.
+    """TorchRec's plan, and the same as rows for people: name, rows, dim, sharding, ranks. Collective.
 
     Raises:
-        ConfigError: `sharding` names a field that has no table.
+        ConfigError: the tables do not fit into the memory.
     """
-    tables = [f.name for f in model.spec.fields if f.type in INDEXED]
-    strange = [name for name in model.settings.sharding if name not in tables]
-    if strange:
+    settings, world_size = model.settings, process_group.size()
+    constraints = {}
+    for name, field in ((field.name, field) for field in model.spec.fields if field.type in INDEXED):
+        chosen = [settings.sharding[name]] if name in settings.sharding else OFFERED
+        constraints[f"table_{name}"] = ParameterConstraints(
+            # One worker has nothing to choose: whole on it is what costs least.
+            sharding_types=chosen if world_size > 1 or len(chosen) == 1 else ["table_wise"],
+            pooling_factors=[float(field.last or 1)],
+            num_poolings=[1.0 + settings.negatives if field.side == "item" else 1.0],
+        )
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    cuda = device.type == "cuda"
+    topology = Topology(
+        world_size=world_size,
+        local_world_size=local if world_size % local == 0 else world_size,
+        compute_device=device.type,
+        hbm_cap=torch.cuda.get_device_properties(device).total_memory if cuda else None,
+        ddr_cap=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local,
+    )
+    planner = EmbeddingShardingPlanner(
+        topology, batch_size=-(-settings.batch_size // world_size), constraints=constraints, debug=False
+    )
+    try:
+        plan = planner.collective_plan(model, [Sharder()], process_group)
+    except PlannerError as error:
         raise ConfigError(
-            f"deepfm.sharding: {', '.join(strange)} has no table; fields with one are {', '.join(tables)}"
-        )
-    sharder = EmbeddingBagCollectionSharder()
-    turns = itertools.cycle(range(world_size))
-    plan, described = {}, []
-    for name, collection in model.collections.items():
-        by_table = {}
-        for table in collection.embedding_bag_configs():
-            default = "row_wise" if table.num_embeddings >= model.settings.row_wise_from else "table_wise"
-            chosen = model.settings.sharding.get(table.feature_names[0], default)
-            large = chosen == "row_wise"
-            ranks = list(range(world_size)) if large else [next(turns)]
-            by_table[table.name] = row_wise() if large else table_wise(rank=ranks[0])
-            described.append(
-                {
-                    "table": table.name,
-                    "rows": table.num_embeddings,
-                    "dim": table.embedding_dim,
-                    "sharding": chosen,
-                    "ranks": ranks,
-                }
-            )
-        plan[name] = construct_module_sharding_plan(
-            collection,
-            by_table,
-            sharder=sharder,
-            local_size=world_size,
-            world_size=world_size,
-            device_type=device.type,
-        )
-    return ShardingPlan(plan), described
+            f"deepfm.sharding: TorchRec finds no plan for the tables on {world_size} workers: {error}. Use "
+            f"more workers, a smaller embedding_dim, or another sharding than {settings.sharding or OFFERED}."
+        ) from None
+    described = [
+        {
+            "table": table.name,
+            "rows": table.num_embeddings,
+            "dim": table.embedding_dim,
+            "sharding": plan.plan[name][table.name].sharding_type,
+            "ranks": plan.plan[name][table.name].ranks,
+        }
+        for name, collection in model.collections.items()
+        for table in collection.embedding_bag_configs()
+    ]
+    return plan, described
 
 
 def shard(
@@ -77,13 +95,13 @@ def shard(
         seed: of the initial values.
     """
     fuse(model)  # before the plan, which chooses the kernels by it
-    plan, described = make_plan(model, process_group.size(), device)
+    plan, described = make_plan(model, process_group, device)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(process_group),
         device=device,
         plan=plan,
-        sharders=[EmbeddingBagCollectionSharder()],
+        sharders=[Sharder()],
     )
     _initialise(sharded, model.dim, model.settings, seed)
     return sharded, described
@@ -92,11 +110,10 @@ def shard(
 @torch.no_grad()
 def _initialise(model: DistributedModelParallel, dim: int, settings: config.DeepFM, seed: int) -> None:
     for name, tensor in model.state_dict().items():
-        if not isinstance(tensor, ShardedTensor):
-            continue
-        table = name.split(".")[-2]
-        for start, rows in held_rows(tensor):
-            rows.copy_(initial_rows(seed, table, start, start + len(rows), dim, settings.init_scale))
+        if ".embedding_bags." in name:
+            table = name.split(".")[-2]
+            for start, rows in held_rows(tensor):
+                rows.copy_(initial_rows(seed, table, start, start + len(rows), dim, settings.init_scale))
 
 
 def held_rows(tensor: torch.Tensor | ShardedTensor) -> Iterator[tuple[int, torch.Tensor]]:

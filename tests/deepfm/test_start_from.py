@@ -19,7 +19,7 @@ NEW = 5
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return synthetic_config(tmp_path_factory.mktemp("root"), init_scale=0.3, row_wise_from=40)
+    return synthetic_config(tmp_path_factory.mktemp("root"), init_scale=0.3)
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,18 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessRaisedException
 
 from recsys_dist.config import DeepFM as DeepFMSettings
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.checkpoint import complete, load_weights, newest
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.optimizer import rate_factor
-from recsys_dist.deepfm.sharding import make_plan
 from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
-from tests.deepfm.workers import one_step, restored, run_workers, train_in, validated
+from tests.deepfm.workers import one_step, planned, restored, run_workers, train_in, validated
 from tests.synthetic import (
     items_as_of,
     listable,
@@ -30,6 +30,10 @@ from tests.synthetic import (
 )
 
 LARGE = {"table_user", "table_item", "table_recent"}
+SHARDING = (
+    "{user: row_wise, item: row_wise, recent: row_wise, group: table_wise, genres: table_wise, "
+    "genres_seen: table_wise, age: table_wise, hour: table_wise, weekday: table_wise}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,7 @@ def config(tmp_path_factory):
         epochs=3,
         batch_size=100,
         checkpoint_every_steps=4,
+        sharding=SHARDING,
     )
 
 
@@ -152,13 +157,18 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_path):
     """Written out, on two workers, with the tables split the other way round."""
-    sharding = {"item": "table_wise", "group": "row_wise"}
+    sharding = {
+        "item": "table_wise",
+        "group": "row_wise",
+        "genres": "data_parallel",
+        "recent": "data_parallel",
+        "user": "row_wise",
+    }
     settings = plain.deepfm.model_copy(update={**OPTIMIZERS[kind], "sharding": sharding})
     config = plain.model_copy(update={"deepfm": settings})
     answers = run_workers(2, one_step, tmp_path, config, features)
     found = {row["table"].removeprefix("table_"): row["sharding"] for row in answers[0]["plan"]}
     assert sharding.items() <= found.items()
-    assert found["user"] == "row_wise"
     model, start, *_ = unsharded
     factor = 1 / 4 if settings.warmup_steps else 1
     dense = {name: p.grad for name, p in model.named_parameters() if ".embedding_bags." not in name}
@@ -189,12 +199,28 @@ def test_rates_over_time():
     assert rate_factor(plateau, 50, 100, 3) == 0.125
 
 
-def test_a_field_without_a_table_cannot_be_sharded(plain, features, tmp_path):
+def test_a_field_without_a_table_cannot_be_sharded(plain, features):
     settings = plain.deepfm.model_copy(update={"sharding": {"activity": "row_wise"}})
     with pytest.raises(
         ConfigError, match=r"deepfm.sharding: activity has no table; fields with one are user, "
     ):
-        make_plan(DeepFM(features.spec(), settings, tables="meta"), 1, torch.device("cpu"))
+        used_fields(features.spec(), settings)
+
+
+def test_tables_that_do_not_fit_are_refused(plain, features, tmp_path):
+    with pytest.raises(ProcessRaisedException, match="TorchRec finds no plan for the tables on 1 workers"):
+        run_workers(1, planned, tmp_path, plain, features, 10**12)
+
+
+def test_the_planner_decides_where_the_settings_do_not(plain, features, tmp_path):
+    """Large tables are not copied to every worker; all workers know the same plan."""
+    free = plain.model_copy(update={"deepfm": plain.deepfm.model_copy(update={"sharding": {}})})
+    plans = run_workers(2, planned, tmp_path, free, features, 10**7)
+    assert plans[0] == plans[1]
+    kinds = {row["table"]: row["sharding"] for row in plans[0]}
+    assert kinds["table_user"] in ("row_wise", "table_wise")
+    assert set(kinds.values()) <= {"row_wise", "table_wise", "data_parallel"}
+    assert len(kinds) == len(SHARDING.split(","))
 
 
 def test_workers_shares_make_up_the_step(plain, features):
@@ -327,12 +353,13 @@ def fused(answers):
 def test_a_checkpoint_is_the_same_under_another_plan(whole_training, config, features, tmp_path, workers):
     """Weights and optimizer states bit for bit, of two workers' checkpoint."""
     folder, _ = whole_training
-    other = config.deepfm.model_copy(update={"sharding": {"item": "table_wise", "group": "row_wise"}})
+    sharding = {"item": "table_wise", "group": "row_wise", "recent": "data_parallel"}
+    other = config.deepfm.model_copy(update={"sharding": sharding})
     changed = config.model_copy(update={"deepfm": other})
     before = run_workers(2, restored, tmp_path / "before", config, features, folder)
     after = run_workers(workers, restored, tmp_path / "after", changed, features, folder)
     kinds = [{row["table"]: row["sharding"] for row in answers[0]["plan"]} for answers in (before, after)]
-    assert sum(kinds[0][table] != kinds[1][table] for table in kinds[0]) == 2
+    assert sum(kinds[0][table] != kinds[1][table] for table in kinds[0]) >= 3
     saved = weights(features, config, complete(folder)[-1][2])
     for name in saved:
         assert torch.equal(after[0]["weights"][name], saved[name]), name

@@ -53,7 +53,7 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     answer["gradients"] = {name: parameters[name].grad.clone() for name in optimizers.dense.params}
     optimizers.step()
     answer["after"] = _whole(sharded.state_dict())
-    answer["fused"] = _fused(sharded)
+    answer["fused"] = _fused(optimizers)
     answer["buffers"] = {name: buffer.clone() for name, buffer in sharded.named_buffers()}
     return answer
 
@@ -67,7 +67,7 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import DeepFM, used_fields
     from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
-    from recsys_dist.deepfm.sharding import shard
+    from recsys_dist.deepfm.sharding import held_rows, shard
 
     spec = used_fields(features.spec(), config.deepfm)
     examples = Examples(features, Items(features, spec), config)
@@ -78,7 +78,7 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
             settings = settings.model_copy(update={"embedding_weight_decay": 0.0})
         model = DeepFM(spec, settings, tables="meta", seed=config.seed)
         sharded, _ = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
-        tables = {k: t for k, t in sharded.state_dict().items() if isinstance(t, ShardedTensor)}
+        tables = {name: t for name, t in sharded.state_dict().items() if ".embedding_bags." in name}
         optimizers = Optimizers(sharded, settings)
         for step in range(7):
             epoch, factor = step // 4, rate_factor(settings, step, 100, 0)
@@ -86,8 +86,8 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
                 rate = factor * settings.embedding_learning_rate
                 decay = in_epoch(config.deepfm.embedding_weight_decay, epoch)
                 for table in tables.values():
-                    for part in table.local_shards():
-                        part.tensor.detach().mul_(1 - rate * decay)
+                    for _, rows in held_rows(table):
+                        rows.detach().mul_(1 - rate * decay)
             optimizers.begin(factor, epoch)
             loss, _ = sharded(examples.batch(0, step, dist.get_rank(), dist.get_world_size()))
             loss.backward()
@@ -102,17 +102,33 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
     return answer
 
 
+def planned(config: Any, features: Any, users: int) -> list[dict[str, Any]]:
+    """The plan if there were so many users."""
+    from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.optimizer import fuse
+    from recsys_dist.deepfm.sharding import make_plan
+
+    spec = features.spec()
+    fields = [f.model_copy(update={"cardinality": users}) if f.name == "user" else f for f in spec.fields]
+    spec = spec.model_copy(update={"fields": tuple(fields)})
+    model = DeepFM(spec, config.deepfm, tables="meta")
+    fuse(model)
+    return make_plan(model, dist.group.WORLD, torch.device("cpu"))[1]
+
+
 def started_from(config: Any, features: Any, run: Any) -> dict[str, Any]:
     """The sharded model's weights, and the own parts of the tables' optimizer, taken over from a run."""
     from recsys_dist.deepfm.model import DeepFM
+    from recsys_dist.deepfm.optimizer import Optimizers
     from recsys_dist.deepfm.sharding import shard
     from recsys_dist.deepfm.start_from import take_over
 
     spec = features.spec()
     model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
     sharded, _ = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
-    take_over(sharded.state_dict(), spec, run, sharded.fused_optimizer.state_dict()["state"])
-    return {"weights": _whole(sharded.state_dict()), "fused": _fused(sharded)}
+    optimizers = Optimizers(sharded, config.deepfm)
+    take_over(sharded.state_dict(), spec, run, optimizers.of_tables())
+    return {"weights": _whole(sharded.state_dict()), "fused": _fused(optimizers)}
 
 
 def validated(config: Any, features: Any) -> float:
@@ -144,15 +160,15 @@ def restored(config: Any, features: Any, folder: Path) -> dict[str, Any]:
     device = torch.device("cpu")
     model = DeepFM(features.spec(), config.deepfm, tables="meta", seed=config.seed)
     sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
-    dense = Optimizers(sharded, config.deepfm).dense
+    optimizers = Optimizers(sharded, config.deepfm)
     path, _ = newest(folder)
     assert path
-    Checkpoints(folder, 1, 1, device).load(sharded, dense, path)
-    states = dense.state_dict()["state"]
+    Checkpoints(folder, 1, 1, device).load(sharded, optimizers, path)
+    states = optimizers.dense.state_dict()["state"]
     return {
         "plan": plan,
         "weights": _whole(sharded.state_dict()),
-        "fused": _fused(sharded),
+        "fused": _fused(optimizers),
         "dense": {f"{name} {key}": found.clone() for name in states for key, found in states[name].items()},
     }
 
@@ -169,12 +185,17 @@ def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tup
     dist.destroy_process_group()
 
 
-def _fused(sharded: Any) -> dict[str, list[Any]]:
-    """The state of the tables' optimizer, first row and values: only of what this process holds."""
+def _fused(optimizers: Any) -> dict[str, list[Any]]:
+    """The state of the tables' optimizer, first row and values: only of what this process holds, and of what
+    all hold the first one's.
+    """
+    from recsys_dist.deepfm.sharding import held_rows
+
     return {
-        name: [[part.metadata.shard_offsets[0], part.tensor.clone()] for part in state.local_shards()]
-        for name, found in sharded.fused_optimizer.state_dict()["state"].items()
+        name: [[start, rows.clone()] for start, rows in held_rows(state)]
+        for name, found in optimizers.of_tables().items()
         for state in found.values()
+        if isinstance(state, ShardedTensor) or dist.get_rank() == 0
     }
 
 

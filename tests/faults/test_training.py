@@ -26,7 +26,6 @@ SETTINGS = {
     "checkpoint_every_steps": 20,
     "hidden": [16, 8],
     "embedding_dim": 4,
-    "row_wise_from": 40,
 }
 DEADLINE_SECONDS = 180
 

@@ -21,7 +21,7 @@ from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features
 
 BIN = Path(sys.executable).parent
-FEW_STEPS = ["--set", "deepfm.epochs=2", "--set", "deepfm.hidden=[16]", "--set", "deepfm.row_wise_from=40"]
+FEW_STEPS = ["--set", "deepfm.epochs=2", "--set", "deepfm.hidden=[16]"]
 
 
 def environment(**more):
