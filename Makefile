@@ -61,7 +61,7 @@ lock: setup-dev
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX) --index-strategy unsafe-best-match)"; \
 	$(BIN)/uv pip compile $$flags pyproject.toml --extra cpu --override requirements/overrides-cpu.txt -o requirements/cpu.txt; \
 	env -u UV_FIND_LINKS $(BIN)/uv pip compile $$flags pyproject.toml --extra cuda -o requirements/cuda.txt; \
-	$(BIN)/uv pip compile $$flags pyproject.toml --extra cpu --extra dev --override requirements/overrides-cpu.txt \
+	$(BIN)/uv pip compile $$flags pyproject.toml --extra cpu --extra dev --extra mlflow --override requirements/overrides-cpu.txt \
 	  --constraint requirements/cpu.txt -o .venv/dev.txt; \
 	grep -vxFf requirements/cpu.txt .venv/dev.txt > requirements/dev.txt
 

@@ -614,6 +614,15 @@ class Spark(Section):
         return ("--driver-java-options", " ".join(BATCH_JVM), *self.submit)
 
 
+class MLflow(Section):
+    """Where a training is told of besides its run. Needs the packages of `recsys_dist[mlflow]`."""
+
+    tracking_uri: str | None = None
+    """Of an MLflow server (`http://host:5000`), or a file (`sqlite:////shared/mlflow.db`); null: nowhere."""
+    experiment: str = "recsys_dist"
+    """The experiment that a training becomes a run of."""
+
+
 class Config(Section):
     """All settings of all stages."""
 
@@ -627,6 +636,7 @@ class Config(Section):
     """The model's fields besides the ids of user and item, which are always there."""
     als: Als = Als()
     deepfm: DeepFM = DeepFM()
+    mlflow: MLflow = MLflow()
     score: Score = Score()
     evaluation: Evaluation = Evaluation()
     spark: Spark = Spark()

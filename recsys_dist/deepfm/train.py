@@ -26,6 +26,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from recsys_dist.config import Config
+from recsys_dist.deepfm.tracking import Tracking
 from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
 from recsys_dist.workspace import OpenRun, Run
 
@@ -42,7 +43,7 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         The run's figures.
 
     Raises:
-        ConfigError: the Ray cluster is too small.
+        ConfigError: the Ray cluster is too small, or MLflow is asked for and not installed.
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
@@ -51,8 +52,8 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     with _own(folder):
         least, most = config.deepfm.workers
-        with local_or_cluster(most, least=least):
-            fitted = _fit(config, run, folder)
+        with local_or_cluster(most, least=least), Tracking(config, run) as tracking:
+            fitted = _fit(config, run, folder, tracking)
         figures = _publish(config, run, fitted)
     shutil.rmtree(folder, ignore_errors=True)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
@@ -131,7 +132,7 @@ class _Fitted:
         return [line for line in self.history if line["best"]][-1]
 
 
-def _fit(config: Config, run: OpenRun, folder: Path) -> _Fitted:
+def _fit(config: Config, run: OpenRun, folder: Path, tracking: Tracking) -> _Fitted:
     """Fit on train, and where it is asked for once more on train and valid."""
     from recsys_dist.deepfm.loop import HISTORY
     from recsys_dist.deepfm.model import used_fields
@@ -144,7 +145,7 @@ def _fit(config: Config, run: OpenRun, folder: Path) -> _Fitted:
     task = {"config": config, "features": features, "start_from": before}
     again = folder / "refit"
     if not again.exists():  # or a driver that died was there already
-        _train(config, folder, task)
+        _train(config, folder, task, tracking)
     fitted = _Fitted(_lines(folder / HISTORY), folder)
     best = fitted.best
     print(f"  the best epoch is {best['epoch']} (* marks an epoch better than all before)")
@@ -152,18 +153,18 @@ def _fit(config: Config, run: OpenRun, folder: Path) -> _Fitted:
         return fitted
     print(f"  fitted anew on train and valid for {best['epoch']} epochs:")
     again.mkdir(exist_ok=True)
-    _train(config, again, task | {"refit_epochs": best["epoch"]})
+    _train(config, again, task | {"refit_epochs": best["epoch"]}, tracking)
     return _Fitted(fitted.history, again)
 
 
-def _train(config: Config, folder: Path, task: dict[str, Any]) -> None:
+def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Tracking) -> None:
     """Run the loop on Ray Train until it is done, with its files in `folder`."""
     # Of a driver that died.
     shutil.rmtree(folder / RAY, ignore_errors=True)
     (folder / REFUSED).unlink(missing_ok=True)
     gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.workers[0]
     stop = threading.Event()
-    printer = threading.Thread(target=_print_progress, args=(folder, stop), daemon=True)
+    printer = threading.Thread(target=_print_progress, args=(folder, stop, tracking), daemon=True)
     trainer = TorchTrainer(
         _worker,
         train_loop_config=task | {"folder": folder},
@@ -257,8 +258,8 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     }
 
 
-def _print_progress(folder: Path, stop: threading.Event) -> None:
-    """Print the plan, each evaluation and, between distant ones, where the training stands."""
+def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> None:
+    """Print the plan, each evaluation and, between distant ones, where the training stands; tell MLflow."""
     printed, planned, told = 0, False, -1
     before = _lines(folder / "resumed.json")
     if before:
@@ -288,6 +289,7 @@ def _print_progress(folder: Path, stop: threading.Event) -> None:
                     f"left {_duration(line['seconds_left'])}",
                     flush=True,
                 )
+                tracking.epoch(line)
                 printed = line["step"]
         for line in _lines(folder / "now.json"):
             if line["step"] > printed:
