@@ -2,9 +2,13 @@
 
 Both run in one process a worker, in turns, with the settings of conf/movielens_1m.yaml; a step is 1/24 of an
 epoch or more. What is counted are steps after the first few, which still allocate.
+
+What a checkpoint costs is measured with a table of 5 million rows in the place of the users': how long `save`
+keeps the loop waiting, and how much longer the steps take beside it, from its begin to after its end.
 """
 
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -22,6 +26,8 @@ from tests.bench.measure import Measure
 from tests.deepfm.workers import run_workers
 
 STEPS, REPEATS, WARM = 30, 3, 5
+ROWS = 5_000_000
+"""Of the table that makes a checkpoint large."""
 
 
 def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]:
@@ -36,13 +42,19 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
     """
     os.environ.update(MALLOC)
     found: dict[int, dict[str, list[float]]] = {}
+    peak: dict[int, float] = {}
     for workers in (1, 2):
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             found[workers] = run_workers(workers, _steps, Path(folder), config, features)[0]
+            peak[workers] = found[workers].pop("peak")[0]
             for name, seconds in found[workers].items():
                 print(
                     f"{workers} workers, {name:<11} {', '.join(f'{s * 1e3:6.1f}' for s in seconds)} ms a step"
                 )
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        saves = run_workers(2, _saves, Path(folder), config, features, Path(folder) / "training")[0]
+    plain, beside = statistics.median(saves["plain"]), statistics.median(saves["beside"])
+    print(f"checkpoint of {saves['bytes'][0] / 2**20:.0f} MiB: {saves}")
     step = {
         workers: {name: statistics.median(seconds) for name, seconds in of.items()}
         for workers, of in found.items()
@@ -53,8 +65,14 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
         Measure("training, 1 worker, end to end / floor", step[1]["end to end"] / step[1]["floor"], 1 / 0.9),
         Measure("training, 2 workers / 1, examples/s", rate[2] / rate[1]),
         Measure("training, 2 workers, end to end / floor", step[2]["end to end"] / step[2]["floor"]),
+        *(Measure(f"training, peak memory of each of {n}, MiB", peak[n]) for n in peak),
+        Measure("checkpoint, MiB", saves["bytes"][0] / 2**20),
+        Measure("checkpoint, the loop waits, ms", statistics.median(saves["stall"]) * 1e3),
+        Measure("checkpoint every 60 s, steps take longer, %", (beside - plain) / 60 * 100, 5),
+        Measure("checkpoint, peak memory of each of 2 before, MiB", saves["peak before"][0]),
+        Measure("checkpoint, peak memory of each of 2 after, MiB", saves["peak after"][0]),
     ]
-    return measures, {str(workers): of for workers, of in found.items()}
+    return measures, {str(workers): of for workers, of in found.items()} | {"checkpoint": saves}
 
 
 def _steps(config: Config, features: Run) -> dict[str, list[float]]:
@@ -92,4 +110,52 @@ def _steps(config: Config, features: Run) -> dict[str, list[float]]:
     for repeat in range(REPEATS):
         found["floor"].append(seconds(first for _ in range(STEPS)))
         found["end to end"].append(seconds(ahead.get(repeat, step) for step in range(STEPS)))
-    return found
+    return found | {"peak": [_peak()]}
+
+
+def _saves(config: Config, features: Run, folder: Path) -> dict[str, list[float]]:
+    """Seconds of steps without and beside a checkpoint, of the wait for it, its bytes, peak memory in MiB."""
+    from recsys_dist.deepfm.checkpoint import Checkpoints, Progress
+    from recsys_dist.deepfm.examples import Examples
+    from recsys_dist.deepfm.items import Items
+    from recsys_dist.deepfm.model import DeepFM, used_fields
+    from recsys_dist.deepfm.optimizer import Optimizers
+    from recsys_dist.deepfm.sharding import shard
+
+    rank, world_size, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // world_size))
+    spec = used_fields(features.spec(), config.deepfm)
+    large = tuple(f.model_copy(update={"cardinality": ROWS}) if f.name == "user" else f for f in spec.fields)
+    examples = Examples(features, Items(features, spec), config)
+    model = DeepFM(spec.model_copy(update={"fields": large}), config.deepfm, device, "meta", config.seed)
+    assert dist.group.WORLD
+    sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
+    optimizers = Optimizers(sharded, config.deepfm)
+    checkpoints = Checkpoints(folder, 0, 1, device)
+    batch = examples.batch(0, 0, rank, world_size)
+
+    def steps(number: int) -> None:
+        for _ in range(number):
+            optimizers.begin(1.0)
+            sharded(batch)[0].backward()
+            optimizers.step()
+
+    steps(WARM)
+    found: dict[str, list[float]] = {"peak before": [_peak()], "plain": [], "beside": [], "stall": []}
+    for repeat in range(REPEATS):
+        begin = time.perf_counter()
+        steps(STEPS)
+        found["plain"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        checkpoints.save(sharded, optimizers.dense, Progress(repeat, best_step=repeat))
+        found["stall"].append(time.perf_counter() - begin)
+        steps(STEPS)
+        checkpoints.wait()
+        found["beside"].append(time.perf_counter() - begin)
+    size = sum(file.stat().st_size for file in folder.glob("step_*/*"))
+    return found | {"peak after": [_peak()], "bytes": [float(size)]}
+
+
+def _peak() -> float:
+    """The most memory that this process had, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
