@@ -41,13 +41,14 @@ def complaint(
         f"{place} ({', '.join(inputs[number][:SHOWN])})" if inputs else place
         for number, place in zip(rows, examples.places(rows[:SHOWN]), strict=False)
     ]
-    begin = f"The loss of epoch {epoch + 1}, step {step + 1} is not finite"
-    listed = f"{len(rows)} examples of the batch: {'; '.join(where)}{'; ...' if len(rows) > SHOWN else ''}"
+    loss = f"The loss of epoch {epoch + 1}, step {step + 1} is not finite"
+    more = "; and others" if len(rows) > SHOWN else ""
+    listed = f"in {len(rows)} of the batch's examples: {'; '.join(where)}{more}"
     if inputs:
-        return DataError(f"{begin}: its inputs are not in {listed}. Correct them and run jobs/featurize.py.")
+        return DataError(f"{loss} because of its inputs, {listed}. Correct them and run jobs/featurize.py.")
     settings = model.settings
     return ConfigError(
-        f"{begin}: the training diverged, with finite inputs, in {listed}. Lower "
+        f"{loss}, though its inputs are, {listed}. The training diverged. Lower "
         f"deepfm.learning_rate={settings.learning_rate} or "
         f"deepfm.embedding_learning_rate={settings.embedding_learning_rate}."
     )

@@ -79,8 +79,8 @@ def test_a_number_that_is_not_finite_is_named_with_its_file_and_row(config, feat
     pq.write_table(plant(table, "activity", row, np.nan), copy / "examples" / file)
     planted = dataclasses.replace(features, path=str(copy), uri=str(copy))
     message = re.escape(
-        f"DataError: The loss of epoch 1, step {STEP + 1} is not finite: its inputs are not in 1 examples of "
-        f"the batch: {copy}/examples/{file} row {row} (activity). Correct them"
+        f"DataError: The loss of epoch 1, step {STEP + 1} is not finite because of its inputs, in 1 of the "
+        f"batch's examples: {copy}/examples/{file} row {row} (activity). Correct them"
     )
     assert train_and_fail(workers, tmp_path / "training", config, planted, message) == STEP
 
@@ -90,7 +90,7 @@ def test_so_is_a_drawn_items(config, features, tmp_path):
     (file,) = (copy / "items").iterdir()
     pq.write_table(plant(pq.read_table(file), "price", 10, np.inf), file)
     planted = dataclasses.replace(features, path=str(copy), uri=str(copy))
-    message = r"not finite: its inputs are not in \d+ examples.* \(price of item 11\).*\. Correct them"
+    message = r"not finite because of its inputs, in \d+ of .* \(price of item 11\).*\. Correct them"
     train_and_fail(1, tmp_path / "training", config, planted, message)
 
 
@@ -98,8 +98,9 @@ def test_so_is_a_drawn_items(config, features, tmp_path):
 def test_a_diverged_training_says_which_rates_to_lower(config, features, tmp_path, workers):
     changed = config.model_copy(update={"deepfm": config.deepfm.model_copy(update={"learning_rate": 1e30})})
     message = (
-        r"ConfigError: The loss of epoch 1, step 2 is not finite: the training diverged, with finite inputs, "
-        r"in \d+ examples of the batch: .*/examples/split=train/part-0000[01].parquet row \d+.*; .*Lower "
+        r"ConfigError: The loss of epoch 1, step 2 is not finite, though its inputs are, in "
+        r"\d+ of the batch's examples: .*/examples/split=train/part-0000[01].parquet row \d+.*; and others. "
+        r"The training diverged. Lower "
         r"deepfm.learning_rate=1e\+30 or"
     )
     assert train_and_fail(workers, tmp_path, changed, features, message) == 1
