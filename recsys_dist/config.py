@@ -532,6 +532,85 @@ class DeepFM(Section):
         """The least and the greatest number of workers."""
         return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
 
+    @property
+    def metric(self) -> str:
+        """The figure of the valid part that decides when training stops and which model is best."""
+        if self.negatives:
+            return "ndcg@10"
+        return "rmse" if self.objective == "squared" else "auc"
+
+
+class Distribution(Section):
+    """Which values of a setting are tried: exactly one of these. The names are Ray Tune's."""
+
+    choice: tuple[Any, ...] | None = Field(None, min_length=1)
+    """One of these values."""
+    uniform: tuple[float, float] | None = None
+    """A number between these two."""
+    loguniform: tuple[Annotated[float, Field(gt=0)], float] | None = None
+    """A number between these two, every order of magnitude as likely as another."""
+    randint: tuple[int, int] | None = None
+    """A whole number from the first to before the second."""
+
+    @property
+    def kind(self) -> str:
+        """The name of the one that is given."""
+        return next(iter(self.model_dump(exclude_none=True)))
+
+    @model_validator(mode="after")
+    def _one(self) -> "Distribution":
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            names = ", ".join(type(self).model_fields)
+            raise ValueError(f"expected one of {names}, found {' and '.join(given) or 'none'}")
+        values = given[self.kind]
+        if self.kind != "choice" and values[0] >= values[1]:
+            raise ValueError(f"{self.kind} {list(values)} is empty: the first must be below the second")
+        return self
+
+
+class Tune(Section):
+    """The search for better settings of the ranking model, by Ray Tune with ASHA (Li et al. 2020)."""
+
+    space: dict[str, Distribution] = {}
+    """Key of deepfm to the values that are tried. A conf file's or --set's own mapping replaces this."""
+    trials: int = Field(20, ge=1)
+    """Trainings, each with other settings; fewer where the space has no more."""
+    concurrent: int = Field(2, ge=1)
+    """Trials at the same time, each a process on its share of the cores, or on a GPU where there are GPUs."""
+    grace_epochs: int = Field(2, ge=1)
+    """No trial is stopped for being worse than others before so many epochs."""
+    reduction_factor: int = Field(3, ge=2)
+    """A trial goes on after `grace_epochs`, and again after each time as many epochs as before times this
+    number, only while it is in the best 1/`reduction_factor` of those that have come so far."""
+    root: str | None = None
+    """URI or path under which the searches' runs live; default: `storage.root` followed by `-experiments`."""
+
+    @model_validator(mode="after")
+    def _space(self) -> "Tune":
+        fixed = {"fit_on", "valid_users", "sharding", "num_workers", "max_failures", "streams"}
+        fixed |= {"checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_kept", "cache_megabytes"}
+        searched = set(DeepFM.model_fields) - fixed
+        wrong = []
+        for key, distribution in self.space.items():
+            if key not in searched:
+                what = "is not to be searched" if key in fixed else "is no key of deepfm"
+                wrong.append(f"space.{key} {what}{nearest(key, searched)}")
+                continue
+            values = getattr(distribution, distribution.kind)
+            if distribution.kind == "randint":
+                values = (values[0], values[1] - 1)
+            for value in values:
+                try:
+                    DeepFM.model_validate({key: value})
+                except ValidationError as error:
+                    # What only another key makes wrong has no place.
+                    found = [found["msg"] for found in error.errors() if found["loc"]]
+                    wrong += [f"space.{key}: {message}, found {value!r}" for message in found]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
 
 class Score(Section):
     """The published lists."""
@@ -637,6 +716,7 @@ class Config(Section):
     als: Als = Als()
     deepfm: DeepFM = DeepFM()
     mlflow: MLflow = MLflow()
+    tune: Tune = Tune()
     score: Score = Score()
     evaluation: Evaluation = Evaluation()
     spark: Spark = Spark()
@@ -722,11 +802,22 @@ class Config(Section):
             value = value[key]
         return value
 
+    def with_deepfm(self, settings: dict[str, Any]) -> "Config":
+        """The same with other values of these keys of deepfm.
+
+        Raises:
+            ConfigError: they do not go together.
+        """
+        try:
+            return Config.model_validate(merge(self.model_dump(), {"deepfm": settings}))
+        except ValidationError as error:
+            raise ConfigError("; ".join(_described(error))) from None
+
 
 def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read the configuration: default.yaml, then `conf`, then `overrides`, later ones winning.
 
-    Mappings are merged, lists and `score.candidates` replaced.
+    Mappings are merged, lists, `score.candidates` and `tune.space` replaced.
 
     Args:
         conf: path or URI of a YAML file; a relative path is looked up from the working directory, then
@@ -736,11 +827,18 @@ def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: names every wrong key or value at once, with the nearest valid key.
     """
-    settings = _read(DEFAULT_CONF)
-    where = str(DEFAULT_CONF)
-    if conf is not None and Path(str(conf)).resolve() != DEFAULT_CONF:
-        where = str(conf)
-        settings = _merge(settings, _read(conf))
+    try:
+        return Config.model_validate(merge(_read(DEFAULT_CONF), asked(conf, overrides)))
+    except ValidationError as error:
+        lines = _described(error)
+        also = f" with {' '.join('--set ' + o for o in overrides)}" if overrides else ""
+        where = DEFAULT_CONF if conf is None else conf
+        raise ConfigError(f"{len(lines)} wrong in {where}{also}:\n  " + "\n  ".join(lines)) from None
+
+
+def asked(conf: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """What `conf` and `overrides` say, without the defaults. See `load`."""
+    settings = {} if conf is None else _read(conf)
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path:
@@ -753,13 +851,8 @@ def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
         nested: Any = value
         for key in reversed(path.split(".")):
             nested = {key: nested}
-        settings = _merge(settings, nested)
-    try:
-        return Config.model_validate(settings)
-    except ValidationError as error:
-        lines = [_describe(dict(found)) for found in error.errors()]
-        also = f" with {' '.join('--set ' + o for o in overrides)}" if overrides else ""
-        raise ConfigError(f"{len(lines)} wrong in {where}{also}:\n  " + "\n  ".join(lines)) from None
+        settings = merge(settings, nested)
+    return settings
 
 
 def absolute(path: str) -> str:
@@ -799,12 +892,17 @@ def _read(conf: str | Path) -> dict[str, Any]:
     return settings
 
 
-def _merge(base: Any, over: Any) -> Any:
+def merge(base: Any, over: Any) -> Any:
+    """`base` with `over` over it: mappings are merged, all else replaced. See `load`."""
     if isinstance(base, dict) and isinstance(over, dict):
-        # Merged candidates could not be switched off.
-        merged = {k: v if k == "candidates" else _merge(base.get(k), v) for k, v in over.items()}
+        # Merged ones could not be switched off.
+        merged = {k: v if k in ("candidates", "space") else merge(base.get(k), v) for k, v in over.items()}
         return {**base, **merged}
     return over
+
+
+def _described(error: ValidationError) -> list[str]:
+    return [_describe(dict(found)) for found in error.errors()]
 
 
 def _describe(error: dict[str, Any]) -> str:
@@ -823,6 +921,8 @@ def _keys(location: Sequence[Any]) -> set[str]:
         if isinstance(part, int) or any(part == _tag(model) for model in models):
             models = [model for model in models if isinstance(part, int) or part == _tag(model)]
             continue
+        if not any(part in model.model_fields for model in models):
+            continue  # a key of a mapping, as in tune.space
         models = [
             inner
             for model in models

@@ -10,7 +10,7 @@ from typing import Any
 from recsys_dist import java
 from recsys_dist.config import DEFAULT_CONF, Config, load
 from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
-from recsys_dist.workspace import STAGES, OpenRun, Run, Workspace
+from recsys_dist.workspace import EXPERIMENTS, STAGES, OpenRun, Run, Workspace
 
 EXIT_CODES = "exit codes: 0 done, 64 bad usage or config, 65 bad data or a missing input run, 75 try again"
 
@@ -75,7 +75,7 @@ def run_stage(
     """Make one run of a stage, unless an equal one exists, and return the exit code.
 
     Args:
-        stage: a key of STAGES.
+        stage: a key of STAGES or EXPERIMENTS.
         arguments: of `stage_parser`.
         make: writes the run's files and returns its figures.
         valid: does what an equal run did outside of its folder still stand?
@@ -93,13 +93,16 @@ def _run_stage(
 ) -> None:
     config = load(arguments.conf, arguments.overrides)
     workspace = Workspace(config)
-    if not STAGES[stage].reads and config.data.events is None:
+    experiment = stage in EXPERIMENTS
+    if not (STAGES | EXPERIMENTS)[stage].reads and config.data.events is None:
         raise ConfigError("data.events is not set: give a conf file that names your log, --conf FILE")
     inputs = workspace.inputs(stage)
+    if experiment:
+        workspace = Workspace(config, "tune.root")
     key = workspace.key(stage, config, inputs)
     done = None if arguments.force else workspace.find(stage, key)
     # An older run would not be the one that the next job reads.
-    if done and done.run_id == workspace.runs(stage)[-1].run_id and valid(done):
+    if done and (experiment or done.run_id == workspace.runs(stage)[-1].run_id) and valid(done):
         print(f"{stage}: done before, {done.uri}")
         return
     begun = None if arguments.force else workspace.unfinished(stage, key, inputs)

@@ -12,7 +12,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.dataset
@@ -48,6 +48,18 @@ STAGES = {
     "evaluation": Stage("evaluate.py", ("features", "als", "deepfm"), ("seed", "evaluation", "score")),
     "score": Stage("score.py", ("features", "als", "deepfm", "evaluation"), ("score",)),
 }
+
+EXPERIMENTS = {
+    "tune": Stage(
+        "tune.py",
+        ("features",),
+        (
+            *("seed", "deepfm", "score.filter_seen"),
+            *("tune.space", "tune.trials", "tune.grace_epochs", "tune.reduction_factor"),
+        ),
+    )
+}
+"""No part of a night. Their runs live under `tune.root`, and none is read by a later stage."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,11 @@ class OpenRun:
 
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
-        _write(self.filesystem, f"{self.path}/{name}", json.dumps(value, indent=1) + "\n")
+        self.write_text(name, json.dumps(value, indent=1) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a text file, whole or not at all."""
+        _write(self.filesystem, f"{self.path}/{name}", text)
 
     def write_table(self, name: str, table: pa.Table, part: int = 0) -> None:
         """Write part of one of the run's tables."""
@@ -189,26 +205,35 @@ class OpenRun:
 
 
 class Workspace:
-    """The root folder with the runs of all stages."""
+    """The root folder with the runs of all stages.
 
-    def __init__(self, config: Config) -> None:
-        root = config.storage.root
+    Args:
+        config: names the root.
+        setting: by this key; `tune.root` is the experiments'.
+    """
+
+    def __init__(
+        self, config: Config, setting: Literal["storage.root", "tune.root"] = "storage.root"
+    ) -> None:
+        self.setting, root = setting, config.storage.root
+        if setting == "tune.root":
+            root = config.tune.root or f"{root.rstrip('/')}-experiments"
         if absolute(root) != root and not root.startswith("~") and _uploaded_by_ray(PACKAGE):
             raise ConfigError(
-                f"storage.root is the relative path {root!r}, and this code runs from a folder that Ray "
+                f"{setting} is the relative path {root!r}, and this code runs from a folder that Ray "
                 f"uploaded ({PACKAGE.parent}): whatever is written there is lost with the job. Give an "
-                f"absolute path or a URI that all nodes share: --set storage.root=/shared/recsys"
+                f"absolute path or a URI that all nodes share: --set {setting}=/shared/recsys"
             )
         self.uri = absolute(root).rstrip("/")
         self.pins: dict[str, str] = dict(config.storage.pin.items())
         try:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         except (OSError, pa.ArrowInvalid) as error:
-            raise ConfigError(f"storage.root={root!r} cannot be opened: {error}") from None
+            raise ConfigError(f"{setting}={root!r} cannot be opened: {error}") from None
         if isinstance(self.filesystem, pyarrow.fs.LocalFileSystem):
             self.uri = self.path = self.path.rstrip("/")  # Spark and pyarrow decode file:// differently
             if self.filesystem.get_file_info(self.path).is_file:
-                raise ConfigError(f"storage.root={root!r} is a file, expected a folder")
+                raise ConfigError(f"{setting}={root!r} is a file, expected a folder")
 
     def runs(self, stage: str) -> list[Run]:
         """The committed runs of a stage, oldest first."""
@@ -231,7 +256,8 @@ class Workspace:
             DataError: there is none; names the job to run first.
         """
         chosen: dict[str, Run] = {}
-        for name in reversed(STAGES[stage].reads):
+        reads = (STAGES | EXPERIMENTS)[stage].reads
+        for name in reversed(reads):
             known = {up: run_id for run in chosen.values() for up, run_id in run.inputs.items()}
             known |= {other: run.run_id for other, run in chosen.items()}
             known |= {pin: known.get(pin, run_id) for pin, run_id in self.pins.items()}
@@ -251,13 +277,13 @@ class Workspace:
                     f"none. Run jobs/{STAGES[name].job} first, with the same --conf."
                 )
             chosen[name] = fitting[-1]
-        return {name: chosen[name] for name in STAGES[stage].reads}
+        return {name: chosen[name] for name in reads}
 
     def key(self, stage: str, config: Config, inputs: dict[str, Run]) -> dict[str, Any]:
         """All that a run's content depends on. Two runs with equal keys are interchangeable."""
         return {
             "inputs": {name: run.run_id for name, run in inputs.items()} if inputs else _raw_files(config),
-            "config": {path: config.section(path) for path in STAGES[stage].sections},
+            "config": {path: config.section(path) for path in (STAGES | EXPERIMENTS)[stage].sections},
             "code": code_version(),
         }
 
@@ -269,13 +295,16 @@ class Workspace:
     def unfinished(self, stage: str, key: dict[str, Any], inputs: dict[str, Run]) -> OpenRun | None:
         """The newest run of this key that was begun and not committed, to be gone on with.
 
-        None where what it ended with would happen again, or where a committed run is newer.
+        None where what it ended with would happen again, or where a committed run is newer, unless those are
+        experiments.
         """
         key = json.loads(json.dumps(key))
         selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
         folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
         for folder in reversed(folders):
             if self._json(f"{folder}/{MANIFEST}") is not None:
+                if stage in EXPERIMENTS:
+                    continue
                 return None  # the next stage would read this newer one
             error = self._json(f"{folder}/error.json") or {}
             again = error.get("exit_code") in (ConfigError.exit_code, DataError.exit_code)
@@ -307,8 +336,8 @@ class Workspace:
             _write(self.filesystem, f"{run.path}/key.json", json.dumps(key, indent=1))
         except OSError as error:
             raise RetryableError(
-                f"storage.root={self.uri} cannot be written: {error}. Free or unlock it, or give another: "
-                f"--set storage.root=PATH"
+                f"{self.setting}={self.uri} cannot be written: {error}. Free or unlock it, or give another: "
+                f"--set {self.setting}=PATH"
             ) from None
         return run
 

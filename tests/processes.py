@@ -4,8 +4,26 @@ import contextlib
 import os
 import signal
 import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import psutil
+
+DEADLINE_SECONDS = 180
+
+
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[Any], output: Path) -> Any:
+    """What `found` returns as soon as it is true; fails when the job ended before."""
+    end = time.monotonic() + DEADLINE_SECONDS
+    while time.monotonic() < end:
+        assert process.poll() is None, output.read_text()
+        answer = found()
+        if answer:
+            return answer
+        time.sleep(0.1)
+    raise AssertionError(f"nothing within {DEADLINE_SECONDS} s: {output.read_text()}")
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

@@ -10,7 +10,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ class Task:
     """Whose model the first attempt starts from."""
     refit_epochs: int | None = None
     """Fit on train and valid for so many epochs; None: on train, until valid no longer gets better."""
+    on_epoch: Callable[[dict[str, Any]], None] | None = None
+    """Called by every worker with an epoch's line of the history, after its checkpoint."""
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a training's history, an epoch each, as far as they are whole."""
+    if not (folder / HISTORY).exists():
+        return []
+    lines = (folder / HISTORY).read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def train(task: Task, device: torch.device) -> Progress:
@@ -127,10 +137,13 @@ def train(task: Task, device: torch.device) -> Progress:
             progress.reductions += not better
             if better:
                 progress.best, progress.best_step = merit, progress.step
-            log.evaluation(epoch, progress, figures | ({"metric": valid.metric} if valid else {}))
+            measured = figures | ({"metric": valid.metric} if valid else {})
+            line = log.evaluation(epoch, progress, measured)
         if saves:
             _require_current(task.folder, attempt)
             checkpoints.save(sharded, optimizers, progress)
+        if epoch_ends and task.on_epoch:
+            task.on_epoch(line)
     checkpoints.wait()
     return progress
 
@@ -172,14 +185,12 @@ class _Log:
         self.epoch_steps, self.last, self.evaluation_seconds = epoch_steps, last, 0.0
         self.negatives = task.config.deepfm.negatives
         self.active = dist.get_rank() == 0
-        self.history = task.folder / HISTORY
         self.told = time.monotonic()
         self._restart()
-        if self.active and self.history.exists():
+        if self.active and (task.folder / HISTORY).exists():
             # What came after the checkpoint is done, and told, again.
-            lines = [line for line in self.history.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= resumed_from]
-            self.history.write_text("".join(f"{line}\n" for line in kept))
+            kept = [line for line in history(task.folder) if line["step"] <= resumed_from]
+            (task.folder / HISTORY).write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
     def _restart(self) -> None:
         self.steps, self.examples, self.seconds, self.losses = 0, 0, 0.0, 0.0
@@ -196,8 +207,8 @@ class _Log:
             self.told = now
             self.write(NOW, {"step": step, "loss": self.losses / self.steps, **self._speed(step)})
 
-    def evaluation(self, epoch: int, progress: Progress, figures: Mapping[str, Any]) -> None:
-        """Append an epoch's line."""
+    def evaluation(self, epoch: int, progress: Progress, figures: Mapping[str, Any]) -> dict[str, Any]:
+        """Append an epoch's line, and return it."""
         self.evaluation_seconds = time.monotonic() - self.start - self.seconds
         line = {
             "epoch": epoch + 1,
@@ -212,10 +223,11 @@ class _Log:
             "resumed_from": self.resumed_from,
         }
         if self.active:
-            with self.history.open("a") as file:
+            with (self.folder / HISTORY).open("a") as file:
                 file.write(json.dumps(line) + "\n")
         self.told = time.monotonic()
         self._restart()
+        return line
 
     def write(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""

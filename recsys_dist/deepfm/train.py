@@ -3,11 +3,13 @@
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import shutil
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,10 +49,10 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
-    _require_enough(run.inputs["features"], config)
-    folder = _folder(run)
+    require_enough(run.inputs["features"], config)
+    folder = working_folder(run)
     folder.mkdir(parents=True, exist_ok=True)
-    with _own(folder):
+    with own(folder):
         least, most = config.deepfm.workers
         with local_or_cluster(most, least=least), Tracking(config, run) as tracking:
             fitted = _fit(config, run, folder, tracking)
@@ -59,19 +61,24 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
 
-def left_behind(run: OpenRun) -> bool:
-    """Has a driver that is no longer there left checkpoints of this run, from which to go on?"""
-    folder = _folder(run)
-    if not any(folder.glob("**/step_*")):
+def left_behind(run: OpenRun, sign: str = "**/step_*") -> bool:
+    """Has a driver that is no longer there left checkpoints of this run, from which to go on?
+
+    Args:
+        run: that may be gone on with.
+        sign: glob of what it left in the run's working folder.
+    """
+    folder = working_folder(run)
+    if not any(folder.glob(sign)):
         return False
     try:
-        with _own(folder):
+        with own(folder):
             return True
     except RetryableError:
         return False
 
 
-def _folder(run: OpenRun) -> Path:
+def working_folder(run: OpenRun) -> Path:
     """Where the checkpoints are while the run is made: all workers must see it."""
     if isinstance(run.filesystem, pyarrow.fs.LocalFileSystem):
         return Path(run.path) / "training"
@@ -80,7 +87,7 @@ def _folder(run: OpenRun) -> Path:
 
 
 @contextlib.contextmanager
-def _own(folder: Path) -> Iterator[None]:
+def own(folder: Path) -> Iterator[None]:
     """Hold the folder for this process; the system lets go of it however the process ends.
 
     Raises:
@@ -94,7 +101,7 @@ def _own(folder: Path) -> Iterator[None]:
         yield
 
 
-def _require_enough(features: Run, config: Config) -> None:
+def require_enough(features: Run, config: Config) -> None:
     """Raise a DataError where there is nothing to train on or to validate with."""
     spec = features.spec()
     if not config.deepfm.negatives:
@@ -201,16 +208,17 @@ def _require_accepted(folder: Path) -> None:
         raise kinds[found["class"]](found["error"]) from None
 
 
-def _worker(task: dict[str, Any]) -> None:
-    """What each Ray Train worker runs."""
-    import logging
-    import warnings
-
-    # Before torchrec is imported: Ray opens the root logger at INFO, and fbgemm and torch.fx write there.
+def quiet() -> None:
+    """Keep the libraries of a worker from writing. Before torchrec is imported: Ray opens the root logger at
+    INFO, and fbgemm and torch.fx write there."""
     for name in (None, "torch", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
+
+def _worker(task: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    quiet()
     import torch
 
     from recsys_dist.deepfm.checkpoint import write_json

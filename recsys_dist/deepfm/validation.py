@@ -167,7 +167,7 @@ class Predicting:
 
     def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
         table = read_examples(run, items.spec, [split], config.deepfm)
-        self.metric = "rmse" if config.deepfm.objective == "squared" else "auc"
+        self.metric = config.deepfm.metric
         self.targets = targets(table, config.deepfm)
         if self.metric == "auc" and len(set(self.targets.tolist())) < 2:
             raise DataError(

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from recsys_dist.deepfm.checkpoint import complete, load_weights
 from recsys_dist.deepfm.model import DeepFM, load
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import run_workers, train_in
+from tests.processes import DEADLINE_SECONDS, wait_for
 from tests.synthetic import synthetic_config, synthetic_features
 
 SETTINGS = {
@@ -27,19 +27,6 @@ SETTINGS = {
     "hidden": [16, 8],
     "embedding_dim": 4,
 }
-DEADLINE_SECONDS = 180
-
-
-def wait_for(found, process, output):
-    """What `found` returns as soon as it is true; fails when the job ended before."""
-    end = time.monotonic() + DEADLINE_SECONDS
-    while time.monotonic() < end:
-        assert process.poll() is None, output.read_text()
-        answer = found()
-        if answer:
-            return answer
-        time.sleep(0.1)
-    raise AssertionError(f"nothing within {DEADLINE_SECONDS} s: {output.read_text()}")
 
 
 def gone(pid):
