@@ -1,4 +1,4 @@
-# make demo | test | bench: see README.md. Nothing needs to be installed before but Python 3.11
+# make demo | test | bench | bench-quality: see README.md. Nothing needs to be installed before but Python 3.11
 # or 3.12 and Java 17 or newer.
 
 PYTHON ?= python3.11
@@ -10,7 +10,7 @@ TORCH_INDEX ?=
 PIP_FLAGS = --quiet --no-deps --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BIN = .venv/bin
 
-.PHONY: demo test bench lint java setup setup-dev lock clean
+.PHONY: demo test bench bench-quality lint java setup setup-dev lock clean
 .DELETE_ON_ERROR:
 
 demo: java setup
@@ -21,8 +21,12 @@ demo: java setup
 test: java setup-dev lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: java setup-dev
+bench: java setup-dev .venv/fuxictr.done
 	@$(BIN)/python -m tests.bench
+
+# Hours: two trainers, three seeds each.
+bench-quality: java setup-dev .venv/fuxictr.done
+	@$(BIN)/python -m tests.bench.quality
 
 lint: setup-dev
 	@$(BIN)/ruff check .
@@ -52,6 +56,13 @@ setup-dev: .venv/dev.done
 .venv/spark35.done: requirements/spark35.txt | .venv/bin/python
 	@echo "setup: installing requirements/spark35.txt for the tests"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --target .venv/spark35 -r $<
+	@touch $@
+
+# What DeepFM is measured beside, in an environment of its own: it needs other versions.
+.venv/fuxictr.done: requirements/fuxictr.txt
+	@echo "setup: installing requirements/fuxictr.txt for the benchmarks"
+	@$(PYTHON) -m venv .venv/fuxictr
+	@.venv/fuxictr/bin/python -m pip install $(PIP_FLAGS) -r $<
 	@touch $@
 
 # Writes the pinned sets anew from pyproject.toml.

@@ -21,7 +21,7 @@ import pyspark
 
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.workspace import Workspace
-from tests.bench import features, training
+from tests.bench import features, peer, training
 from tests.bench.measure import Measure
 
 
@@ -56,19 +56,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", type=int, default=1_000_000, help="of the smallest generated log")
-    parser.add_argument("--only", choices=["features", "training"], help="leave the other out")
+    parser.add_argument("--only", choices=["features", "training", "peer"], help="leave the others out")
     arguments = parser.parse_args()
     found = {"machine": machine(), "events": arguments.events}
     for name, value in found["machine"].items():
         print(f"{name:<12}{value}")
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
-        if arguments.only != "training":
+        if arguments.only in (None, "features"):
             measures, details = features.bench(arguments.events, Path(scratch))
             _tell(found, "features", measures, details)
-        if arguments.only != "features":
+        if arguments.only in (None, "training"):
             features.movielens_1m(Path(scratch))
             config = load("conf/movielens_1m.yaml", [f"storage.root={scratch}/movielens"])
             _tell(found, "training", *training.bench(config, Workspace(config).runs("features")[-1]))
+        if arguments.only in (None, "peer"):
+            _tell(found, "peer", *peer.bench(Path(scratch)))
     (REPOSITORY / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

@@ -116,7 +116,7 @@ def _write_log(folder: Path, events: int) -> Path:
 
 def _featurize(conf: Path) -> tuple[float, dict[str, float]]:
     """Seconds of a features run from the session's start on, and of each of its steps."""
-    _python("jobs/featurize.py", "--conf", conf, "--force")
+    python("jobs/featurize.py", "--conf", conf, "--force")
     (manifest,) = conf.parent.glob("runs/features/*/manifest.json")
     run = json.loads(manifest.read_text())
     shutil.rmtree(conf.parent / "runs")
@@ -127,10 +127,10 @@ def _featurize(conf: Path) -> tuple[float, dict[str, float]]:
 
 def _apart(conf: Path) -> float:
     """Seconds of the floor, in a process of its own."""
-    return float(_python("-m", "tests.bench.features", conf))
+    return float(python("-m", "tests.bench.features", conf))
 
 
-def _python(*arguments: str | Path) -> str:
+def python(*arguments: str | Path) -> str:
     """What a process of its own prints; how Spark starts is shown only where the process fails."""
     done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:
@@ -155,7 +155,7 @@ def movielens_1m(folder: Path) -> float:
     """Seconds of `python jobs/featurize.py --conf conf/movielens_1m.yaml`, Python's start included."""
     datasets.fetch("movielens_1m", REPOSITORY / "data")
     begin = time.perf_counter()
-    _python(
+    python(
         "jobs/featurize.py", "--conf", "conf/movielens_1m.yaml", "--set", f"storage.root={folder}/movielens"
     )
     return time.perf_counter() - begin

@@ -75,8 +75,20 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
     return measures, {str(workers): of for workers, of in found.items()} | {"checkpoint": saves}
 
 
-def _steps(config: Config, features: Run) -> dict[str, list[float]]:
-    """Seconds a step: of the loop's own batches, and of its first one over and over."""
+def epochs(config: Config, features: Run, number: int) -> tuple[list[float], float]:
+    """Train for some epochs, without evaluations: the seconds of each, and the most memory held, in GiB."""
+    ahead, step = _ready(config, features)
+    found = []
+    for epoch in range(number):
+        begin = time.perf_counter()
+        for position in range(ahead.examples.steps):
+            step(ahead.get(epoch, position))
+        found.append(time.perf_counter() - begin)
+    return found, int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
+
+
+def _ready(config: Config, features: Run) -> tuple[Any, Any]:
+    """This worker's batches, and what trains on one."""
     from recsys_dist.deepfm.examples import Ahead, Examples
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import DeepFM, used_fields
@@ -87,23 +99,32 @@ def _steps(config: Config, features: Run) -> dict[str, list[float]]:
     torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // world_size))
     spec = used_fields(features.spec(), config.deepfm)
     examples = Examples(features, Items(features, spec), config)
-    assert examples.steps >= STEPS
     model = DeepFM(spec, config.deepfm, device=device, tables="meta", seed=config.seed)
     assert dist.group.WORLD
     sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
     optimizers = Optimizers(sharded, config.deepfm)
-    ahead = Ahead(examples, rank, world_size)
+
+    def step(batch: Any) -> None:
+        optimizers.begin(1.0)
+        loss, _ = sharded(batch)
+        loss.backward()
+        optimizers.step()
+
+    return Ahead(examples, rank, world_size), step
+
+
+def _steps(config: Config, features: Run) -> dict[str, list[float]]:
+    """Seconds a step: of the loop's own batches, and of its first one over and over."""
+    ahead, step = _ready(config, features)
+    assert ahead.examples.steps >= STEPS
     first = ahead.get(0, 0)
 
     def seconds(batches: Iterator[Any]) -> float:
-        for step, batch in enumerate(batches):
-            if step == WARM:
+        for number, batch in enumerate(batches):
+            if number == WARM:
                 dist.barrier()
                 begin = time.perf_counter()
-            optimizers.begin(1.0)
-            loss, _ = sharded(batch)
-            loss.backward()
-            optimizers.step()
+            step(batch)
         return (time.perf_counter() - begin) / (STEPS - WARM)
 
     found: dict[str, list[float]] = {"end to end": [], "floor": []}

@@ -1,0 +1,110 @@
+"""How fast DeepFM trains beside FuxiCTR's, and in how much memory: same fields, sizes, examples and batches.
+
+On MovieLens 1M with the sizes of conf/default.yaml, and on a generated log of 26 fields with 100,000 and 10
+million embeddings. Both take turns, each with all cores; FuxiCTR with the loader that was fastest for it, and
+with Adam, as its configurations have it. What counts are whole epochs after the first: loading, shuffling and
+steps, no evaluation. Its memory is that of the training process alone, without its loader's.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from recsys_dist.cluster import MALLOC
+from recsys_dist.config import REPOSITORY, Config, load
+from recsys_dist.workspace import Run, Workspace
+from tests.bench import clicks, training
+from tests.bench.features import python
+from tests.bench.measure import Measure
+from tests.deepfm.workers import run_workers
+
+LOADERS = [{"loader": loader, "num_workers": number} for loader in ("npz", "parquet") for number in (0, 1, 2)]
+PYTHON = REPOSITORY / ".venv/fuxictr/bin/python"
+REPEATS, EPOCHS = 3, 3
+OURS = ["deepfm.objective=logistic", "deepfm.negatives=0"]
+GENERATED = [*OURS, "deepfm.hidden=[400,400,400]"]
+SMALL, LARGE = 100_000, 10_000_000
+
+
+def bench(folder: Path) -> tuple[list[Measure], dict[str, Any]]:
+    """Run all of it.
+
+    Args:
+        folder: an empty one.
+
+    Returns:
+        the measures, and the seconds of every epoch.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    (folder / "clicks").mkdir()
+    conf = clicks.movielens(folder / "clicks")
+    python("jobs/featurize.py", "--conf", conf)
+    config = load(conf, OURS)
+    run = Workspace(config).runs("features")[-1]
+    clicks.for_fuxictr(run, folder / "movielens")
+    tried = {str(choice): fuxictr(config, folder / "movielens", **choice, epochs=2) for choice in LOADERS}
+    loader = min(LOADERS, key=lambda choice: tried[str(choice)]["seconds"][-1])
+    print(f"FuxiCTR's fastest loader: {loader}", flush=True)
+    found["MovieLens 1M"] = _in_turns(config, run, folder / "movielens", loader, REPEATS)
+    for rows in (SMALL, LARGE):
+        config = load(None, GENERATED)
+        run = clicks.generated(folder / str(rows), rows)
+        clicks.for_fuxictr(run, folder / f"{rows}-fuxictr")
+        repeats = REPEATS if rows == SMALL else 1
+        found[f"{rows:,} rows"] = _in_turns(config, run, folder / f"{rows}-fuxictr", loader, repeats)
+    measures = []
+    goals = ((1 / 1.5, None), (None, None), (1 / 5, 1))
+    for name, (of_time, of_memory) in zip(found, goals, strict=True):
+        ours, theirs = found[name]["ours"], found[name]["theirs"]
+        measures += [
+            Measure(f"training, {name}, examples/s", ours["rate"]),
+            Measure(f"  FuxiCTR, {name}, examples/s", theirs["rate"]),
+            Measure(f"  time an example / FuxiCTR's, {name}", theirs["rate"] / ours["rate"], of_time),
+            Measure(f"  peak memory, {name}, GiB", ours["peak_gib"]),
+            Measure(f"  peak memory / FuxiCTR's, {name}", ours["peak_gib"] / theirs["peak_gib"], of_memory),
+        ]
+    small, large = (found[f"{rows:,} rows"]["ours"]["rate"] for rows in (SMALL, LARGE))
+    measures.append(Measure(f"training, a step at {LARGE:,} rows / at {SMALL:,}", small / large, 1.2))
+    return measures, {"loaders": tried, **found}
+
+
+def _in_turns(config: Config, run: Run, folder: Path, loader: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Examples a second (median) and peak memory of both sides, and the seconds of every epoch."""
+    os.environ.update(MALLOC)
+    sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+            seconds, peak = run_workers(1, training.epochs, Path(scratch), config, run, EPOCHS)[0]
+        sides["ours"].append({"seconds": seconds, "peak_gib": peak})
+        sides["theirs"].append(fuxictr(config, folder, **loader, epochs=EPOCHS))
+    print(json.dumps({folder.name: sides}), flush=True)
+    rows = run.spec().rows["train"]
+    return {name: _summary(rows, answers) for name, answers in sides.items()}
+
+
+def _summary(rows: int, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    epochs = [seconds for answer in answers for seconds in answer["seconds"][1:]]
+    peak = max(answer["peak_gib"] for answer in answers)
+    return {"rate": rows / statistics.median(epochs), "peak_gib": peak, "seconds": epochs}
+
+
+def fuxictr(config: Config, folder: Path, **settings: Any) -> dict[str, Any]:
+    """What tests/bench/peer_fuxictr.py answers, with our model's sizes."""
+    ours = config.deepfm
+    sizes = {"embedding_dim": ours.embedding_dim, "hidden_units": ours.hidden, "batch_size": ours.batch_size}
+    threads = len(os.sched_getaffinity(0))
+    told = {"seed": config.seed, "threads": threads, "quality": False, **sizes, **settings}
+    command = [PYTHON, "-W", "ignore", "-P", "tests/bench/peer_fuxictr.py"]
+    done = subprocess.run(
+        [*command, folder, json.dumps(told)], cwd=REPOSITORY, capture_output=True, text=True
+    )
+    if done.returncode:
+        sys.exit(f"FuxiCTR failed:\n{done.stdout}{done.stderr}")
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
