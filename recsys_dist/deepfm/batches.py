@@ -155,12 +155,13 @@ def _jagged(
 
 def _take(jagged: KeyedJaggedTensor, rows: Tensor) -> KeyedJaggedTensor:
     """These rows of every key."""
-    keys, offsets = jagged.keys(), jagged.offsets().to(torch.int64)
+    keys, offsets = jagged.keys(), jagged.offsets()
     starts = torch.arange(len(keys), device=rows.device).unsqueeze(1) * jagged.stride()
     bags = (starts + rows).flatten()
-    lengths = offsets[bags + 1] - offsets[bags]
+    begins = offsets[bags].to(torch.int64)
+    lengths = offsets[bags + 1] - begins
     ends = lengths.cumsum(0)
-    shift = torch.repeat_interleave(offsets[bags] - ends + lengths, lengths)
+    shift = torch.repeat_interleave(begins - ends + lengths, lengths)
     taken = jagged.values()[shift + torch.arange(shift.numel(), device=rows.device)]
     return KeyedJaggedTensor(keys=keys, values=taken, lengths=lengths.to(torch.int32))
 
