@@ -3,6 +3,7 @@
 import codecs
 import datetime as dt
 import difflib
+import math
 import types
 import typing
 import zoneinfo
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import pyarrow.fs
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from recsys_dist.errors import ConfigError
 
@@ -360,8 +361,19 @@ class Als(Section):
     """Alternating sweeps."""
 
 
-Scheduled = Annotated[float, Field(ge=0)] | tuple[Annotated[float, Field(ge=0)], ...]
+def _numbers(value: float | tuple[float, ...], below: float) -> float | tuple[float, ...]:
+    numbers = value if isinstance(value, tuple) else (value,)
+    if not numbers or not all(0 <= number < below for number in numbers):
+        limit = "" if below == math.inf else f" and less than {below:g}"
+        found = list(value) if isinstance(value, tuple) else f"{value:g}"
+        raise ValueError(f"must be a number of 0 or more{limit}, or a list of one an epoch, found {found}")
+    return value
+
+
+Scheduled = Annotated[float | tuple[float, ...], AfterValidator(lambda value: _numbers(value, math.inf))]
 """A number, or one an epoch, of which the last holds on."""
+ScheduledShare = Annotated[float | tuple[float, ...], AfterValidator(lambda value: _numbers(value, 1))]
+"""The same, each below 1."""
 
 
 def in_epoch(setting: Scheduled, epoch: int) -> float:
@@ -384,7 +396,7 @@ class DeepFM(Section):
     """Factors of a field; a multiple of 4, which the fused kernels need."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), min_length=1)
     """Widths of the MLP's layers."""
-    dropout: Scheduled = 0.0
+    dropout: ScheduledShare = 0.0
     """After every hidden layer: the share that is left out. May change from epoch to epoch."""
     batch_norm: bool = False
     """Batch normalisation in every hidden layer, before its ReLU, over the rows of all workers."""
@@ -494,11 +506,6 @@ class DeepFM(Section):
 
     @model_validator(mode="after")
     def _strategies(self) -> "DeepFM":
-        for name in ("dropout", "weight_decay", "l1", "embedding_weight_decay"):
-            if getattr(self, name) == ():
-                raise ValueError(f"{name} is a number, or a list of one an epoch, found an empty list")
-        if max(self.dropout if isinstance(self.dropout, tuple) else (self.dropout,)) >= 1:
-            raise ValueError(f"dropout must be below 1, found {self.dropout}")
         decay = self.embedding_weight_decay
         greatest = max(decay if isinstance(decay, tuple) else (decay,))
         if self.embedding_learning_rate * greatest >= 1:
@@ -605,8 +612,7 @@ class Tune(Section):
                     DeepFM.model_validate({key: value})
                 except ValidationError as error:
                     # What only another key makes wrong has no place.
-                    found = [found["msg"] for found in error.errors() if found["loc"]]
-                    wrong += [f"space.{key}: {message}, found {value!r}" for message in found]
+                    wrong += [f"space.{_describe(dict(of))}" for of in error.errors() if of["loc"]]
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

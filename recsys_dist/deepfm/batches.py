@@ -64,6 +64,11 @@ class SideBatch(Pipelineable):
             None if self.sequences is None else self.sequences.to(device, non_blocking=non_blocking),
         )
 
+    def pin_memory(self) -> "SideBatch":
+        """The same in memory from which a GPU can copy while it computes."""
+        sequences = None if self.sequences is None else self.sequences.pin_memory()
+        return SideBatch(self.indices.pin_memory(), self.values.pin_memory(), sequences)
+
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it (CUDA)."""
         self.indices.record_stream(stream)
@@ -95,6 +100,16 @@ class Batch(Pipelineable):
             self.log_probability.to(device, non_blocking=non_blocking),
             self.weight.to(device, non_blocking=non_blocking),
             self.label.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> "Batch":
+        """See SideBatch."""
+        return Batch(
+            self.user.pin_memory(),
+            self.item.pin_memory(),
+            self.log_probability.pin_memory(),
+            self.weight.pin_memory(),
+            self.label.pin_memory(),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:

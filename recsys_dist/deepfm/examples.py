@@ -7,7 +7,7 @@ Legend: B examples of a worker's share, J items drawn for each.
 
 import functools
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -236,20 +236,20 @@ class Ahead:
     DEPTH = 4
     """Batches that are ready or being made: the first one of a chunk takes longer than the others."""
 
-    def __init__(self, examples: Examples, rank: int, world_size: int) -> None:
-        self.examples, self.rank, self.world_size = examples, rank, world_size
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="next-batch")
-        self.next: deque[tuple[tuple[int, int], Future[Batch]]] = deque()
+    def __init__(self, examples: Examples, rank: int, world_size: int, pin: bool = False) -> None:
+        """Take `pin` for a GPU: memory from which it can copy while it computes."""
+        self.examples, self.rank, self.world_size, self.pin = examples, rank, world_size, pin
+        # One thread: the step needs the others.
+        self.pool = ThreadPoolExecutor(1, "next-batch", torch.set_num_threads, (1,))
 
-    def get(self, epoch: int, step: int) -> Batch:
-        """The batch of a step, and begin with those after it."""
-        if not self.next or self.next[0][0] != (epoch, step):
-            for _, batch in self.next:
-                batch.cancel()
-            self.next.clear()
-        place = epoch * self.examples.steps + step
-        for later in range(place + len(self.next), place + self.DEPTH + 1):
-            at = divmod(later, self.examples.steps)
-            made = self.pool.submit(self.examples.batch, *at, self.rank, self.world_size)
-            self.next.append((at, made))
-        return self.next.popleft()[1].result()
+    def from_step(self, first: int, stop: int) -> Iterator[Batch]:
+        """The batches of the steps from `first` to before `stop`, counted over all epochs."""
+        begun: deque[Future[Batch]] = deque()
+        for step in range(first, stop):
+            while len(begun) <= self.DEPTH and step + len(begun) < stop:
+                begun.append(self.pool.submit(self._make, step + len(begun)))
+            yield begun.popleft().result()
+
+    def _make(self, step: int) -> Batch:
+        batch = self.examples.batch(*divmod(step, self.examples.steps), self.rank, self.world_size)
+        return batch.pin_memory() if self.pin else batch

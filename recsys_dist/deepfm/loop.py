@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from recsys_dist.config import Config
+from recsys_dist.deepfm.batches import Batch
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest, write_json
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
@@ -28,6 +30,7 @@ from recsys_dist.deepfm.not_finite import complaint
 from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
 from recsys_dist.deepfm.sharding import shard
 from recsys_dist.deepfm.start_from import take_over
+from recsys_dist.deepfm.steps import Steps
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
 
@@ -101,18 +104,8 @@ def train(task: Task, device: torch.device) -> Progress:
     dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
     log.write(WORKERS, workers)
 
-    bfloat16 = settings.precision == "bfloat16" and has_bfloat16(device)
-    batches = Ahead(examples, rank, world_size)
-    while progress.step < last and progress.stale < settings.patience:
-        epoch, step = divmod(progress.step, examples.steps)
-        # Dropout is the one thing left to chance; seeded by the step, a resumed training repeats it.
-        torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)[0]))
-        batch = batches.get(epoch, step).to(device)
-        model.begin_epoch(epoch)
-        optimizers.begin(rate_factor(settings, progress.step, last, progress.reductions), epoch)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-            loss, logits = sharded(batch)
-        # What all workers must judge alike: the loss, and whether one's clock asks for a checkpoint.
+    def judge(loss: Tensor, logits: Tensor, batch: Batch) -> tuple[float, bool]:
+        """What all workers must see alike: the mean loss, and whether one's clock asks for a checkpoint."""
         minutes = settings.checkpoint_every_minutes
         late = minutes is not None and time.monotonic() - checkpoints.saved > 60 * minutes
         told = torch.stack([loss.detach() / world_size, loss.new_tensor(float(late))])
@@ -120,16 +113,26 @@ def train(task: Task, device: torch.device) -> Progress:
         mean, late_somewhere = told.tolist()
         if not math.isfinite(mean):  # before the tables move, which they do in the backward pass
             checkpoints.wait()
-            raise complaint(model, examples, batch, logits, epoch, step)
-        loss.backward()
-        optimizers.step()
+            raise complaint(model, examples, batch, logits, *divmod(progress.step, examples.steps))
+        return mean, late_somewhere > 0
+
+    steps = Steps(sharded, optimizers, device, judge)
+    batches = Ahead(examples, rank, world_size, pin=device.type == "cuda").from_step(progress.step, last)
+    while progress.step < last and progress.stale < settings.patience:
+        epoch, step = divmod(progress.step, examples.steps)
+        # Dropout is the one thing left to chance; seeded by the step, a resumed training repeats it.
+        torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)[0]))
+        model.begin_epoch(epoch)
+        factor = rate_factor(settings, progress.step, last, progress.reductions)
+        mean, late = steps.step(batches, factor, epoch)
         progress.step += 1
         log.step(progress.step, mean, examples.rows(step))
         epoch_ends = step + 1 == examples.steps
-        saves = epoch_ends or late_somewhere or progress.step % settings.checkpoint_every_steps == 0
+        saves = epoch_ends or late or progress.step % settings.checkpoint_every_steps == 0
         if saves:
             optimizers.finish()
         if epoch_ends:
+            steps.pause()
             figures = valid.figures(model, device) if valid else {}
             merit = _merit(valid.metric, figures) if valid else float(progress.step)
             better = merit > progress.best
@@ -146,13 +149,6 @@ def train(task: Task, device: torch.device) -> Progress:
             task.on_epoch(line)
     checkpoints.wait()
     return progress
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Can the processor or GPU multiply matrices in bfloat16?"""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _merit(metric: str, figures: Mapping[str, float]) -> float:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.torch
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
@@ -160,11 +161,19 @@ class DeepFM(nn.Module):
 
     def user_side(self, batch: SideBatch) -> Side:
         """The user and context fields' part."""
-        columns = self._columns(self.user_tables(batch.indices), batch, self.user_fields, self.user_values)
+        sequences = None if self.user_sequences is None else self.user_sequences(batch.sequences)
+        return self._user_side(batch, self.user_tables(batch.indices), sequences)
+
+    def item_side(self, batch: SideBatch) -> Side:
+        """The item fields' part."""
+        return self._item_side(batch, self.item_tables(batch.indices))
+
+    def _user_side(self, batch: SideBatch, pooled: KeyedTensor, sequences: KeyedTensor | None) -> Side:
+        columns = self._columns(pooled, batch, self.user_fields, self.user_values)
         ages, histories = [], []
-        if self.user_sequences is not None:
+        if sequences is not None:
             assert batch.sequences is not None
-            by_name = self.user_sequences(batch.sequences).to_dict()
+            by_name = sequences.to_dict()
             for field in tabled(self.user_fields, sequence=True):
                 there = batch.sequences[field.name].lengths().view(len(batch), -1)  # 1 or 0, the ones first
                 count = there.sum(1, keepdim=True)
@@ -183,9 +192,8 @@ class DeepFM(nn.Module):
             return side
         return side._replace(history=torch.stack(histories, 1), age=torch.stack(ages, 1))
 
-    def item_side(self, batch: SideBatch) -> Side:
-        """The item fields' part."""
-        columns = self._columns(self.item_tables(batch.indices), batch, self.item_fields, self.item_values)
+    def _item_side(self, batch: SideBatch, pooled: KeyedTensor) -> Side:
+        columns = self._columns(pooled, batch, self.item_fields, self.item_values)
         side = self._side(
             [columns[field.name] for field in self.item_fields],
             self.item_convolution if self.deep else None,
@@ -232,10 +240,10 @@ class DeepFM(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, summed with the batch's weights, and the logits [B, 1 + J], the example's own first."""
-        user = self.user_side(batch.user).leading(-1, 1)
-        item = self.item_side(batch.item).leading(len(batch.user), -1)
-        logits = self.logits(user, item, (batch.weight > 0).unsqueeze(1))
-        return (self.loss(logits, batch) * batch.weight).sum(), logits
+        # All lookups first: torchrec's pipeline reads off here what it may send ahead.
+        users, items = self.user_tables(batch.user.indices), self.item_tables(batch.item.indices)
+        sequences = None if self.user_sequences is None else self.user_sequences(batch.user.sequences)
+        return after_lookup(self, batch, users, items, sequences)
 
     def begin_epoch(self, epoch: int) -> None:
         """Set what changes from epoch to epoch."""
@@ -340,6 +348,17 @@ class DeepFM(nn.Module):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * fan_in**-0.5)
                 if isinstance(module, nn.Conv2d) and module.bias is not None:
                     module.bias.zero_()
+
+
+@torch.fx.wrap
+def after_lookup(
+    model: DeepFM, batch: Batch, users: KeyedTensor, items: KeyedTensor, sequences: KeyedTensor | None
+) -> tuple[Tensor, Tensor]:
+    """The rest of the forward pass, into which torch.fx does not look."""
+    user = model._user_side(batch.user, users, sequences).leading(-1, 1)
+    item = model._item_side(batch.item, items).leading(len(batch.user), -1)
+    logits = model.logits(user, item, (batch.weight > 0).unsqueeze(1))
+    return (model.loss(logits, batch) * batch.weight).sum(), logits
 
 
 def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:

@@ -99,12 +99,16 @@ class Replicated:
         }
 
     def begin(self, rate: float, decay: float) -> None:
-        """Before the forward pass: the step's rate, what all weights are multiplied by, no gradients."""
+        """Before the forward pass: the step's rate, and what all weights are multiplied by."""
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = rate
-            self.optimizer.zero_grad()
             if decay != 1:
                 torch._foreach_mul_([table.detach() for table in self.tables.values()], decay)
+
+    def zero_grad(self) -> None:
+        """Before the backward pass."""
+        if self.optimizer is not None:
+            self.optimizer.zero_grad()
 
     def step(self) -> None:
         """After the backward pass."""
@@ -125,7 +129,7 @@ class Optimizers:
         self.epoch = 0
 
     def begin(self, factor: float, epoch: int = 0) -> None:
-        """Before the forward pass: rates and penalties for this step, no gradients.
+        """Before the forward pass: rates and penalties for this step.
 
         Args:
             factor: of `rate_factor`.
@@ -145,7 +149,11 @@ class Optimizers:
         if self.decay:
             self.decay.begin(decay)
         self.replicated.begin(rate, decay)
+
+    def zero_grad(self) -> None:
+        """Before the backward pass: no gradients."""
         self.dense.zero_grad()
+        self.replicated.zero_grad()
 
     def step(self) -> None:
         """After the backward pass, which has moved the tables."""

@@ -7,6 +7,7 @@ What a checkpoint costs is measured with a table of 5 million rows in the place 
 keeps the loop waiting, and how much longer the steps take beside it, from its begin to after its end.
 """
 
+import itertools
 import os
 import resource
 import statistics
@@ -78,89 +79,75 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
 
 def epochs(config: Config, features: Run, number: int) -> tuple[list[float], float]:
     """Train for some epochs, without evaluations: the seconds of each, and the most memory held, in GiB."""
-    ahead, step = _ready(config, features)
+    ahead, steps = _ready(config, features)
+    batches = ahead.from_step(0, number * ahead.examples.steps)
     found = []
-    for epoch in range(number):
+    for _ in range(number):
         begin = time.perf_counter()
-        for position in range(ahead.examples.steps):
-            step(ahead.get(epoch, position))
+        for _ in range(ahead.examples.steps):
+            steps.step(batches)
         found.append(time.perf_counter() - begin)
     return found, int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-def _ready(config: Config, features: Run) -> tuple[Any, Any]:
-    """This worker's batches, and what trains on one."""
+def _ready(config: Config, features: Run, rows: int | None = None) -> tuple[Any, Any]:
+    """This worker's batches and what trains on them; with `rows`, so many in the place of the users'."""
     from recsys_dist.deepfm.examples import Ahead, Examples
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import DeepFM, used_fields
     from recsys_dist.deepfm.optimizer import Optimizers
     from recsys_dist.deepfm.sharding import shard
+    from recsys_dist.deepfm.steps import Steps
 
     rank, world_size, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
     torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // world_size))
     spec = used_fields(features.spec(), config.deepfm)
     examples = Examples(features, Items(features, spec), config)
+    if rows:
+        changed = (f.model_copy(update={"cardinality": rows}) if f.name == "user" else f for f in spec.fields)
+        spec = spec.model_copy(update={"fields": tuple(changed)})
     model = DeepFM(spec, config.deepfm, device=device, tables="meta", seed=config.seed)
     assert dist.group.WORLD
     sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
-    optimizers = Optimizers(sharded, config.deepfm)
-
-    def step(batch: Any) -> None:
-        optimizers.begin(1.0)
-        loss, _ = sharded(batch)
-        loss.backward()
-        optimizers.step()
-
-    return Ahead(examples, rank, world_size), step
+    return Ahead(examples, rank, world_size), Steps(
+        sharded, Optimizers(sharded, config.deepfm), device, lambda *_: None
+    )
 
 
 def _steps(config: Config, features: Run) -> dict[str, list[float]]:
     """Seconds a step: of the loop's own batches, and of its first one over and over."""
-    ahead, step = _ready(config, features)
+    ahead, steps = _ready(config, features)
     assert ahead.examples.steps >= STEPS
-    first = ahead.get(0, 0)
+    first = next(ahead.from_step(0, 1))
 
     def seconds(batches: Iterator[Any]) -> float:
-        for number, batch in enumerate(batches):
+        for number in range(STEPS):
             if number == WARM:
                 dist.barrier()
                 begin = time.perf_counter()
-            step(batch)
+            steps.step(batches)
         return (time.perf_counter() - begin) / (STEPS - WARM)
 
     found: dict[str, list[float]] = {"end to end": [], "floor": []}
     for repeat in range(REPEATS):
-        found["floor"].append(seconds(first for _ in range(STEPS)))
-        found["end to end"].append(seconds(ahead.get(repeat, step) for step in range(STEPS)))
+        found["floor"].append(seconds(itertools.repeat(first, STEPS)))
+        begin = repeat * ahead.examples.steps
+        found["end to end"].append(seconds(ahead.from_step(begin, begin + STEPS)))
     return found | {"peak": [_peak()]}
 
 
 def _saves(config: Config, features: Run, folder: Path) -> dict[str, list[float]]:
     """Seconds of steps without and beside a checkpoint, of the wait for it, its bytes, peak memory in MiB."""
     from recsys_dist.deepfm.checkpoint import Checkpoints, Progress
-    from recsys_dist.deepfm.examples import Examples
-    from recsys_dist.deepfm.items import Items
-    from recsys_dist.deepfm.model import DeepFM, used_fields
-    from recsys_dist.deepfm.optimizer import Optimizers
-    from recsys_dist.deepfm.sharding import shard
 
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
-    torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // world_size))
-    spec = used_fields(features.spec(), config.deepfm)
-    large = tuple(f.model_copy(update={"cardinality": ROWS}) if f.name == "user" else f for f in spec.fields)
-    examples = Examples(features, Items(features, spec), config)
-    model = DeepFM(spec.model_copy(update={"fields": large}), config.deepfm, device, "meta", config.seed)
-    assert dist.group.WORLD
-    sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
-    optimizers = Optimizers(sharded, config.deepfm)
-    checkpoints = Checkpoints(folder, 0, 1, device)
-    batch = examples.batch(0, 0, rank, world_size)
+    ahead, trained = _ready(config, features, ROWS)
+    checkpoints = Checkpoints(folder, 0, 1, torch.device("cpu"))
+    first = next(ahead.from_step(0, 1))
 
     def steps(number: int) -> None:
+        batches = itertools.repeat(first, number)
         for _ in range(number):
-            optimizers.begin(1.0)
-            sharded(batch)[0].backward()
-            optimizers.step()
+            trained.step(batches)
 
     steps(WARM)
     found: dict[str, list[float]] = {"peak before": [_peak()], "plain": [], "beside": [], "stall": []}
@@ -169,7 +156,7 @@ def _saves(config: Config, features: Run, folder: Path) -> dict[str, list[float]
         steps(STEPS)
         found["plain"].append(time.perf_counter() - begin)
         begin = time.perf_counter()
-        checkpoints.save(sharded, optimizers.dense, Progress(repeat, best_step=repeat))
+        checkpoints.save(trained.model, trained.optimizers, Progress(repeat, best_step=repeat))
         found["stall"].append(time.perf_counter() - begin)
         steps(STEPS)
         checkpoints.wait()

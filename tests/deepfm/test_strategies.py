@@ -19,8 +19,8 @@ from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.layers import BatchNorm, Convolution, recency
-from recsys_dist.deepfm.loop import has_bfloat16
 from recsys_dist.deepfm.model import DeepFM, used_fields
+from recsys_dist.deepfm.steps import has_bfloat16
 from recsys_dist.errors import ConfigError, DataError
 from tests.deepfm.workers import decayed, one_step, run_workers
 from tests.synthetic import synthetic_config, synthetic_features
@@ -243,8 +243,8 @@ def test_numbers_by_epoch(config, features):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dropout": (0.5, 1.0)}, "dropout must be below 1"),
-        ({"dropout": ()}, "dropout is a number, or a list of one an epoch, found an empty list"),
+        ({"dropout": (0.5, 1.0)}, "must be a number of 0 or more and less than 1, or a list of one an epoch"),
+        ({"l1": ()}, "must be a number of 0 or more, or a list of one an epoch"),
         ({"embedding_weight_decay": 20.0}, r"embedding_weight_decay must be below 1, found 0.05 \* 20"),
         ({"convolution": (2,), "convolution_reach": 2}, "convolution_reach must be odd, found 2"),
         ({"model": "fm", "batch_norm": True}, "batch_norm belongs to the MLP, which model fm does not have"),

@@ -20,7 +20,7 @@ from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.optimizer import rate_factor
 from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
-from tests.deepfm.workers import one_step, planned, restored, run_workers, train_in, validated
+from tests.deepfm.workers import one_step, planned, restored, run_workers, stepped, train_in, validated
 from tests.synthetic import (
     items_as_of,
     listable,
@@ -188,6 +188,19 @@ def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_pa
         moved = start[name] - rate * step
         assert (moved != start[name]).any()
         torch.testing.assert_close(answers[0]["after"][name], moved, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_steps_in_the_pipeline_are_those_of_a_plain_loop(config, features, tmp_path):
+    """Bit for bit, with everything that has a forward pass of its own, on two workers."""
+    changes = {"attention": {"recent": 3.0}, "batch_norm": True, "embedding_weight_decay": 0.1}
+    everything = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
+    plain, piped = (
+        run_workers(2, stepped, tmp_path / str(way), everything, features, way)[0] for way in (False, True)
+    )
+    assert piped["losses"] == plain["losses"]
+    assert piped["metric"] == plain["metric"] > 0
+    for name, weights in plain["weights"].items():
+        assert torch.equal(piped["weights"][name], weights), name
 
 
 def test_rates_over_time():
@@ -422,23 +435,15 @@ def test_the_next_batch_is_the_one_that_is_asked_for(plain, features):
     """Also after a jump, as when a training is resumed."""
     examples = Examples(features, Items(features, features.spec()), plain)
     ahead = Ahead(examples, 0, 1)
-    places = [(0, step) for step in range(examples.steps)] + [(1, 0), (1, 1), (0, 2), (0, 3)]
-    for epoch, step in places:
-        found, expected = ahead.get(epoch, step), examples.batch(epoch, step, 0, 1)
-        assert torch.equal(found.item.indices.values(), expected.item.indices.values())
-        assert torch.equal(found.user.indices.values(), expected.user.indices.values())
+    for first, stop in ((0, examples.steps + 2), (3, 5)):
+        found = list(ahead.from_step(first, stop))
+        assert len(found) == stop - first
+        for step, batch in enumerate(found, first):
+            expected = examples.batch(*divmod(step, examples.steps), 0, 1)
+            assert torch.equal(batch.item.indices.values(), expected.item.indices.values())
+            assert torch.equal(batch.user.indices.values(), expected.user.indices.values())
 
 
-@pytest.mark.parametrize(
-    ("filter_seen", "few", "daily"),
-    [
-        ("all", False, True),
-        ("none", False, True),
-        ("all", True, True),
-        ("none", True, False),
-        ("all", False, False),
-    ],
-)
 def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, filter_seen, few, daily):
     """Also where fewer than ten items are left to rank."""
     if few:

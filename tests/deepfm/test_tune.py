@@ -28,7 +28,7 @@ SEED = 0
 
 def conf(folder, root, **search):
     """A conf file in which one trial after another is run, and what it says."""
-    small = {"embedding_dim": 4, "hidden": [16, 8], "batch_size": 8, "negatives": 4, "row_wise_from": 40}
+    small = {"embedding_dim": 4, "hidden": [16, 8], "batch_size": 8, "negatives": 4}
     settings = {
         "seed": SEED,
         "storage": {"root": str(root)},
@@ -189,7 +189,10 @@ BAD = {
         {"embedding_dim": {"choice": [16, 15]}},
         "space.embedding_dim: Input should be a multiple of 4, found 15",
     ),
-    "end": ({"dropout": {"uniform": [0, 1.5]}}, "space.dropout: Input should be less than 1, found 1.5"),
+    "end": (
+        {"dropout": {"uniform": [0, 1.5]}},
+        "space.dropout: must be a number of 0 or more and less than 1, or a list of one an epoch, found 1.5",
+    ),
     "all at once": (
         {"epoch": {"choice": [1]}, "model": {"choice": ["dfm"]}},
         "key: epochs; space.model: Input",

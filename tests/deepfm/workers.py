@@ -89,6 +89,7 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
                     for _, rows in held_rows(table):
                         rows.detach().mul_(1 - rate * decay)
             optimizers.begin(factor, epoch)
+            optimizers.zero_grad()
             loss, _ = sharded(examples.batch(0, step, dist.get_rank(), dist.get_world_size()))
             loss.backward()
             optimizers.step()
@@ -100,6 +101,42 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
                 name: int((before[name] != table).any(1).sum()) for name, table in answer[way].items()
             }
     return answer
+
+
+def stepped(config: Any, features: Any, piped: bool) -> dict[str, Any]:
+    """The weights after six steps with a validation in the middle, in the pipeline or in a plain loop."""
+    from recsys_dist.deepfm.examples import Ahead, Examples
+    from recsys_dist.deepfm.items import Items
+    from recsys_dist.deepfm.model import DeepFM, used_fields
+    from recsys_dist.deepfm.optimizer import Optimizers
+    from recsys_dist.deepfm.sharding import shard
+    from recsys_dist.deepfm.steps import Steps
+    from recsys_dist.deepfm.validation import Ranking
+
+    device, spec = torch.device("cpu"), used_fields(features.spec(), config.deepfm)
+    items = Items(features, spec)
+    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
+    sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
+    optimizers = Optimizers(sharded, config.deepfm)
+    ahead = Ahead(Examples(features, items, config), dist.get_rank(), dist.get_world_size())
+    batches, losses, metric = ahead.from_step(0, 6), [], 0.0
+    steps = Steps(sharded, optimizers, device, lambda loss, *_: loss.item()) if piped else None
+    for number in range(6):
+        torch.manual_seed(number)
+        if steps:
+            losses.append(steps.step(batches))
+        else:
+            optimizers.begin(1.0)
+            optimizers.zero_grad()
+            loss, _ = sharded(next(batches))
+            loss.backward()
+            optimizers.step()
+            losses.append(loss.item())
+        if number == 2:
+            if steps:
+                steps.pause()
+            metric = Ranking(features, items, config).ndcg(model, device)
+    return {"losses": losses, "metric": metric, "weights": _whole(sharded.state_dict())}
 
 
 def planned(config: Any, features: Any, users: int) -> list[dict[str, Any]]:
