@@ -22,8 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._state_dict_utils import _copy_state_dict, _create_cpu_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recsys_dist.deepfm.optimizer import Optimizers
@@ -62,8 +62,9 @@ class Checkpoints:
         self.folder, self.attempt, self.keep = folder, attempt, keep
         # A group of its own: in the training's, its messages would mix with those of the steps meanwhile.
         self.group = dist.new_group(backend="gloo")
-        # For a GPU the copy is pinned memory, which is slow to get and therefore kept.
-        self.stager = BlockingAsyncStager(cache_staged_state_dict=device.type == "cuda")
+        self.pinned = device.type == "cuda"
+        self.copy: dict[str, Any] | None = None
+        """What is being written. Kept: new memory of that size takes far longer to get than to fill."""
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.writing: Future[None] | None = None
         self.saved = time.monotonic()
@@ -76,8 +77,12 @@ class Checkpoints:
         """
         self.wait()
         self.saved = time.monotonic()
-        state = self.stager.stage(_state(model, optimizers) | vars(progress))
-        self.writing = self.pool.submit(self._write, state, replace(progress))
+        state = _state(model, optimizers) | vars(progress)
+        if self.copy is None:
+            self.copy = _create_cpu_state_dict(state, pin_memory=self.pinned)
+        # torch's BlockingAsyncStager does the same, but can only keep pinned memory, which needs a GPU.
+        copied = _copy_state_dict(state, self.copy)
+        self.writing = self.pool.submit(self._write, copied, replace(progress))
 
     def wait(self) -> None:
         """Return when what was begun is complete; raise what went wrong with it."""
