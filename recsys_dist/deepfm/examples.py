@@ -71,6 +71,8 @@ class Counted(NamedTuple):
     """Sum of the values."""
     bad: int
     """Values that are no weight: below 0, or not finite."""
+    unknown: int
+    """Targets that are not finite."""
 
 
 class Examples:
@@ -87,7 +89,7 @@ class Examples:
         parts: whose examples they are.
 
     Raises:
-        DataError: there is none, or their values are asked to be weights and are not.
+        DataError: there is none, a target is not finite, or values are asked to be weights and are not.
     """
 
     def __init__(self, run: Run, catalogue: Items, config: Config, parts: Sequence[str] = ("train",)) -> None:
@@ -100,7 +102,7 @@ class Examples:
         room = settings.cache_megabytes << 20
         groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room)
         counted = groups.each(functools.partial(_count, settings=settings), ["label", "value"])
-        self.total = Counted(*(sum(column) for column in zip(Counted(0, 0, 0, 0), *counted, strict=True)))
+        self.total = Counted(*(sum(column) for column in zip(Counted(0, 0, 0, 0, 0), *counted, strict=True)))
         if not self.total.rows:
             raise nothing(run, catalogue.spec, parts, settings)
         if settings.sample_weight and (self.total.bad or not self.total.values):
@@ -111,6 +113,14 @@ class Examples:
             )
         self.order = Order([of.rows for of in counted], settings.streams, settings.batch_size, config.seed)
         self.shuffled = Shuffled(groups, self.order)
+        if self.total.unknown:
+            group = next(group for group, of in enumerate(counted) if of.unknown)
+            row = int(np.flatnonzero(~np.isfinite(targets(groups.read(group), settings)))[0])
+            place = groups.place(group, row).replace(run.path, run.uri)
+            raise DataError(
+                f"{self.total.unknown} of the {self.total.rows} examples have a label or value that is not "
+                f"finite, the first one {place}. Correct the log and run jobs/featurize.py."
+            )
         self.negatives = None
         if settings.negatives:
             self.negatives = Negatives(
@@ -226,8 +236,9 @@ class Examples:
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:
     values = table["value"].to_numpy().astype(np.float64)
     bad = ~(np.isfinite(values) & (values >= 0))
-    total = float(targets(table, settings).sum(dtype=np.float64))
-    return Counted(len(table), total, float(values[~bad].sum()), int(bad.sum()))
+    of = targets(table, settings).astype(np.float64)
+    unknown = int((~np.isfinite(of)).sum())
+    return Counted(len(table), float(of.sum()), float(values[~bad].sum()), int(bad.sum()), unknown)
 
 
 class Ahead:

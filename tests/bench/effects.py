@@ -3,8 +3,8 @@
 python -m tests.bench.effects
 python -m tests.bench.effects attention recency    only those whose change names one of these
 
-Each is trained on one worker until valid no longer gets better. Prints a line each: the best epoch's figures of
-the valid part, its number, and the seconds of the whole training.
+Each is trained on one worker until valid no longer gets better. Prints a line each: the best epoch's figures
+of the valid part, its number, and the seconds of the whole training.
 """
 
 import os

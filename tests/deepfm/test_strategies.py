@@ -205,6 +205,21 @@ def test_values_that_are_no_weights(config, features, tmp_path, bad, found):
         Examples(broken, Items(features, features.spec()), settings)
 
 
+def test_a_value_that_is_not_finite_cannot_be_learned(config, features, tmp_path):
+    shutil.copytree(features.path, tmp_path / "run")
+    file = sorted((tmp_path / "run/examples/split=train").iterdir())[0]
+    table = pq.read_table(file, partitioning=None)
+    values = table["value"].to_numpy().copy()
+    values[7] = np.inf
+    place = table.schema.get_field_index("value")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(values)), file)
+    broken = dataclasses.replace(features, path=str(tmp_path / "run"))
+    with pytest.raises(
+        DataError, match=rf"1 of the \d+ examples have .* the first one .*{file.name} row 7\."
+    ):
+        Examples(broken, Items(features, features.spec()), changed(config, objective="squared", negatives=0))
+
+
 @pytest.mark.skipif(not has_bfloat16(torch.device("cpu")), reason="the processor has no bfloat16")
 def test_bfloat16_is_used_in_the_mlp_alone(config, features):
     config = changed(config, **EVERYTHING)
