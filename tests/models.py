@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys_dist.config import Config
-from recsys_dist.deepfm.model import DeepFM, publish
+from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 from recsys_dist.schema import FACTORS
 from recsys_dist.workspace import Run, Workspace
 from tests.synthetic import synthetic_features
@@ -28,6 +28,7 @@ def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
     key = workspace.key("deepfm", config, {"features": features})
     deepfm = workspace.new("deepfm", key, {"features": features})
     settings = config.deepfm.model_copy(update={"init_scale": 0.5})
+    spec = used_fields(spec, settings)
     publish(deepfm, spec, config.deepfm, DeepFM(spec, settings, seed=3).state_dict())
     line: dict[str, Any] = {"epoch": 1, "step": 10, "loss": 0.5, "metric": "ndcg@10", "ndcg@10": 0.1}
     deepfm.filesystem.open_output_stream(f"{deepfm.path}/history.jsonl").write(json.dumps(line).encode())

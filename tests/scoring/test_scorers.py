@@ -19,9 +19,9 @@ GONE = 7
 SCORERS = ["popularity", "als", "fm", "deepfm", "two_stage"]
 
 
-@pytest.fixture(scope="module")
-def night(tmp_path_factory):
-    config = synthetic_config(tmp_path_factory.mktemp("root"))
+@pytest.fixture(scope="module", params=[{}, {"attention": "{recent: 3}", "recency": "{genres_seen: 2}"}])
+def night(request, tmp_path_factory):
+    config = synthetic_config(tmp_path_factory.mktemp("root"), **request.param)
     return config, untrained_night(config, gone=GONE)
 
 
@@ -182,13 +182,19 @@ def test_reasons_add_up_to_the_models_history_term(models, users, catalogues):
     """
     lists = models.two_stage.top_k(users, K)
     why = reasons(models.ranker, users, lists)
-    table = models.ranker.model.user_tables.embedding_bags["table_recent"].weight
+    table = models.ranker.model.table("recent")
+    decay = models.ranker.model.spec.field("recent").decay
     dim = models.ranker.model.settings.embedding_dim
     checked = 0
     for row, history in enumerate(users.table["recent"].to_pylist()):
         catalogue = catalogues[int(users.days[row])]
         for place, item in enumerate(lists.items[row].tolist()):
-            shares = {h: float(table[h, :dim] @ catalogue.sum[item]) / len(history) for h in history}
+            ages = reversed(range(len(history)))
+            weights = np.array([np.exp(-age / decay) if decay else 1.0 for age in ages])
+            shares = {
+                h: float(table[h, :dim] @ catalogue.sum[item]) * weight
+                for h, weight in zip(history, weights / weights.sum(), strict=True)
+            }
             best = sorted((h for h in shares if shares[h] > 0), key=lambda h: -shares[h])[:ITEMS]
             named = [h for h in why.items[row, place] if h] if item else []
             assert named == (best if item else [])
