@@ -130,9 +130,12 @@ def start(name: str, config: Config, input_bytes: int) -> Iterator[SparkSession]
         yield spark
     finally:
         if running is None:
-            # After its death there is nothing to stop, and what it died of is to be told.
+            # After its death there is nothing to stop, and what it died of is to be told: by us, not by the
+            # log of what connects to it.
+            logging.disable(logging.CRITICAL)
             with suppress(Py4JError, ConnectionError):
                 spark.stop()
+            logging.disable(logging.NOTSET)
 
 
 def exit_code(spark: SparkSession) -> int | None:

@@ -444,6 +444,16 @@ def test_the_next_batch_is_the_one_that_is_asked_for(plain, features):
             assert torch.equal(batch.user.indices.values(), expected.user.indices.values())
 
 
+@pytest.mark.parametrize(
+    ("filter_seen", "few", "daily"),
+    [
+        ("all", False, True),
+        ("none", False, True),
+        ("all", True, True),
+        ("none", True, False),
+        ("all", False, False),
+    ],
+)
 def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, filter_seen, few, daily):
     """Also where fewer than ten items are left to rank."""
     if few:
