@@ -23,3 +23,8 @@ class RetryableError(RecsysError):
     """The same command may work later: the root cannot be written, or somebody else won a race."""
 
     exit_code = 75
+
+
+def named(kind: str, text: str) -> RecsysError:
+    """An error of the class with this name: what another process was ended by."""
+    return {of.__name__: of for of in (ConfigError, DataError, RetryableError)}[kind](text)

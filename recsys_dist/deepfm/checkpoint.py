@@ -9,7 +9,6 @@ published is safetensors.
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 import time
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from recsys_dist.deepfm.optimizer import Optimizers
+from recsys_dist.deepfm.reports import write_json
 
 NAME = re.compile(r"step_(\d+)-(\d+)")
 SEAL = "sha256.json"
@@ -169,13 +169,6 @@ def _seal(path: Path, group: dist.ProcessGroup) -> None:
     dist.all_gather_object(shares, own, group)
     if dist.get_rank() == 0:
         write_json(path / SEAL, {name: of for share in shares for name, of in share.items()})
-
-
-def write_json(file: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    new.write_text(json.dumps(value))
-    new.replace(file)
 
 
 def _sha256(file: Path) -> str:

@@ -1,9 +1,4 @@
-"""The training loop that every worker runs.
-
-Worker 0 writes, beside the checkpoints: `history.jsonl`, a line an evaluation; `plan.json`, how the tables
-are sharded; `now.json`, where it stands between evaluations; `workers.json`, host and process of each;
-`resumed.json`, from which step this attempt goes on, on how many workers, and which checkpoints were refused.
-"""
+"""The training loop that every worker runs."""
 
 import json
 import math
@@ -22,20 +17,28 @@ from torch import Tensor
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import Batch
-from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest, write_json
+from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import complaint
 from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
+from recsys_dist.deepfm.reports import (
+    ATTEMPT,
+    HISTORY,
+    NOW,
+    PLAN,
+    RESUMED,
+    WORKERS,
+    lines,
+    write_json,
+)
 from recsys_dist.deepfm.sharding import shard
 from recsys_dist.deepfm.start_from import take_over
 from recsys_dist.deepfm.steps import Steps
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
 
-HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
-RESUMED = "resumed.json"
 EVERY_SECONDS = 10
 """Time between two writes of now.json."""
 
@@ -54,14 +57,6 @@ class Task:
     """Fit on train and valid for so many epochs; None: on train, until valid no longer gets better."""
     on_epoch: Callable[[dict[str, Any]], None] | None = None
     """Called by every worker with an epoch's line of the history, after its checkpoint."""
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a training's history, an epoch each, as far as they are whole."""
-    if not (folder / HISTORY).exists():
-        return []
-    lines = (folder / HISTORY).read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def train(task: Task, device: torch.device) -> Progress:
@@ -185,7 +180,7 @@ class _Log:
         self._restart()
         if self.active and (task.folder / HISTORY).exists():
             # What came after the checkpoint is done, and told, again.
-            kept = [line for line in history(task.folder) if line["step"] <= resumed_from]
+            kept = [line for line in lines(task.folder / HISTORY) if line["step"] <= resumed_from]
             (task.folder / HISTORY).write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
     def _restart(self) -> None:

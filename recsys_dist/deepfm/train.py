@@ -28,12 +28,21 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from recsys_dist.config import Config
+from recsys_dist.deepfm.reports import (
+    HISTORY,
+    NOW,
+    PLAN,
+    REFUSED,
+    RESUMED,
+    best,
+    lines,
+    refused,
+    refusing,
+)
 from recsys_dist.deepfm.tracking import Tracking
-from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
+from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.workspace import OpenRun, Run
 
-REFUSED = "refused.json"
-"""What a worker found wrong with settings or data."""
 RAY = "ray"
 """The folder in which Ray Train keeps its own state."""
 
@@ -129,19 +138,11 @@ class _Fitted:
     @property
     def step(self) -> int:
         """The best step of the last fit; a refit's last one."""
-        from recsys_dist.deepfm.loop import HISTORY
-
-        return int([line for line in _lines(self.folder / HISTORY) if line["best"]][-1]["step"])
-
-    @property
-    def best(self) -> dict[str, Any]:
-        """The best epoch's line of the history."""
-        return [line for line in self.history if line["best"]][-1]
+        return int(best(lines(self.folder / HISTORY))["step"])
 
 
 def _fit(config: Config, run: OpenRun, folder: Path, tracking: Tracking) -> _Fitted:
     """Fit on train, and where it is asked for once more on train and valid."""
-    from recsys_dist.deepfm.loop import HISTORY
     from recsys_dist.deepfm.model import used_fields
     from recsys_dist.deepfm.start_from import earlier_run
 
@@ -153,14 +154,14 @@ def _fit(config: Config, run: OpenRun, folder: Path, tracking: Tracking) -> _Fit
     again = folder / "refit"
     if not again.exists():  # or a driver that died was there already
         _train(config, folder, task, tracking)
-    fitted = _Fitted(_lines(folder / HISTORY), folder)
-    best = fitted.best
-    print(f"  the best epoch is {best['epoch']} (* marks an epoch better than all before)")
+    fitted = _Fitted(lines(folder / HISTORY), folder)
+    epochs = best(fitted.history)["epoch"]
+    print(f"  the best epoch is {epochs} (* marks an epoch better than all before)")
     if config.deepfm.fit_on == "train":
         return fitted
-    print(f"  fitted anew on train and valid for {best['epoch']} epochs:")
+    print(f"  fitted anew on train and valid for {epochs} epochs:")
     again.mkdir(exist_ok=True)
-    _train(config, again, task | {"refit_epochs": best["epoch"]}, tracking)
+    _train(config, again, task | {"refit_epochs": epochs}, tracking)
     return _Fitted(fitted.history, again)
 
 
@@ -201,11 +202,10 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
 
 
 def _require_accepted(folder: Path) -> None:
-    """Raise what a worker found wrong with settings or data: that is no failure, and no second try helps."""
-    if (folder / REFUSED).exists():
-        found = json.loads((folder / REFUSED).read_text())
-        kinds = {kind.__name__: kind for kind in (ConfigError, DataError, RetryableError)}
-        raise kinds[found["class"]](found["error"]) from None
+    """Raise what a worker found wrong with settings or data."""
+    wrong = refused(folder)
+    if wrong:
+        raise wrong from None
 
 
 def quiet() -> None:
@@ -221,26 +221,22 @@ def _worker(task: dict[str, Any]) -> None:
     quiet()
     import torch
 
-    from recsys_dist.deepfm.checkpoint import write_json
     from recsys_dist.deepfm.loop import Task, train
 
     device = ray.train.torch.get_device()
     on_this_node = ray.train.get_context().get_local_world_size()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_node))
-    try:
+    with refusing(task["folder"]):
         train(Task(**task), device)
-    except RecsysError as error:
-        write_json(task["folder"] / REFUSED, {"class": type(error).__name__, "error": str(error)})
 
 
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
     from recsys_dist.deepfm.checkpoint import complete, load_weights
-    from recsys_dist.deepfm.loop import HISTORY, PLAN
     from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 
-    history, folder, best = fitted.history, fitted.folder, fitted.best
+    history, folder, line = fitted.history, fitted.folder, best(fitted.history)
     path = next(path for step, _, path in complete(folder) if step == fitted.step)
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()
@@ -252,9 +248,9 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
         stream.write("".join(f"{json.dumps(line)}\n" for line in history).encode())
     plan = json.loads((folder / PLAN).read_text())
     return {
-        "metric": best["metric"],
-        best["metric"]: best[best["metric"]],
-        "best_epoch": best["epoch"],
+        "metric": line["metric"],
+        line["metric"]: line[line["metric"]],
+        "best_epoch": line["epoch"],
         "fit_on": config.deepfm.fit_on,
         "epochs": history[-1]["epoch"],
         "steps": history[-1]["step"],
@@ -269,23 +265,23 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
 def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> None:
     """Print the plan, each evaluation and, between distant ones, where the training stands; tell MLflow."""
     printed, planned, told = 0, False, -1
-    before = _lines(folder / "resumed.json")
+    before = lines(folder / RESUMED)
     if before:
         told = before[0]["attempt"]
     while True:
         last = stop.wait(0.5)
-        if not planned and (folder / "plan.json").exists():
+        if not planned and (folder / PLAN).exists():
             planned = True
-            print(_plan_text(json.loads((folder / "plan.json").read_text())), flush=True)
-        for line in _lines(folder / "resumed.json"):
+            print(_plan_text(json.loads((folder / PLAN).read_text())), flush=True)
+        for line in lines(folder / RESUMED):
             if line["attempt"] > told:
                 told = line["attempt"]
-                for refused in line["refused"]:
-                    print(f"  {refused}", flush=True)
+                for checkpoint in line["refused"]:
+                    print(f"  {checkpoint}", flush=True)
                 if told:
                     printed = line["step"]
                     print(f"  begun anew on {line['workers']} workers, from step {printed:,}", flush=True)
-        for line in _lines(folder / "history.jsonl"):
+        for line in lines(folder / HISTORY):
             if line["step"] > printed:
                 measured = ""
                 if "metric" in line:
@@ -299,7 +295,7 @@ def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> 
                 )
                 tracking.epoch(line)
                 printed = line["step"]
-        for line in _lines(folder / "now.json"):
+        for line in lines(folder / NOW):
             if line["step"] > printed:
                 print(
                     f"             step {line['step']:>7,}  loss {line['loss']:.4f}  "
@@ -326,12 +322,7 @@ def _plan_text(plan: list[dict[str, Any]]) -> str:
     cells = [("table", "rows", "dim", "sharding", "workers")]
     cells += [(*row[:4], ",".join(str(rank) for rank in row[4])) for row in rows]
     widths = [max(len(line[column]) for line in cells) for column in range(5)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    return "\n".join(f"  {line.rstrip()}" for line in lines)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    except OSError:
-        return []
+    padded = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells
+    ]
+    return "\n".join(f"  {line.rstrip()}" for line in padded)

@@ -30,7 +30,8 @@ from ray.tune.schedulers import ASHAScheduler
 
 from recsys_dist.config import Config, merge
 from recsys_dist.deepfm import train
-from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
+from recsys_dist.deepfm.reports import HISTORY, best, lines, refused, refusing, write_json
+from recsys_dist.errors import ConfigError, RecsysError, RetryableError, named
 from recsys_dist.workspace import OpenRun, Workspace
 
 # Read by Tune in this process. It prints nothing, and writes no files beside its own; a trial may end without
@@ -77,24 +78,24 @@ def make(config: Config, run: OpenRun, asked: dict[str, Any]) -> dict[str, Any]:
     rows = [search.row(number) for number in range(1, len(points) + 1)]
     succeeded = [row for row in rows if "error" not in row]
     if not succeeded:
-        raise _error(rows[0]["class"], f"All {len(rows)} trials failed, the first with: {rows[0]['error']}")
+        raise named(rows[0]["class"], f"All {len(rows)} trials failed, the first with: {rows[0]['error']}")
     metric = search.metric
-    best = (min if metric in LOWER_IS_BETTER else max)(succeeded, key=lambda row: row[metric])
-    told = f"trial {best['trial']}, {metric.upper()} {best[metric]:.4f} on valid in epoch {best['epoch']}"
-    conf = merge(asked, {"deepfm": best["settings"]})
+    first = (min if metric in LOWER_IS_BETTER else max)(succeeded, key=lambda row: row[metric])
+    told = f"trial {first['trial']}, {metric.upper()} {first[metric]:.4f} on valid in epoch {first['epoch']}"
+    conf = merge(asked, {"deepfm": first["settings"]})
     text = yaml.safe_dump(conf, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     features = run.inputs["features"].run_id
     head = f"# The best of {len(rows)} trials: {told}.\n# Search {run.run_id}, features run {features}.\n"
     run.write_text(TRIALS, "".join(f"{json.dumps(row)}\n" for row in rows))
     run.write_text(BEST, head + text)
     shutil.rmtree(folder, ignore_errors=True)
-    print(f"  the best: {told}: {_words(best['settings'])}")
+    print(f"  the best: {told}: {_words(first['settings'])}")
     print(f"  a conf file with these settings: {run.uri}/{BEST}")
     return {
         "metric": metric,
-        metric: best[metric],
-        "best_trial": best["trial"],
-        "settings": best["settings"],
+        metric: first[metric],
+        "best_trial": first["trial"],
+        "settings": first["settings"],
         "trials": len(rows),
         "failed": len(rows) - len(succeeded),
         "stopped_early": sum(row["stopped_early"] for row in succeeded),
@@ -161,20 +162,17 @@ class _Search:
 
     def end(self, number: int, error: RecsysError | None = None) -> None:
         """Write down and print what came out of a trial."""
-        from recsys_dist.deepfm.checkpoint import write_json
-        from recsys_dist.deepfm.loop import history
-
         place, point = self.place(number), self.points[number - 1]
         place.mkdir(exist_ok=True)
         row: dict[str, Any] = {"trial": number, "settings": point}
         if error is None:
-            lines = history(place)
-            best = [line for line in lines if line["best"]][-1]
-            settings, epochs = self.tasks[number].config.deepfm, lines[-1]["epoch"]
-            row |= {self.metric: best[self.metric], "epoch": best["epoch"], "epochs": epochs}
-            ended = epochs == settings.epochs or epochs - best["epoch"] >= settings.patience
-            row |= {"stopped_early": not ended, "attempts": lines[-1]["attempt"] + 1}
-            row |= {"history": [line[self.metric] for line in lines]}
+            history = lines(place / HISTORY)
+            line = best(history)
+            settings, epochs = self.tasks[number].config.deepfm, history[-1]["epoch"]
+            row |= {self.metric: line[self.metric], "epoch": line["epoch"], "epochs": epochs}
+            ended = epochs == settings.epochs or epochs - line["epoch"] >= settings.patience
+            row |= {"stopped_early": not ended, "attempts": history[-1]["attempt"] + 1}
+            row |= {"history": [line[self.metric] for line in history]}
             what = f"{self.metric.upper()} {row[self.metric]:.4f}  {epochs:>3} epochs"
             what += "               " if ended else ", stopped early"
         else:
@@ -196,7 +194,7 @@ def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder:
     from recsys_dist.deepfm.start_from import earlier_run
 
     features = run.inputs["features"]
-    tasks, refused = {}, {}
+    tasks, wrong = {}, {}
     for number, point in enumerate(points, start=1):
         try:
             own = config.with_deepfm(point)
@@ -205,7 +203,7 @@ def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder:
             before = earlier_run(Workspace(config), own.deepfm, used_fields(features.spec(), own.deepfm))
             tasks[number] = Task(own, features, folder / f"trial_{number}", start_from=before)
         except ConfigError as error:
-            refused[number] = error
+            wrong[number] = error
     metrics = sorted({task.config.deepfm.metric for task in tasks.values()})
     if len(metrics) > 1:
         raise ConfigError(
@@ -223,14 +221,13 @@ def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder:
     finished = len(tasks) - len(search.left)
     if finished:
         print(f"  {finished} of them were finished before", flush=True)
-    for number, wrong in refused.items():
-        search.end(number, wrong)
+    for number in wrong:
+        search.end(number, wrong[number])
     return search
 
 
 def _run(search: _Search, config: Config) -> None:
     """Run what is left of the trials."""
-    from recsys_dist.deepfm.loop import history
     from recsys_dist.deepfm.validation import LOWER_IS_BETTER
 
     shutil.rmtree(search.folder / train.RAY, ignore_errors=True)  # of a driver that died
@@ -249,7 +246,7 @@ def _run(search: _Search, config: Config) -> None:
     for number in set(search.tasks) - set(left):
         trial = SimpleNamespace(trial_id=f"before_{number}")
         scheduler.on_trial_add(None, trial)
-        for line in history(search.place(number)):
+        for line in lines(search.place(number) / HISTORY):
             scheduler.on_trial_result(None, trial, line)
         scheduler.on_trial_remove(None, trial)
     together = min(settings.concurrent, len(search.points))
@@ -286,9 +283,7 @@ class _Told(tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """It came to its end, was stopped, or its settings were refused."""
         number = trial.config["trial"]
-        refused = self.search.place(number) / train.REFUSED
-        found = json.loads(refused.read_text()) if refused.exists() else None
-        self.search.end(number, _error(found["class"], found["error"]) if found else None)
+        self.search.end(number, refused(self.search.place(number)))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Its process died more often than is allowed."""
@@ -303,8 +298,6 @@ def _trial(trial: dict[str, int], tasks: dict[int, Any], resources: dict[str, in
     import torch
     import torch.distributed as dist
 
-    from recsys_dist.deepfm.checkpoint import write_json
-    from recsys_dist.deepfm.loop import history
     from recsys_dist.deepfm.loop import train as train_loop
 
     task = tasks[trial["trial"]]
@@ -314,21 +307,16 @@ def _trial(trial: dict[str, int], tasks: dict[int, Any], resources: dict[str, in
     def report(line: dict[str, Any]) -> None:
         tune.report({"epoch": line["epoch"], metric: line[metric]})
 
-    for line in history(task.folder):  # of an earlier process
+    for line in lines(task.folder / HISTORY):  # of an earlier process
         report(line)
     torch.set_num_threads(resources["cpu"])
     gpu = resources["gpu"] > 0
     dist.init_process_group("nccl" if gpu else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        train_loop(dataclasses.replace(task, on_epoch=report), torch.device("cuda:0" if gpu else "cpu"))
-    except RecsysError as error:
-        write_json(task.folder / train.REFUSED, {"class": type(error).__name__, "error": str(error)})
+        with refusing(task.folder):
+            train_loop(dataclasses.replace(task, on_epoch=report), torch.device("cuda:0" if gpu else "cpu"))
     finally:
         dist.destroy_process_group()  # the next trial has its own, in the same process
-
-
-def _error(kind: str, text: str) -> RecsysError:
-    return {of.__name__: of for of in (ConfigError, DataError, RetryableError)}[kind](text)
 
 
 def _words(point: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ import torch
 
 from recsys_dist.cluster import MALLOC
 from recsys_dist.config import load
+from recsys_dist.deepfm.reports import HISTORY, best, lines
 from recsys_dist.workspace import Workspace
 from tests.bench.features import python
 from tests.deepfm.workers import run_workers, train_in
@@ -71,20 +72,20 @@ def main() -> int:
             config = load(CONF, [f"storage.root={root}", *(f"deepfm.{setting}" for setting in change)])
             folder = Path(root) / f"training-{number}"
             begin = time.perf_counter()
-            best = run_workers(1, _best, folder, config, Workspace(config).runs("features")[-1], folder)[0]
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in best["figures"].items())
+            found = run_workers(1, _best, folder, config, Workspace(config).runs("features")[-1], folder)[0]
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in found["figures"].items())
             what = " ".join(change) or "as in the conf file"
-            print(f"| {what} | {figures} | {best['epoch']} | {time.perf_counter() - begin:.0f} |", flush=True)
+            print(
+                f"| {what} | {figures} | {found['epoch']} | {time.perf_counter() - begin:.0f} |", flush=True
+            )
     return 0
 
 
 def _best(config: Any, features: Any, folder: Path) -> dict[str, Any]:
     """The best epoch of a training with all cores."""
-    from recsys_dist.deepfm.loop import history
-
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     train_in(config, features, folder)
-    line = [line for line in history(folder) if line["best"]][-1]
+    line = best(lines(folder / HISTORY))
     names = [n for n in ("ndcg@10", "auc", "gauc", "logloss", "rmse") if n in line]
     return {"epoch": line["epoch"], "figures": {name: line[name] for name in names}}
 

@@ -1,0 +1,56 @@
+"""The files by which a training's workers tell its driver how they stand, in the folder of the checkpoints.
+
+Worker 0 writes `history.jsonl`, a line an evaluation; `plan.json`, how the tables are sharded; `now.json`,
+where it stands between evaluations; `workers.json`, host and process of each; `attempt`, the number of this
+start of the workers; `resumed.json`, from which step it goes on, on how many workers, and which checkpoints
+were refused. Any worker writes `refused.json`, what it found wrong with settings or data. Nothing here needs
+torch.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from recsys_dist.errors import RecsysError, named
+
+HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
+RESUMED, REFUSED = "resumed.json", "refused.json"
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    new = file.with_name(f"{file.name}.{os.getpid()}.new")
+    new.write_text(json.dumps(value))
+    new.replace(file)
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The lines of a file, as far as they are there and whole."""
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+    except OSError:
+        return []
+
+
+def best(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The best epoch's line of a history."""
+    return [line for line in history if line["best"]][-1]
+
+
+@contextlib.contextmanager
+def refusing(folder: Path) -> Iterator[None]:
+    """Write down what is found wrong with settings or data: that is no failure, and no second try helps."""
+    try:
+        yield
+    except RecsysError as error:
+        write_json(folder / REFUSED, {"class": type(error).__name__, "error": str(error)})
+
+
+def refused(folder: Path) -> RecsysError | None:
+    """What was written down by `refusing`."""
+    for found in lines(folder / REFUSED):
+        return named(found["class"], found["error"])
+    return None
