@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grad_norm_
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward
 from torchrec.optim.keyed import KeyedOptimizerWrapper
-from torchrec.optim.optimizers import SGD, Adagrad, in_backward_optimizer_filter
+from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from recsys_dist import config
@@ -21,15 +21,10 @@ TABLES = ".embedding_bags."
 """In the name of every table's weights."""
 OF_TABLES: dict[str, tuple[Any, dict[str, float]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
-    "adagrad": (Adagrad, {"eps": 1e-8}),
-    "sgd": (SGD, {}),
+    "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),
+    "sgd": (torch.optim.SGD, {}),
 }
-ON_EVERY_WORKER: dict[str, Any] = {
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adagrad": torch.optim.Adagrad,
-    "sgd": torch.optim.SGD,
-}
-"""The same formulas for a table that is whole on every worker, of which torchrec fuses none."""
+"""torchrec fuses the same formulas into the lookup, but not for a table that is whole on every worker."""
 DENSE = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "adagrad": torch.optim.Adagrad}
 
 
@@ -82,7 +77,7 @@ class Replicated:
     def __init__(self, model: DistributedModelParallel, settings: config.DeepFM) -> None:
         named = in_backward_optimizer_filter(model.named_parameters())
         self.tables = {name: parameter for name, parameter in named if TABLES in name}
-        kind, (_, keywords) = ON_EVERY_WORKER[settings.table_optimizer], OF_TABLES[settings.table_optimizer]
+        kind, keywords = OF_TABLES[settings.table_optimizer]
         self.optimizer: torch.optim.Optimizer | None = None
         if self.tables:
             rate = settings.embedding_learning_rate
