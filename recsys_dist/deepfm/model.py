@@ -115,19 +115,16 @@ class DeepFM(nn.Module):
         self.item_values = _value_weights(self.item_fields, dim, device)
         if self.linear:
             self.bias = nn.Parameter(torch.zeros((), device=device))
+        # None without an MLP, to which it belongs.
+        self.user_convolution = self._convolution(len(self.user_fields), device)
+        self.item_convolution = self._convolution(len(self.item_fields), device)
         if self.deep:
-            self.user_convolution = self._convolution(len(self.user_fields), device)
-            self.item_convolution = self._convolution(len(self.item_fields), device)
             # One Linear over the concatenation of all fields, cut into the columns of either side.
-            inputs = [
-                len(fields) * dim + (convolution.width if convolution else 0)
-                for fields, convolution in (
-                    (self.user_fields, self.user_convolution),
-                    (self.item_fields, self.item_convolution),
-                )
-            ]
-            self.user_hidden = nn.Linear(inputs[0], widths[0], device=device)
-            self.item_hidden = nn.Linear(inputs[1], widths[0], bias=False, device=device)
+            users, items = len(self.user_fields) * dim, len(self.item_fields) * dim
+            if self.user_convolution and self.item_convolution:
+                users, items = users + self.user_convolution.width, items + self.item_convolution.width
+            self.user_hidden = nn.Linear(users, widths[0], device=device)
+            self.item_hidden = nn.Linear(items, widths[0], bias=False, device=device)
             layers: list[nn.Module] = []
             for before, width in zip((0, *widths), widths, strict=False):
                 layers += [nn.Linear(before, width, device=device)] if before else []
@@ -161,12 +158,16 @@ class DeepFM(nn.Module):
 
     def user_side(self, batch: SideBatch) -> Side:
         """The user and context fields' part."""
-        sequences = None if self.user_sequences is None else self.user_sequences(batch.sequences)
-        return self._user_side(batch, self.user_tables(batch.indices), sequences)
+        return self._user_side(batch, *self._look_up(batch))
 
     def item_side(self, batch: SideBatch) -> Side:
         """The item fields' part."""
         return self._item_side(batch, self.item_tables(batch.indices))
+
+    def _look_up(self, batch: SideBatch) -> tuple[KeyedTensor, KeyedTensor | None]:
+        """Of users and context: the pooled fields, and the sequences."""
+        sequences = None if self.user_sequences is None else self.user_sequences(batch.sequences)
+        return self.user_tables(batch.indices), sequences
 
     def _user_side(self, batch: SideBatch, pooled: KeyedTensor, sequences: KeyedTensor | None) -> Side:
         columns = self._columns(pooled, batch, self.user_fields, self.user_values)
@@ -185,7 +186,7 @@ class DeepFM(nn.Module):
                     histories.append(embeddings[..., : self.dim])
         side = self._side(
             [columns[field.name] for field in self.user_fields],
-            self.user_convolution if self.deep else None,
+            self.user_convolution,
             self.user_hidden if self.deep else None,
         )
         if not self.attended:
@@ -196,7 +197,7 @@ class DeepFM(nn.Module):
         columns = self._columns(pooled, batch, self.item_fields, self.item_values)
         side = self._side(
             [columns[field.name] for field in self.item_fields],
-            self.item_convolution if self.deep else None,
+            self.item_convolution,
             self.item_hidden if self.deep else None,
         )
         return side._replace(query=columns["item"][:, : self.dim]) if self.attended else side
@@ -241,15 +242,14 @@ class DeepFM(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, summed with the batch's weights, and the logits [B, 1 + J], the example's own first."""
         # All lookups first: torchrec's pipeline reads off here what it may send ahead.
-        users, items = self.user_tables(batch.user.indices), self.item_tables(batch.item.indices)
-        sequences = None if self.user_sequences is None else self.user_sequences(batch.user.sequences)
-        return after_lookup(self, batch, users, items, sequences)
+        users, sequences = self._look_up(batch.user)
+        return after_lookup(self, batch, users, self.item_tables(batch.item.indices), sequences)
 
     def begin_epoch(self, epoch: int) -> None:
         """Set what changes from epoch to epoch."""
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = in_epoch(self.settings.dropout, epoch)
+        for layer in self.layers if self.deep else ():
+            if isinstance(layer, nn.Dropout):
+                layer.p = in_epoch(self.settings.dropout, epoch)
 
     def loss(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss [B] of each example with its drawn items.
@@ -343,11 +343,11 @@ class DeepFM(nn.Module):
                 values.copy_(torch.randn(values.shape, generator=generator) * scale)
         for module in self.modules():
             if isinstance(module, nn.Conv2d | Attention):
-                weight = module.projection.weight if isinstance(module, Attention) else module.weight
-                fan_in = weight[0].numel()
-                weight.copy_(torch.randn(weight.shape, generator=generator) * fan_in**-0.5)
-                if isinstance(module, nn.Conv2d) and module.bias is not None:
-                    module.bias.zero_()
+                layer = module.projection if isinstance(module, Attention) else module
+                fan_in = layer.weight[0].numel()
+                layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * fan_in**-0.5)
+                if layer.bias is not None:
+                    layer.bias.zero_()
 
 
 @torch.fx.wrap
