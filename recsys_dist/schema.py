@@ -319,6 +319,19 @@ def pairs(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return rows.to_numpy().astype(np.int64), values.to_numpy().astype(np.int64)
 
 
+def padded(column: pa.ChunkedArray, width: int) -> np.ndarray:
+    """A list column as [N, width] int64: each row's values in their order, and 0 after them.
+
+    Args:
+        column: N lists of at most `width` integers.
+        width: of the result.
+    """
+    rows, values = pairs(column)
+    found = np.zeros((len(column), width), np.int64)
+    found[rows, np.arange(len(rows)) - np.searchsorted(rows, rows)] = values
+    return found
+
+
 def without_seen(events: pa.Table, users: pa.Table, filter_seen: SeenFilter) -> pa.Table:
     """The events whose items may be in their user's list: what a held-out part can be measured on.
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from recsys_dist.errors import ConfigError
-from recsys_dist.schema import FeatureSpec, FieldSpec, VocabularySpec
+from recsys_dist.schema import FeatureSpec, FieldSpec, VocabularySpec, padded
 
 CONTEXT = (
     FieldSpec(name="weekday", kind="time", side="context", type="index", cardinality=8, part="weekday"),
@@ -160,3 +160,8 @@ def test_the_shown_history_is_the_longest_of_liked_items():
     others = (history("viewed", 50, when="view"), history("brands", 40, of="brand"))
     assert spec(*others).shown_history == "liked"
     assert spec(history("last", 1), *others, history("recent", 20)).shown_history == "recent"
+
+
+def test_lists_of_a_column_are_padded():
+    column = pa.chunked_array([[[1, 2], []], [[3]]], pa.list_(pa.int32()))
+    assert padded(column, 3).tolist() == [[1, 2, 0], [0, 0, 0], [3, 0, 0]]

@@ -23,7 +23,7 @@ from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.schema import FeatureSpec, pairs
+from recsys_dist.schema import FeatureSpec, padded
 from recsys_dist.workspace import Run
 
 
@@ -223,12 +223,7 @@ class Examples:
         self, rows: pa.Table, negatives: Negatives, seed: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Negatives.draw for a stream's rows."""
-        history = None
-        if self.history:
-            row, items = pairs(rows[self.history.name])
-            place = np.arange(len(row)) - np.searchsorted(row, row)
-            history = np.zeros((len(rows), self.history.last or 1), np.int64)
-            history[row, place] = items
+        history = padded(rows[self.history.name], self.history.last or 1) if self.history else None
         positives, number = rows["item"].to_numpy(), self.config.deepfm.negatives
         return negatives.draw(positives, number, np.random.default_rng(seed), history)
 

@@ -6,13 +6,14 @@ Legend: B users, K list length, H history positions, D factors.
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 
 from recsys_dist.deepfm.layers import recency
 from recsys_dist.recall.inner_product import Lists
-from recsys_dist.schema import UNKNOWN
+from recsys_dist.schema import UNKNOWN, padded
 from recsys_dist.scoring.scorers import Ranker
-from recsys_dist.scoring.users import Users, tensor_pairs
+from recsys_dist.scoring.users import Users
 
 ITEMS = 3
 """At most so many items of the history are named."""
@@ -46,11 +47,9 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
     for field in ranker.model.user_fields if ranker.model.factorised else ():
         if field.kind != "history" or field.of != "item":
             continue
-        history_BH = torch.zeros(len(users), field.last or 1, dtype=torch.int64)
-        rows, items = tensor_pairs(users.table[field.name])
-        length_B = torch.bincount(rows, minlength=len(users))
-        start_B = torch.cumsum(length_B, 0) - length_B
-        history_BH[rows, torch.arange(len(rows)) - start_B[rows]] = items
+        column = users.table[field.name]
+        history_BH = torch.from_numpy(padded(column, field.last or 1))
+        length_B = torch.tensor(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
         embedded_BHD = ranker.model.table(field.name)[history_BH][..., :width]
         if field.decay is not None:
             age_BH = length_B[:, None] - 1 - torch.arange(history_BH.shape[1])
