@@ -24,12 +24,15 @@ class TableDecay:
     """
 
     def __init__(self, model: DistributedModelParallel) -> None:
+        self.device = model.device
         self.rows: list[list[Tensor]] = []
         """Of each group of tables the weights [rows, D]."""
         self.seen: list[list[Tensor]] = []
         """Of each row the number of factors that it has been multiplied by."""
         self.logs: list[float] = [0.0]
         """Logarithm of the product of the first n factors since `catch_up`."""
+        self.missing = torch.ones(1, device=self.device)
+        """What a row lacks that has been multiplied by the first n factors: the product of the others."""
         for number, tables in enumerate(_fused(model)):
             self.rows.append([weights.detach() for weights in tables.split_embedding_weights()])
             self.seen.append([w.new_zeros(len(w), dtype=torch.int32) for w in self.rows[-1]])
@@ -38,15 +41,17 @@ class TableDecay:
     def begin(self, factor: float) -> None:
         """From the coming step on every weight is multiplied by one more factor."""
         self.logs.append(self.logs[-1] + math.log(factor))
+        logs = torch.tensor(self.logs, dtype=torch.float64)
+        self.missing = torch.exp(logs[-1] - logs).float().to(self.device)
 
     @torch.no_grad()
     def catch_up(self) -> None:
         """Bring all rows to where they should be, before the tables are saved or used."""
         for tables, counts in zip(self.rows, self.seen, strict=True):
             for weights, seen in zip(tables, counts, strict=True):
-                weights.mul_(self._missing(seen))
+                weights.mul_(self.missing[seen].unsqueeze(1))
                 seen.zero_()
-        self.logs = [0.0]
+        self.logs, self.missing = [0.0], torch.ones(1, device=self.device)
 
     def _hook(self, number: int) -> Any:
         """What runs before a group of tables is looked up."""
@@ -61,15 +66,10 @@ class TableDecay:
                 rows = inputs["indices"][bounds[feature] : bounds[feature + 1]]
                 weights, seen = self.rows[number][table], self.seen[number][table]
                 # A row that occurs several times is written several times, with the same values.
-                weights[rows] = weights[rows] * self._missing(seen[rows])
+                weights[rows] = weights[rows] * self.missing[seen[rows]].unsqueeze(1)
                 seen[rows] = len(self.logs) - 1
 
         return hook
-
-    def _missing(self, seen: Tensor) -> Tensor:
-        """[N, 1]: the product of the factors that rows have not been multiplied by."""
-        logs = torch.tensor(self.logs, dtype=torch.float64, device=seen.device)
-        return torch.exp(logs[-1] - logs).float()[seen].unsqueeze(1)
 
 
 def _fused(model: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:

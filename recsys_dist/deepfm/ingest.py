@@ -8,6 +8,7 @@ row groups that its streams lie in.
 Legend: R row groups, N rows, S streams, T steps of an epoch.
 """
 
+import bisect
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -182,11 +183,11 @@ class Shuffled:
         """Where a step's rows of a stream are: a chunk, the first of its rows, and that after the last."""
         start, stop = self.order.taken(stream, step)
         chunks = self._plan(epoch)[stream]
-        for number, chunk in enumerate(chunks):
-            end = chunks[number + 1].start if number + 1 < len(chunks) else stop
-            first, last = max(start, chunk.start), min(stop, end)
-            if first < last:
-                yield chunk, first - chunk.start, last - chunk.start
+        while start < stop:
+            after = bisect.bisect_right(chunks, start, key=lambda chunk: chunk.start)
+            chunk, end = chunks[after - 1], chunks[after].start if after < len(chunks) else stop
+            yield chunk, start - chunk.start, min(stop, end) - chunk.start
+            start = min(stop, end)
 
     def _permutation(self, epoch: int, stream: int, chunk: Chunk, rows: int) -> np.ndarray:
         return np.random.default_rng([self.order.seed, epoch, stream, chunk.start]).permutation(rows)
