@@ -57,8 +57,6 @@ def complaint(
 def _bad_inputs(model: DeepFM, batch: Batch) -> dict[int, set[str]]:
     """The rows of the batch with numbers that are not finite, and which these are."""
     found: dict[int, set[str]] = defaultdict(set)
-    for row in _bad_rows(batch.label):
-        found[row].add("label or value")
     for fields, side in ((model.user_fields, batch.user), (model.item_fields, batch.item)):
         names = [f.name for f in fields if f.type not in INDEXED for _ in range(f.cardinality)]
         for row, column in (~side.values.isfinite()).nonzero().tolist():
