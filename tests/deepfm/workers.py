@@ -23,15 +23,10 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
     """Shard, take the first step, and return what changed. Tables come whole from rank 0, None elsewhere."""
     from recsys_dist.deepfm.examples import Examples
     from recsys_dist.deepfm.items import Items
-    from recsys_dist.deepfm.model import DeepFM, used_fields
-    from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
-    from recsys_dist.deepfm.sharding import shard
+    from recsys_dist.deepfm.optimizer import rate_factor
 
-    spec, device = used_fields(features.spec(), config.deepfm), torch.device("cpu")
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
-    sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
-    optimizers = Optimizers(sharded, config.deepfm)
+    model, sharded, optimizers, plan = _sharded(config, features)
     optimizers.begin(rate_factor(config.deepfm, 0, 100, 0))
     answer: dict[str, Any] = {"plan": plan, "start": _whole(sharded.state_dict()), "shards": {}}
     for name, tensor in sharded.state_dict().items():
@@ -45,7 +40,7 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
                     [part.metadata.shard_offsets[0], part.tensor.shape[0]] for part in tensor.local_shards()
                 ],
             }
-    batch = Examples(features, Items(features, spec), config).batch(0, 0, rank, world_size)
+    batch = Examples(features, Items(features, model.spec), config).batch(0, 0, rank, world_size)
     loss, logits = sharded(batch)
     loss.backward()
     answer |= {"loss": loss.item(), "logits": logits.detach(), "weight": batch.weight}
@@ -65,9 +60,9 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
     from recsys_dist.config import in_epoch
     from recsys_dist.deepfm.examples import Examples
     from recsys_dist.deepfm.items import Items
-    from recsys_dist.deepfm.model import DeepFM, used_fields
-    from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
-    from recsys_dist.deepfm.sharding import held_rows, shard
+    from recsys_dist.deepfm.model import used_fields
+    from recsys_dist.deepfm.optimizer import rate_factor
+    from recsys_dist.deepfm.sharding import held_rows
 
     spec = used_fields(features.spec(), config.deepfm)
     examples = Examples(features, Items(features, spec), config)
@@ -76,10 +71,8 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
         settings = config.deepfm
         if way != "lazy":
             settings = settings.model_copy(update={"embedding_weight_decay": 0.0})
-        model = DeepFM(spec, settings, tables="meta", seed=config.seed)
-        sharded, _ = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
+        _, sharded, optimizers, _ = _sharded(config.model_copy(update={"deepfm": settings}), features)
         tables = {name: t for name, t in sharded.state_dict().items() if ".embedding_bags." in name}
-        optimizers = Optimizers(sharded, settings)
         for step in range(7):
             epoch, factor = step // 4, rate_factor(settings, step, 100, 0)
             if way == "whole":
@@ -107,17 +100,12 @@ def stepped(config: Any, features: Any, piped: bool) -> dict[str, Any]:
     """The weights after six steps with a validation in the middle, in the pipeline or in a plain loop."""
     from recsys_dist.deepfm.examples import Ahead, Examples
     from recsys_dist.deepfm.items import Items
-    from recsys_dist.deepfm.model import DeepFM, used_fields
-    from recsys_dist.deepfm.optimizer import Optimizers
-    from recsys_dist.deepfm.sharding import shard
     from recsys_dist.deepfm.steps import Steps
     from recsys_dist.deepfm.validation import Ranking
 
-    device, spec = torch.device("cpu"), used_fields(features.spec(), config.deepfm)
-    items = Items(features, spec)
-    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
-    sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
-    optimizers = Optimizers(sharded, config.deepfm)
+    device = torch.device("cpu")
+    model, sharded, optimizers, _ = _sharded(config, features)
+    items = Items(features, model.spec)
     ahead = Ahead(Examples(features, items, config), dist.get_rank(), dist.get_world_size())
     batches, losses, metric = ahead.from_step(0, 6), [], 0.0
     steps = Steps(sharded, optimizers, device, lambda loss, *_: loss.item()) if piped else None
@@ -155,16 +143,10 @@ def planned(config: Any, features: Any, users: int) -> list[dict[str, Any]]:
 
 def started_from(config: Any, features: Any, run: Any) -> dict[str, Any]:
     """The sharded model's weights, and the own parts of the tables' optimizer, taken over from a run."""
-    from recsys_dist.deepfm.model import DeepFM
-    from recsys_dist.deepfm.optimizer import Optimizers
-    from recsys_dist.deepfm.sharding import shard
     from recsys_dist.deepfm.start_from import take_over
 
-    spec = features.spec()
-    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
-    sharded, _ = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
-    optimizers = Optimizers(sharded, config.deepfm)
-    take_over(sharded.state_dict(), spec, run, optimizers.of_tables())
+    model, sharded, optimizers, _ = _sharded(config, features)
+    take_over(sharded.state_dict(), model.spec, run, optimizers.of_tables())
     return {"weights": _whole(sharded.state_dict()), "fused": _fused(optimizers)}
 
 
@@ -190,17 +172,11 @@ def train_in(config: Any, features: Any, folder: Path, refit_epochs: int | None 
 def restored(config: Any, features: Any, folder: Path) -> dict[str, Any]:
     """What the newest checkpoint brings back: weights, and the state of either optimizer."""
     from recsys_dist.deepfm.checkpoint import Checkpoints, newest
-    from recsys_dist.deepfm.model import DeepFM
-    from recsys_dist.deepfm.optimizer import Optimizers
-    from recsys_dist.deepfm.sharding import shard
 
-    device = torch.device("cpu")
-    model = DeepFM(features.spec(), config.deepfm, tables="meta", seed=config.seed)
-    sharded, plan = shard(model, dist.group.WORLD, device, config.seed)
-    optimizers = Optimizers(sharded, config.deepfm)
+    _, sharded, optimizers, plan = _sharded(config, features)
     path, _ = newest(folder)
     assert path
-    Checkpoints(folder, 1, 1, device).load(sharded, optimizers, path)
+    Checkpoints(folder, 1, 1, torch.device("cpu")).load(sharded, optimizers, path)
     states = optimizers.dense.state_dict()["state"]
     return {
         "plan": plan,
@@ -220,6 +196,18 @@ def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tup
     torch.save(action(*arguments), folder / f"answer-{rank}")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _sharded(config: Any, features: Any) -> tuple[Any, Any, Any, list[dict[str, Any]]]:
+    """A model with its initial weights, the same sharded over the group, its optimizers, and the plan."""
+    from recsys_dist.deepfm.model import DeepFM, used_fields
+    from recsys_dist.deepfm.optimizer import Optimizers
+    from recsys_dist.deepfm.sharding import shard
+
+    spec = used_fields(features.spec(), config.deepfm)
+    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
+    sharded, plan = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
+    return model, sharded, Optimizers(sharded, config.deepfm), plan
 
 
 def _fused(optimizers: Any) -> dict[str, list[Any]]:
