@@ -9,8 +9,10 @@ published is safetensors.
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import threading
 import time
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -65,7 +67,7 @@ class Checkpoints:
         self.pinned = device.type == "cuda"
         self.copy: dict[str, Any] | None = None
         """What is being written. Kept: new memory of that size takes far longer to get than to fill."""
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint", initializer=_give_way)
         self.writing: Future[None] | None = None
         self.saved = time.monotonic()
         """When the last one was begun."""
@@ -114,6 +116,12 @@ class Checkpoints:
         model.load_state_dict(state["model"])
         optimizers.dense.load_state_dict(state["dense"])
         return Progress(**{name: state[name] for name in vars(Progress())})
+
+
+def _give_way() -> None:
+    """Let this thread have what the training leaves: nobody waits for it."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    torch.serialization.set_crc32_options(False)  # what is written gets a sha256
 
 
 def found(folder: Path) -> list[tuple[int, int, Path]]:

@@ -21,7 +21,7 @@ from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
-from recsys_dist.deepfm.not_finite import complaint
+from recsys_dist.deepfm.not_finite import complaint, diverged
 from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
 from recsys_dist.deepfm.reports import (
     ATTEMPT,
@@ -35,7 +35,7 @@ from recsys_dist.deepfm.reports import (
 )
 from recsys_dist.deepfm.sharding import shard
 from recsys_dist.deepfm.start_from import take_over
-from recsys_dist.deepfm.steps import Steps
+from recsys_dist.deepfm.steps import Steps, has_bfloat16
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
 
@@ -94,7 +94,10 @@ def train(task: Task, device: torch.device) -> Progress:
     last = (task.refit_epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples.steps, last)
     log.write(PLAN, plan)
-    log.write(RESUMED, {"attempt": attempt, "step": progress.step, "workers": world_size, "refused": refused})
+    remarks = [*refused]
+    if settings.precision == "bfloat16" and not has_bfloat16(device):
+        remarks.append("deepfm.precision=bfloat16 is not to be had on this processor: float32 instead")
+    log.write(RESUMED, {"attempt": attempt, "step": progress.step, "workers": world_size, "remarks": remarks})
     workers: list[Any] = [None] * world_size
     dist.all_gather_object(workers, {"rank": rank, "host": socket.gethostname(), "pid": os.getpid()})
     log.write(WORKERS, workers)
@@ -129,6 +132,9 @@ def train(task: Task, device: torch.device) -> Progress:
         if epoch_ends:
             steps.pause()
             figures = valid.figures(model, device) if valid else {}
+            if valid and not math.isfinite(figures[valid.metric]):  # the epoch's last step did it
+                checkpoints.wait()
+                raise diverged(f"After epoch {epoch + 1} the model's predictions are not finite", model)
             merit = _merit(valid.metric, figures) if valid else float(progress.step)
             better = merit > progress.best
             progress.stale = 0 if better else progress.stale + 1

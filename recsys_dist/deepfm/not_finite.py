@@ -46,10 +46,14 @@ def complaint(
     listed = f"in {len(rows)} of the batch's examples: {'; '.join(where)}{more}"
     if inputs:
         return DataError(f"{loss} because of its inputs, {listed}. Correct them and run jobs/featurize.py.")
+    return diverged(f"{loss}, though its inputs are, {listed}", model)
+
+
+def diverged(what: str, model: DeepFM) -> ConfigError:
+    """What to do about a model that is no longer finite though its inputs are."""
     settings = model.settings
     return ConfigError(
-        f"{loss}, though its inputs are, {listed}. The training diverged. Lower "
-        f"deepfm.learning_rate={settings.learning_rate} or "
+        f"{what}. The training diverged. Lower deepfm.learning_rate={settings.learning_rate} or "
         f"deepfm.embedding_learning_rate={settings.embedding_learning_rate}."
     )
 

@@ -2,9 +2,9 @@
 
 Worker 0 writes `history.jsonl`, a line an evaluation; `plan.json`, how the tables are sharded; `now.json`,
 where it stands between evaluations; `workers.json`, host and process of each; `attempt`, the number of this
-start of the workers; `resumed.json`, from which step it goes on, on how many workers, and which checkpoints
-were refused. Any worker writes `refused.json`, what it found wrong with settings or data. Nothing here needs
-torch.
+start of the workers; `resumed.json`, from which step it goes on, on how many workers, and remarks, such as
+which checkpoints were refused. Any worker writes `refused.json`, what it found wrong with settings or data.
+Nothing here needs torch.
 """
 
 import contextlib

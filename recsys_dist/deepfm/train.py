@@ -276,8 +276,8 @@ def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> 
         for line in lines(folder / RESUMED):
             if line["attempt"] > told:
                 told = line["attempt"]
-                for checkpoint in line["refused"]:
-                    print(f"  {checkpoint}", flush=True)
+                for remark in line["remarks"]:
+                    print(f"  {remark}", flush=True)
                 if told:
                     printed = line["step"]
                     print(f"  begun anew on {line['workers']} workers, from step {printed:,}", flush=True)

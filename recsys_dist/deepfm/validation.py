@@ -39,7 +39,9 @@ class Validation(Protocol):
     """The figure that decides."""
 
     def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
-        """Every figure by name. Collective: each worker computes its share."""
+        """Every figure by name; that which decides is NaN where a prediction is not finite. Collective: each
+        worker computes its share.
+        """
         ...
 
 
@@ -66,10 +68,9 @@ class Ranking:
         split: `valid` or `test`.
     """
 
-    metric = f"ndcg@{K}"
-
     def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
         spec = items.spec
+        self.metric = config.deepfm.metric
         filter_seen = config.score.filter_seen
         state = run.table("users", filter=pc.field("as_of") == split)
         events = without_seen(read_examples(run, spec, [split], config.deepfm), state, filter_seen)
@@ -137,7 +138,10 @@ class Ranking:
         return float(total) / len(self.user)
 
     def _ndcg(self, logits: Tensor, start: int, stop: int) -> Tensor:
-        """NDCG@10 [U], ideal min(10, relevant), of the users `start` to before `stop` (Järvelin 2002)."""
+        """NDCG@10 [U], ideal min(10, relevant), of the users `start` to before `stop` (Järvelin 2002).
+
+        NaN where a score is not finite.
+        """
         relevant = torch.zeros_like(logits, dtype=torch.bool)
         rows, items = (part.to(logits.device) for part in _within(self.truth, start, stop))
         relevant[rows, items - 1] = True
@@ -149,7 +153,8 @@ class Ranking:
         hits = relevant.gather(1, best.indices) & (best.values > -torch.inf)
         discount = 1 / torch.log2(torch.arange(2, self.k + 2, device=logits.device))
         ideal = discount.cumsum(0)[relevant.sum(1).clamp(max=self.k) - 1]
-        return (hits * discount).sum(1) / ideal
+        ndcg = (hits * discount).sum(1) / ideal
+        return torch.where(best.values[:, 0] < torch.inf, ndcg, torch.nan)  # NaN is the greatest to topk
 
 
 class Predicting:
@@ -184,6 +189,8 @@ class Predicting:
     def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
         """See Validation: auc, gauc (within users) and logloss of labels, rmse and mse of values."""
         logits = self.logits(model, device)
+        if not np.isfinite(logits).all():
+            return {self.metric: np.nan}
         if self.metric == "rmse":
             mse = float(np.mean((logits - self.targets) ** 2, dtype=np.float64))
             return {"rmse": mse**0.5, "mse": mse}

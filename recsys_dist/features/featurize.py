@@ -30,7 +30,7 @@ from recsys_dist.features.lineage import new_columns, parents, run_before
 from recsys_dist.features.log import Inputs, Look, look_over, reasons_of, require_known, require_usable
 from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
-from recsys_dist.features.session import Steps, exit_code, remove_checksums, start
+from recsys_dist.features.session import AT_ONCE, Steps, exit_code, remove_checksums, start
 from recsys_dist.features.source import Opened, open_source
 from recsys_dist.features.spec import field_specs
 from recsys_dist.features.split import assign, duplicates, gather, k_core, look_back
@@ -173,18 +173,20 @@ def _featurize(
             if side in known:
                 require_known(side, key, opened, known[side], usable)
 
-    with steps.measure("vocabularies, statistics"), ThreadPoolExecutor(1) as beside:
+    with steps.measure("vocabularies, statistics"), ThreadPoolExecutor(AT_ONCE) as beside:
         of_train = beside.submit(_fit_events, train, config, look)
         continued = parents(config, before, usable)
         least = {field.name: field.min_count for field in ids.vocabulary_fields(config.fields)}
         vocabularies = Vocabularies(tokens, {"user": 0, "item": 0} | least, continued, run)
         people = ids.table_of("user", vocabularies, known.get("users"), config.fields)
         catalogue = ids.table_of("item", vocabularies, known.get("items"), config.fields)
+        of_sides = [
+            beside.submit(_fit_side, rows.where(F.col("count") > 0), config, side)
+            for side, rows in (("user", people), ("item", catalogue))
+        ]
         fitted = of_train.result()
-        for side, rows in (("user", people), ("item", catalogue)):
-            rows = rows.where(F.col("count") > 0)
-            found = moments(rows, ids.side_values(config.fields, side))
-            fitted |= ids.fit_numeric(rows, config.fields, side, found)
+        for of_side in of_sides:
+            fitted |= of_side.result()
     last = dt.datetime.fromtimestamp(look.last_micros // 10**6, dt.UTC).date()
     spec = FeatureSpec(
         fields=field_specs(config, vocabularies.specs, fitted),
@@ -242,6 +244,11 @@ def _fit_events(train: DataFrame, config: Config, look: Look) -> dict[str, Fitte
     found = moments(train, values)
     fitted = fit_aggregates(found, fields) | fit_days(found, fields)
     return fitted | ids.fit_numeric(train, fields, "context", found)
+
+
+def _fit_side(rows: DataFrame, config: Config, side: str) -> dict[str, Fitted]:
+    """What is fitted on the users or items of the train part."""
+    return ids.fit_numeric(rows, config.fields, side, moments(rows, ids.side_values(config.fields, side)))
 
 
 def _tokens(config: Config, events: DataFrame, counts: DataFrame, tables: dict[str, DataFrame]) -> DataFrame:

@@ -1,11 +1,13 @@
 """Statistics that have the same last digit however the data is partitioned, and what is made with them."""
 
+import bisect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import Column, DataFrame, Row, Window
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Numeric
@@ -18,6 +20,8 @@ PARTS = 10**9
 are, and many times as fast."""
 BITS = 26
 """A number from 0 to 1 is added up as two times 26 bits."""
+FEW_VALUES = 10_000
+"""So many counted values may come to the driver."""
 LEAST_VARIANCE = 2.0**-50
 """Of numbers from 0 to 1: what rounding leaves of equal ones is less."""
 LOOSE_VARIANCE = 2.0**-20
@@ -136,8 +140,8 @@ def _width(low: float | None, high: float | None) -> float:
 def quantiles(values: DataFrame, shares: Sequence[float]) -> dict[str, tuple[float, ...]]:
     """Exact quantiles: of n sorted values, number floor(share * n) from 0.
 
-    How often each value occurs is counted, and the counted values are sorted over all partitions; nothing
-    but one row a partition and the quantiles comes to the driver.
+    How often each value occurs is counted. A few counted values are sorted here, by one job; more are sorted
+    over all partitions, and nothing but one row a partition and the quantiles comes to the driver.
 
     Args:
         values: `name` and `x`, a number; null is left out.
@@ -146,7 +150,11 @@ def quantiles(values: DataFrame, shares: Sequence[float]) -> dict[str, tuple[flo
     Returns:
         by name, a value a share; names without a value are left out.
     """
-    counted = values.where(F.col("x").isNotNull()).groupBy("name", "x").agg(F.count("*").alias("n"))
+    counted = values.where(F.col("x").isNotNull()).groupBy("name", "x").agg(F.count("*").alias("n")).cache()
+    few = counted.limit(FEW_VALUES + 1).collect()
+    if len(few) <= FEW_VALUES:
+        counted.unpersist()
+        return _quantiles_here(few, shares)
     ordered = counted.orderBy("name", "x").withColumn("_partition", F.spark_partition_id()).cache()
     parts = ordered.groupBy("name", "_partition").agg(F.sum("n").alias("n")).collect()
     totals: dict[str, int] = {}
@@ -164,9 +172,6 @@ def quantiles(values: DataFrame, shares: Sequence[float]) -> dict[str, tuple[flo
         for (name, partition), start in starts.items()
         for i, share in enumerate(shares)
     ]
-    if not wanted:
-        ordered.unpersist()
-        return {}
     within = Window.partitionBy("name", "_partition").orderBy("x")
     reached = F.sum("n").over(within.rowsBetween(Window.unboundedPreceding, Window.currentRow))
     columns = "name string, _partition int, i int, place bigint"
@@ -179,10 +184,22 @@ def quantiles(values: DataFrame, shares: Sequence[float]) -> dict[str, tuple[flo
         .collect()
     )
     ordered.unpersist()
+    counted.unpersist()
     by_name: dict[str, dict[int, float]] = {}
     for row in found:
         by_name.setdefault(row["name"], {})[row["i"]] = row["x"]
     return {name: tuple(places[i] for i in range(len(shares))) for name, places in by_name.items()}
+
+
+def _quantiles_here(counted: Sequence[Row], shares: Sequence[float]) -> dict[str, tuple[float, ...]]:
+    """The quantiles of counted values: `name`, `x`, `n`."""
+    found = {}
+    for name in sorted({row["name"] for row in counted}):
+        own = sorted((row["x"], row["n"]) for row in counted if row["name"] == name)
+        ends = list(itertools.accumulate(n for _, n in own))
+        places = [min(int(share * ends[-1]), ends[-1] - 1) for share in shares]
+        found[name] = tuple(own[bisect.bisect_right(ends, place)][0] for place in places)
+    return found
 
 
 @dataclass(frozen=True)

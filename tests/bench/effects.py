@@ -4,7 +4,8 @@ python -m tests.bench.effects
 python -m tests.bench.effects attention recency    only those whose change names one of these
 
 Each is trained on one worker until valid no longer gets better. Prints a line each: the best epoch's figures
-of the valid part, its number, and the seconds of the whole training.
+of the valid part, its number, and the seconds of the whole training. What begins from another model, or fits
+again on more, is measured on the test part, after jobs/train_deepfm.py.
 """
 
 import os
@@ -21,6 +22,7 @@ from recsys_dist.config import load
 from recsys_dist.deepfm.reports import HISTORY, best, lines
 from recsys_dist.workspace import Workspace
 from tests.bench.features import python
+from tests.bench.quality import tested
 from tests.deepfm.workers import run_workers, train_in
 
 CONF = "conf/movielens_100k.yaml"
@@ -59,11 +61,14 @@ CHANGES: list[list[str]] = [
     [*LABELS, "embedding_weight_decay=0.01"],
     ["negatives=0", "objective=squared"],
 ]
+JOBS: list[list[str]] = [[], ["fit_on=train_valid"], ["model=fm"], ["start_from=latest"]]
+"""By the job, in this order: the last starts from the one before."""
 
 
 def main() -> int:
     named = sys.argv[1:]
     chosen = [change for change in CHANGES if not named or any(n in " ".join(change) for n in named)]
+    jobs = not named or "jobs" in named
     os.environ.update(MALLOC)
     with tempfile.TemporaryDirectory(prefix="bench-") as root:
         python("-m", "recsys_dist.datasets", "movielens_100k", "data")
@@ -78,6 +83,19 @@ def main() -> int:
             print(
                 f"| {what} | {figures} | {found['epoch']} | {time.perf_counter() - begin:.0f} |", flush=True
             )
+        for change in JOBS if jobs else []:
+            settings = [f"storage.root={root}", "deepfm.num_workers=1", *(f"deepfm.{of}" for of in change)]
+            begin = time.perf_counter()
+            python("jobs/train_deepfm.py", "--conf", CONF, *(of for one in settings for of in ("--set", one)))
+            taken = time.perf_counter() - begin
+            config = load(CONF, settings)
+            workspace = Workspace(config)
+            model, features = workspace.runs("deepfm")[-1], workspace.runs("features")[-1]
+            folder = Path(root) / f"test-{model.run_id}"
+            figures = run_workers(1, tested, folder, config, features, model)[0]
+            epoch = model.manifest["figures"]["best_epoch"]
+            what = " ".join(change) or "as in the conf file"
+            print(f"| {what}, test | NDCG@10 {figures['ndcg@10']:.4f} | {epoch} | {taken:.0f} |", flush=True)
     return 0
 
 

@@ -104,3 +104,18 @@ def test_a_diverged_training_says_which_rates_to_lower(config, features, tmp_pat
         r"deepfm.learning_rate=1e\+30 or"
     )
     assert train_and_fail(workers, tmp_path, changed, features, message) == 1
+
+
+@pytest.mark.parametrize("objective", ["softmax", "logistic"])
+def test_so_does_one_that_diverges_in_an_epochs_last_step(config, features, tmp_path, objective):
+    """The loss of that step is finite still; what is measured after it is not."""
+    changes = {
+        "batch_size": 100_000,  # one step an epoch
+        "checkpoint_every_steps": 100,
+        "learning_rate": 1e37,
+        "objective": objective,
+        "negatives": 4 if objective == "softmax" else 0,
+    }
+    changed = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
+    message = "ConfigError: After epoch 1 the model's predictions are not finite. .* Lower deepfm.learning"
+    assert train_and_fail(1, tmp_path, changed, features, message) == 0

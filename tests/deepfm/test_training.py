@@ -340,7 +340,7 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_been(
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     assert lines[-1]["resumed_from"] == left
     assert lines[-1]["attempt"] == 1
-    (refused,) = json.loads((copy / "resumed.json").read_text())["refused"]
+    (refused,) = json.loads((copy / "resumed.json").read_text())["remarks"]
     assert re.fullmatch(f"checkpoint {last.name} is refused: {problem}", refused)
     last = next(path for step, attempt, path in complete(copy) if step == progress["step"] and attempt == 1)
     state = weights(features, config, last)

@@ -1,6 +1,7 @@
 """Training on 1 or 2 processes without Ray, for the tests beside this file."""
 
 import logging
+import multiprocessing
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +16,11 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> list[Any]:
     """Call `action(*arguments)` in `world_size` processes that form a gloo group; what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    torch.multiprocessing.spawn(_start, (world_size, action, folder, arguments), nprocs=world_size)
+    # Forks of a process that has imported everything, and done nothing else.
+    multiprocessing.set_forkserver_preload(["recsys_dist.deepfm.loop"])
+    torch.multiprocessing.start_processes(
+        _start, (world_size, action, folder, arguments), nprocs=world_size, start_method="forkserver"
+    )
     return [torch.load(folder / f"answer-{rank}", weights_only=True) for rank in range(world_size)]
 
 

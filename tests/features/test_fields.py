@@ -13,7 +13,8 @@ from pyspark.sql import SparkSession
 from pyspark.sql import functions as F
 
 from recsys_dist.config import Config
-from recsys_dist.features.numeric import Value, moments
+from recsys_dist.features import numeric
+from recsys_dist.features.numeric import Value, moments, quantiles
 from recsys_dist.features.session import in_ranges
 from recsys_dist.workspace import Workspace
 from tests.logs import featurized, log_config
@@ -438,6 +439,19 @@ def test_scales_of_a_rare_event_type_beside_another_ones_outlier(spark, tmp_path
         before = [float(other[3]) for other in train[:n] if other[0] == row[0]]
         means += [statistics.fmean(before)] if before else []
     assert scales["spent"] == pytest.approx(float(np.std(means)), rel=1e-6)
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_quantiles_of_few_values_and_of_many(spark, monkeypatch, here):
+    """Whether the counted values are sorted by the driver or over the partitions."""
+    monkeypatch.setattr(numeric, "FEW_VALUES", 10_000 if here else 5)
+    made = np.random.default_rng(3)
+    drawn = {"a": made.integers(0, 30, 500) / 4, "b": made.normal(size=333), "c": np.array([2.5])}
+    rows = [(name, float(x)) for name, of in drawn.items() for x in of] + [("a", None), ("d", None)]
+    values = spark.createDataFrame(rows, "name string, x double").repartition(4)
+    shares = [0.0, 0.1, 0.5, 0.9, 0.999]
+    expected = {n: tuple(sorted(of.tolist())[int(s * len(of))] for s in shares) for n, of in drawn.items()}
+    assert quantiles(values, shares) == expected
 
 
 @pytest.mark.parametrize("partitions", [1, 2, 7, 64])
