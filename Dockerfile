@@ -29,7 +29,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY conf conf
 COPY recsys_dist recsys_dist
 COPY jobs jobs
-RUN python -m compileall -q recsys_dist jobs && mkdir runs && chown recsys runs
+RUN python -m compileall -q recsys_dist jobs && python -m recsys_dist.spark && mkdir runs && chown recsys runs
 
 # recsys, by number so that a cluster can check that it is not root.
 USER 1000

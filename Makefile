@@ -9,6 +9,7 @@ VARIANT ?= cpu
 TORCH_INDEX ?=
 PIP_FLAGS = --quiet --no-deps --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 BIN = .venv/bin
+ARCHIVE = .venv/share/recsys_dist/spark.jsa
 
 .PHONY: demo test bench bench-quality lint java setup setup-dev lock clean
 .DELETE_ON_ERROR:
@@ -37,8 +38,8 @@ lint: setup-dev
 java:
 	@$(PYTHON) recsys_dist/java.py
 
-setup: .venv/$(VARIANT).done
-setup-dev: .venv/dev.done
+setup: .venv/$(VARIANT).done $(ARCHIVE)
+setup-dev: .venv/dev.done $(ARCHIVE)
 
 .venv/bin/python:
 	@echo "setup: making .venv with $(PYTHON)"
@@ -51,6 +52,11 @@ setup-dev: .venv/dev.done
 	@touch $@
 
 .venv/dev.done: .venv/$(VARIANT).done .venv/spark35.done
+
+# Every start of Spark is 4 s shorter with it.
+$(ARCHIVE): .venv/$(VARIANT).done recsys_dist/spark.py
+	@echo "setup: letting Java archive Spark's classes (once, less than a minute)"
+	@$(BIN)/python -m recsys_dist.spark
 
 # The oldest Spark that is supported, beside the one that is installed: a test reads the same log with both.
 .venv/spark35.done: requirements/spark35.txt | .venv/bin/python

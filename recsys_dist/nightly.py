@@ -1,22 +1,21 @@
 """The night: every stage in order, each its own process, skipping what is done, and a summary at the end."""
 
 import datetime as dt
-import importlib.util
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from recsys_dist import job
-from recsys_dist.config import DEFAULT_CONF, REPOSITORY, Config, load
-from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
+from recsys_dist.config import REPOSITORY, Config, load
+from recsys_dist.errors import DataError, RecsysError, RetryableError
 from recsys_dist.evaluation.labels import LABELS, summary_columns
 from recsys_dist.schema import FUTURE
 from recsys_dist.scoring.publish import is_published
 from recsys_dist.scoring.show import sample_users, show_user
+from recsys_dist.spark import spark_environment, submit
 from recsys_dist.workspace import STAGES, Run, Workspace
 
 SPARK_STAGES = ("features", "als")
@@ -101,33 +100,12 @@ def headline(stage: str, figures: dict[str, Any]) -> str:
 
 def command(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> list[str]:
     """The command line that starts a stage: spark-submit for the Spark stages, else this Python."""
-    script = str(REPOSITORY / "jobs" / STAGES[stage].job)
+    script = REPOSITORY / "jobs" / STAGES[stage].job
     settings = [word for override in overrides for word in ("--set", override)]
-    arguments = [script, *(["--conf", conf] if conf else []), *settings]
+    words = [*(["--conf", conf] if conf else []), *settings]
     if stage in SPARK_STAGES:
-        return [str(spark_home() / "bin" / "spark-submit"), *config.spark.arguments, *arguments]
-    return [sys.executable, *arguments]
-
-
-def spark_home() -> Path:
-    """The Spark named by SPARK_HOME, as on a cluster, else the one inside the pyspark package."""
-    home = os.environ.get("SPARK_HOME")
-    if home:
-        return Path(home)
-    pyspark = importlib.util.find_spec("pyspark")
-    if pyspark is None or pyspark.origin is None:
-        raise ConfigError("pyspark is not installed and SPARK_HOME is not set: `make setup` installs it")
-    return Path(pyspark.origin).parent
-
-
-def spark_environment() -> dict[str, str]:
-    """What spark-submit needs to know of this installation; the user's own environment goes before it."""
-    environment = {"SPARK_HOME": str(spark_home())}
-    environment |= dict.fromkeys(("PYSPARK_PYTHON", "PYSPARK_DRIVER_PYTHON"), sys.executable)
-    if "SPARK_HOME" not in os.environ:
-        environment["SPARK_CONF_DIR"] = str(DEFAULT_CONF.parent / "spark")
-        environment["SPARK_LOCAL_IP"] = "127.0.0.1"
-    return environment
+        return submit(script, words, config)
+    return [sys.executable, str(script), *words]
 
 
 def _run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> None:

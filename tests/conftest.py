@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from recsys_dist.config import DEFAULT_CONF
+from recsys_dist.spark import JAVA_OPTIONS, java_options, own_environment
 
 
 @pytest.fixture(scope="session")
@@ -12,10 +12,10 @@ def spark():
     """One Spark session for all tests that call Spark code in this process."""
     from pyspark.sql import SparkSession
 
-    os.environ["SPARK_CONF_DIR"] = str(DEFAULT_CONF.parent / "spark")
-    os.environ["SPARK_LOCAL_IP"] = "127.0.0.1"
+    os.environ.update(own_environment())
     builder = SparkSession.builder.master("local[2]")
     for key, value in {
+        JAVA_OPTIONS: java_options(),
         "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         "spark.driver.memory": "1g",
         "spark.ui.enabled": "false",

@@ -16,7 +16,7 @@ MODULES = {
 LAYERS = (
     {"errors", "config", "java"},
     {"schema", "workspace"},
-    {"job", "cluster", "datasets"},
+    {"job", "cluster", "datasets", "spark"},
     {"features", "als", "recall", "deepfm", "scoring", "evaluation", "nightly"},
 )
 

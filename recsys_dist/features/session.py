@@ -18,8 +18,9 @@ from py4j.protocol import Py4JError  # type: ignore[import-untyped]
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from recsys_dist.config import DEFAULT_CONF, Config
+from recsys_dist.config import Config
 from recsys_dist.job import require_java
+from recsys_dist.spark import NOWHERE, arguments, is_own, own_environment
 
 MEBIBYTE = 1 << 20
 AT_ONCE = 3
@@ -41,9 +42,6 @@ except ImportError:
 else:
     # Spark's Python side logs every failed query with its Java stack; our errors say what was wrong.
     PySparkLogger.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
-LAPTOP = DEFAULT_CONF.parent / "spark"
-"""Spark's own configuration where no installed Spark has one: how it logs."""
-
 
 RUNTIME = {
     "spark.sql.session.timeZone": "UTC",
@@ -157,12 +155,11 @@ def shuffle_partitions(input_bytes: int, cores: int) -> int:
 
 def _new(name: str, config: Config) -> SparkSession:
     if "PYSPARK_GATEWAY_PORT" not in os.environ:  # spark-submit sets it
-        os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*config.spark.arguments, "pyspark-shell"])
-        if "SPARK_HOME" not in os.environ:
-            os.environ.setdefault("SPARK_CONF_DIR", str(LAPTOP))
-            os.environ.setdefault("SPARK_LOCAL_IP", "127.0.0.1")
+        os.environ["PYSPARK_SUBMIT_ARGS"] = shlex.join([*arguments(config), "pyspark-shell"])
+        if is_own():
+            os.environ.update(own_environment() | os.environ)
     properties = {"spark.ui.showConsoleProgress": "false", **config.spark.conf}
-    if os.environ.get("SPARK_CONF_DIR") != str(LAPTOP):
+    if os.environ.get("SPARK_CONF_DIR") != str(NOWHERE):
         properties.setdefault("spark.log.level", "ERROR")
     builder = SparkSession.builder.appName(f"recsys_dist {name}")
     for key, value in properties.items():

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from recsys_dist.config import REPOSITORY, load
-from recsys_dist.nightly import spark_environment, spark_home
+from recsys_dist.spark import spark_environment, spark_home
 from recsys_dist.workspace import Workspace
 
 # What conf/movielens_100k.yaml sets for the same reason: these logs are small.
