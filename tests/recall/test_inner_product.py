@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from recsys_dist.recall.inner_product import nearest_items, top_k
+from recsys_dist.recall import inner_product
+from recsys_dist.recall.inner_product import GROUP, nearest_items, top_k
 
 
 def brute_force(scores, k, excluded=()):
@@ -43,12 +44,44 @@ def test_inner_products_equal_brute_force():
     assert nearest_items(users, items, 5).items.tolist() == brute_force(users @ items.T, 5)
 
 
+@pytest.mark.parametrize("values", [3, 40, 10**6])
+@pytest.mark.parametrize("n_items", [64, 65, 700, 1031])
+def test_groups_lose_nothing(values, n_items):
+    """Many more items than places, so that groups are looked through, with ties everywhere and hardly any."""
+    generator = torch.Generator().manual_seed(values)
+    scores = torch.randint(0, values, (30, n_items), generator=generator).float()
+    excluded = torch.nonzero(torch.rand(30, n_items, generator=generator) < 0.3, as_tuple=True)
+    listable = torch.rand(1, n_items, generator=generator) < 0.8
+    scores[5, 3:] = -torch.inf  # fewer items than places
+    left_out = set(zip(*(part.tolist() for part in excluded), strict=True))
+    left_out |= {(row, item) for row in range(30) for item in torch.nonzero(~listable[0]).flatten().tolist()}
+    assert n_items // GROUP > 1
+    for k in (1, 2, 7):
+        found = top_k(scores.clone(), k, excluded, listable)
+        assert found.items.tolist() == brute_force(scores, k, left_out)
+
+
+def test_users_are_taken_some_at_a_time(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    users, items = torch.randn(50, 4, generator=generator), torch.randn(300, 4, generator=generator)
+    excluded = torch.nonzero(torch.rand(50, 300, generator=generator) < 0.2, as_tuple=True)
+    listable = torch.rand(50, 300, generator=generator) < 0.8
+    expected = nearest_items(users, items, 5, excluded, listable)
+    monkeypatch.setattr(inner_product, "USERS_AT_ONCE", 7)
+    found = nearest_items(users, items, 5, excluded, listable)
+    assert torch.equal(found.items, expected.items)
+    torch.testing.assert_close(found.scores, expected.scores)
+
+
 def test_everything_excluded_gives_an_empty_list():
     rows = torch.zeros(3, dtype=torch.int64)
     lists = top_k(torch.ones(1, 4), 2, (rows, torch.tensor([1, 2, 3])))
     assert lists.items.tolist() == [[0, 0]]
 
 
-def test_nan_is_refused():
+@pytest.mark.parametrize(("n_items", "place"), [(3, 2), (700, 5), (700, 699)])
+def test_nan_is_refused(n_items, place):
+    scores = torch.zeros(2, n_items)
+    scores[1, place] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        top_k(torch.tensor([[0.0, 1.0, float("nan")]]), 1)
+        top_k(scores, 1)
