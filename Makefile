@@ -22,11 +22,11 @@ demo: java setup
 test: java setup-dev lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-bench: java setup-dev .venv/fuxictr.done
+bench: java setup-dev .venv/peers.done
 	@$(BIN)/python -m tests.bench
 
 # Hours: two trainers, three seeds each.
-bench-quality: java setup-dev .venv/fuxictr.done
+bench-quality: java setup-dev .venv/peers.done
 	@$(BIN)/python -m tests.bench.quality
 
 lint: setup-dev
@@ -64,11 +64,11 @@ $(ARCHIVE): .venv/$(VARIANT).done recsys_dist/spark.py
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --target .venv/spark35 -r $<
 	@touch $@
 
-# What DeepFM is measured beside, in an environment of its own: it needs other versions.
-.venv/fuxictr.done: requirements/fuxictr.txt
-	@echo "setup: installing requirements/fuxictr.txt for the benchmarks"
-	@$(PYTHON) -m venv .venv/fuxictr
-	@.venv/fuxictr/bin/python -m pip install $(PIP_FLAGS) -r $<
+# What is measured beside, in an environment of its own: it needs other versions.
+.venv/peers.done: requirements/peers.txt
+	@echo "setup: installing requirements/peers.txt for the benchmarks"
+	@$(PYTHON) -m venv .venv/peers
+	@.venv/peers/bin/python -m pip install $(PIP_FLAGS) -r $<
 	@touch $@
 
 # Writes the pinned sets anew from pyproject.toml.

@@ -21,7 +21,7 @@ import pyspark
 
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.workspace import Workspace
-from tests.bench import features, peer, training
+from tests.bench import features, peer, recall, training
 from tests.bench.measure import Measure
 
 
@@ -56,7 +56,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--events", type=int, default=1_000_000, help="of the smallest generated log")
-    parser.add_argument("--only", choices=["features", "training", "peer"], help="leave the others out")
+    parser.add_argument(
+        "--only", choices=["features", "training", "peer", "recall"], help="leave the others out"
+    )
     arguments = parser.parse_args()
     found = {"machine": machine(), "events": arguments.events}
     for name, value in found["machine"].items():
@@ -71,6 +73,8 @@ def main() -> int:
             _tell(found, "training", *training.bench(config, Workspace(config).runs("features")[-1]))
         if arguments.only in (None, "peer"):
             _tell(found, "peer", *peer.bench(Path(scratch)))
+        if arguments.only in (None, "recall"):
+            _tell(found, "recall", *recall.bench(Path(scratch)))
     (REPOSITORY / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 

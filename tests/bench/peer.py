@@ -26,7 +26,7 @@ from tests.bench.measure import Measure
 from tests.deepfm.workers import run_workers
 
 LOADERS = [{"loader": kind, "num_workers": n} for kind, n in (("npz", 0), ("npz", 1), ("parquet", 1))]
-PYTHON = REPOSITORY / ".venv/fuxictr/bin/python"
+PYTHON = REPOSITORY / ".venv/peers/bin/python"
 REPEATS, EPOCHS = 3, 2
 OURS = ["deepfm.objective=logistic", "deepfm.negatives=0", "deepfm.precision=bfloat16"]
 GENERATED = [*OURS, "deepfm.hidden=[400,400,400]"]

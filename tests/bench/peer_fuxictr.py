@@ -1,6 +1,6 @@
-"""DeepFM as FuxiCTR trains it: run with the Python of .venv/fuxictr, on a folder of `clicks.for_fuxictr`.
+"""DeepFM as FuxiCTR trains it: run with the Python of .venv/peers, on a folder of `clicks.for_fuxictr`.
 
-    .venv/fuxictr/bin/python -P tests/bench/peer_fuxictr.py FOLDER SETTINGS
+    .venv/peers/bin/python -P tests/bench/peer_fuxictr.py FOLDER SETTINGS
 
 SETTINGS are JSON: loader (npz or parquet), num_workers, threads, batch_size, embedding_dim, hidden_units,
 seed, epochs, and what else FuxiCTR's BaseModel and MLP_Block take. Prints JSON: the seconds of each epoch and
