@@ -618,6 +618,28 @@ class Tune(Section):
         return self
 
 
+class Rules(Section):
+    """What a published list must obey besides its scores. Evaluations measure the models without these."""
+
+    allow: str | None = None
+    """A file of raw item ids, one a line: no other item is listed."""
+    deny: str | None = None
+    """A file of raw item ids, one a line, that are never listed."""
+    at_most: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """A categorical field of the items to how many of a list's items may share a value of it: `{genres: 3}`.
+    Items without a value are not counted."""
+    diversity: float = Field(0.0, ge=0, lt=1)
+    """How much of a place's worth is being unlike the items above it, by the cosine of the model's item
+    vectors; 0: the scores alone."""
+    least_score: float | None = None
+    """A floor: what scores less is not listed, and lists may end early."""
+    explore: int = Field(0, ge=0)
+    """The last so many places of a list are drawn from the other candidates. The published column
+    `propensity` holds the probability of what was drawn."""
+    temperature: float | None = Field(None, gt=0)
+    """What is drawn has a probability proportional to exp(score / temperature); null: all are equal."""
+
+
 class Score(Section):
     """The published lists."""
 
@@ -633,6 +655,15 @@ class Score(Section):
     """Recall source to the number of items it proposes a user. A conf file's own mapping replaces this."""
     partition_users: int = Field(2000, ge=1)
     """Users a task scores at a time."""
+    rules: Rules = Rules()
+
+    @model_validator(mode="after")
+    def _explore(self) -> "Score":
+        if self.rules.explore > self.k:
+            raise ValueError(
+                f"rules.explore={self.rules.explore} is more than the k={self.k} places of a list"
+            )
+        return self
 
 
 class Evaluation(Section):

@@ -1,0 +1,194 @@
+"""What a list must obey besides its scores: allowed and denied items, at most so many of a kind, diversity, a
+floor, and places that are given to chance, with the odds written down.
+
+Legend: B users, C candidates a user, K list length, I items (index 0 is unknown), V values an item, D factors.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from recsys_dist import config
+from recsys_dist.deepfm.items import Items
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.recall.inner_product import Lists
+from recsys_dist.schema import UNKNOWN, padded
+
+SHOWN = 3
+"""Ids that are named where many are wrong."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Which candidates make the lists."""
+
+    places: Tensor
+    """[B, K] int64, columns of the candidates, -1 where a list ends early."""
+    propensity: Tensor
+    """[B, K] float32: 1, and where chance chose, the probability of this candidate at this place, given the
+    places before; 0 where a list ends early."""
+    explored: Tensor
+    """[B, K] bool: did chance choose?"""
+
+
+class Rules:
+    """The rules of a configuration, for the items of a features run.
+
+    Args:
+        settings: the section score.rules.
+        items: of the features run.
+        seed: of what is given to chance; with the date in it, another draw every night.
+
+    Raises:
+        ConfigError: a field that is none of the items'.
+        DataError: a file of ids that cannot be read, or has none that is known.
+    """
+
+    def __init__(self, settings: config.Rules, items: Items, seed: int = 0) -> None:
+        self.settings, self.seed = settings, seed
+        self.allowed_I = torch.ones(len(items) + 1, dtype=torch.bool)
+        """May the item be listed at all?"""
+        if settings.allow is not None:
+            self.allowed_I = _indices(items, "allow", settings.allow)
+        if settings.deny is not None:
+            self.allowed_I = self.allowed_I & ~_indices(items, "deny", settings.deny)
+        known = {field.name: field for field in items.spec.side("item") if field.kind == "categorical"}
+        wrong = [name for name in settings.at_most if name not in known]
+        if wrong:
+            raise ConfigError(
+                f"score.rules.at_most: {', '.join(wrong)} is no categorical field of the items; there are "
+                f"{', '.join(known) or 'none'}"
+            )
+        self.values_IV = {
+            name: _values(items, name, several=known[name].type == "indices") for name in settings.at_most
+        }
+
+    @property
+    def only_scores_count(self) -> bool:
+        """Is the list just the best candidates?"""
+        chosen = self.settings
+        return not (chosen.at_most or chosen.diversity or chosen.explore) and chosen.least_score is None
+
+    def choose(self, candidates: Lists, k: int, users_B: Tensor, vectors_ID: Tensor) -> Chosen:
+        """Fill the lists place by place.
+
+        A place goes to the candidate with the greatest (1 - d) score - d similarity among those that the rules
+        still allow: the score between 0 and 1 from the user's last candidate to his first, the similarity the
+        greatest cosine with an item that is listed already (maximal marginal relevance: Carbonell, Goldstein
+        1998). The last `explore` places are drawn, without replacement, from the candidates that are left,
+        with probability proportional to exp(score / temperature).
+
+        Args:
+            candidates: [B, C], best first.
+            k: list length.
+            users_B: [B] the users' indices: a user's draws do not depend on who else is in the batch.
+            vectors_ID: [I, D] what items' similarity is measured by.
+        """
+        rules = self.settings
+        items_BC, scores_BC = candidates.items, candidates.scores
+        rows = torch.arange(len(items_BC))
+        left_BC = items_BC != UNKNOWN
+        if rules.least_score is not None:
+            left_BC = left_BC & (scores_BC >= rules.least_score)
+        unit_BC = _between_0_and_1(scores_BC)
+        likeness_BC = torch.zeros_like(scores_BC)
+        vectors_ID = torch.nn.functional.normalize(vectors_ID, dim=1)
+        values_BCV = {name: values[items_BC] for name, values in self.values_IV.items()}
+        counts_BN = {
+            name: torch.zeros(len(items_BC), int(values.max()) + 1) for name, values in self.values_IV.items()
+        }
+        gumbel_BC = self._gumbel(users_B, items_BC) if rules.explore else scores_BC
+        weight_BC = scores_BC / rules.temperature if rules.temperature else torch.zeros_like(scores_BC)
+        places, odds, explored = [], [], []
+        for place in range(k):
+            open_BC = left_BC.clone()
+            for name, most in rules.at_most.items():
+                full_BN = counts_BN[name] >= most
+                full_BN[:, UNKNOWN] = False
+                flat = full_BN.gather(1, values_BCV[name].flatten(1))
+                open_BC &= ~flat.view(values_BCV[name].shape).any(2)
+            draws = place >= k - rules.explore
+            if draws:
+                logits_BC = weight_BC.masked_fill(~open_BC, -torch.inf)
+                worth_BC = logits_BC + gumbel_BC
+                odds_BC = logits_BC.softmax(1)
+            else:
+                worth_BC = (1 - rules.diversity) * unit_BC - rules.diversity * likeness_BC
+            best_B = worth_BC.masked_fill(~open_BC, -torch.inf).argmax(1)
+            found_B = open_BC[rows, best_B]
+            places.append(torch.where(found_B, best_B, -1))
+            odds.append(torch.where(found_B, odds_BC[rows, best_B] if draws else 1.0, 0.0))
+            explored.append(found_B & draws)
+            left_BC[rows, best_B] = False
+            for name, counts in counts_BN.items():
+                values_BV = values_BCV[name][rows, best_B]
+                counts.scatter_add_(1, values_BV, found_B[:, None].float().expand_as(values_BV))
+            if rules.diversity:
+                listed_BD = vectors_ID[items_BC[rows, best_B]] * found_B[:, None]
+                alike_BC = torch.einsum("bcd,bd->bc", vectors_ID[items_BC], listed_BD)
+                likeness_BC = torch.maximum(likeness_BC, alike_BC)
+        return Chosen(torch.stack(places, 1), torch.stack(odds, 1), torch.stack(explored, 1))
+
+    def _gumbel(self, users_B: Tensor, items_BC: Tensor) -> Tensor:
+        """[B, C] a draw of the Gumbel distribution for each user and item, always the same one. The greatest of
+        these plus log weights is a draw with these weights (Gumbel 1954).
+        """
+        mixed_B = _mix(users_B.numpy().astype(np.uint64) ^ _mix(np.array([self.seed], np.uint64)))
+        mixed_BC = _mix(items_BC.numpy().astype(np.uint64) ^ mixed_B[:, None])
+        uniform_BC = ((mixed_BC >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
+        return torch.from_numpy(-np.log(-np.log(uniform_BC))).float()
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64, by which neighbouring numbers get unrelated bits (Steele et al. 2014)."""
+    with np.errstate(over="ignore"):
+        mixed = numbers + np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))
+
+
+def _between_0_and_1(scores_BC: Tensor) -> Tensor:
+    known = scores_BC > -torch.inf
+    high = scores_BC.amax(1, keepdim=True)
+    low = scores_BC.masked_fill(~known, torch.inf).amin(1, keepdim=True)
+    return ((scores_BC - low) / (high - low).clamp(min=1e-12)).masked_fill(~known, 0.0)
+
+
+def _values(items: Items, name: str, several: bool) -> Tensor:
+    """[I, V] the indices of the items' values, 0 where there is none."""
+    column = items.table[name]
+    if several:
+        width = max((len(values) for values in column.to_pylist()), default=0)
+        values = padded(column, max(width, 1))
+    else:
+        values = column.to_numpy()[:, None]
+    return torch.from_numpy(
+        np.concatenate([np.zeros((1, values.shape[1]), np.int64), values.astype(np.int64)])
+    )
+
+
+def _lines(key: str, path: str) -> list[str]:
+    """The lines of a text file that a setting names, without empty ones."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}={path} cannot be read ({error}). It has an id a line.") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _indices(items: Items, key: str, path: str) -> Tensor:
+    """[I] bool: which items a file of raw ids names."""
+    wanted = set(_lines(f"score.rules.{key}", path))
+    ids = items.table["item_id"].to_pylist()
+    named = np.array([False, *(item in wanted for item in ids)])
+    if wanted and not named.any():
+        some = ", ".join(sorted(wanted)[:SHOWN])
+        raise DataError(
+            f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those of "
+            f"the raw log, one a line."
+        )
+    return torch.from_numpy(named)
