@@ -1,7 +1,8 @@
 """What a list must obey besides its scores: allowed and denied items, at most so many of a kind, diversity, a
 floor, and places that are given to chance, with the odds written down.
 
-Legend: B users, C candidates a user, K list length, I items (index 0 is unknown), V values an item, D factors.
+Legend: B users, C candidates a user, K list length, I items (index 0 is unknown), V values an item, D numbers
+of an item's vector, N values of a field.
 """
 
 from dataclasses import dataclass
@@ -75,10 +76,10 @@ class Rules:
     def choose(self, candidates: Lists, k: int, users_B: Tensor, vectors_ID: Tensor) -> Chosen:
         """Fill the lists place by place.
 
-        A place goes to the candidate with the greatest (1 - d) score - d similarity among those that the rules
-        still allow: the score between 0 and 1 from the user's last candidate to his first, the similarity the
-        greatest cosine with an item that is listed already (maximal marginal relevance: Carbonell, Goldstein
-        1998). The last `explore` places are drawn, without replacement, from the candidates that are left,
+        A place goes to the candidate with the greatest (1 - d) score - d similarity among those that the
+        rules still allow: the score between 0 and 1 from the user's last candidate to his first, the
+        similarity the greatest cosine with an item that is listed already, and 0 at least (maximal marginal
+        relevance: Carbonell, Goldstein 1998). The last `explore` places are drawn, without replacement, from the candidates that are left,
         with probability proportional to exp(score / temperature).
 
         Args:
@@ -133,8 +134,8 @@ class Rules:
         return Chosen(torch.stack(places, 1), torch.stack(odds, 1), torch.stack(explored, 1))
 
     def _gumbel(self, users_B: Tensor, items_BC: Tensor) -> Tensor:
-        """[B, C] a draw of the Gumbel distribution for each user and item, always the same one. The greatest of
-        these plus log weights is a draw with these weights (Gumbel 1954).
+        """[B, C] a draw of the Gumbel distribution for each user and item, always the same one. The greatest
+        of these plus log weights is a draw with these weights (Gumbel 1954).
         """
         mixed_B = _mix(users_B.numpy().astype(np.uint64) ^ _mix(np.array([self.seed], np.uint64)))
         mixed_BC = _mix(items_BC.numpy().astype(np.uint64) ^ mixed_B[:, None])
@@ -166,9 +167,7 @@ def _values(items: Items, name: str, several: bool) -> Tensor:
         values = padded(column, max(width, 1))
     else:
         values = column.to_numpy()[:, None]
-    return torch.from_numpy(
-        np.concatenate([np.zeros((1, values.shape[1]), np.int64), values.astype(np.int64)])
-    )
+    return torch.from_numpy(np.pad(values.astype(np.int64), ((1, 0), (0, 0))))
 
 
 def _lines(key: str, path: str) -> list[str]:
@@ -188,7 +187,7 @@ def _indices(items: Items, key: str, path: str) -> Tensor:
     if wanted and not named.any():
         some = ", ".join(sorted(wanted)[:SHOWN])
         raise DataError(
-            f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those of "
-            f"the raw log, one a line."
+            f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those "
+            f"of the raw log, one a line."
         )
     return torch.from_numpy(named)

@@ -162,7 +162,7 @@ def test_allowed_and_denied_items(items, tmp_path):
 
 def test_what_cannot_be_meant_is_refused(items, tmp_path):
     (tmp_path / "ids").write_text("nobody\nknows\n")
-    with pytest.raises(DataError, match="none of its 2 ids .knows, nobody. is an item's"):
+    with pytest.raises(DataError, match="none of its 2 ids"):
         rules(items, deny=tmp_path / "ids")
     with pytest.raises(ConfigError, match=r"score.rules.allow=.*/none cannot be read"):
         rules(items, allow=tmp_path / "none")
