@@ -79,8 +79,8 @@ class Rules:
         A place goes to the candidate with the greatest (1 - d) score - d similarity among those that the
         rules still allow: the score between 0 and 1 from the user's last candidate to his first, the
         similarity the greatest cosine with an item that is listed already, and 0 at least (maximal marginal
-        relevance: Carbonell, Goldstein 1998). The last `explore` places are drawn, without replacement, from the candidates that are left,
-        with probability proportional to exp(score / temperature).
+        relevance: Carbonell, Goldstein 1998). The last `explore` places are drawn, without replacement, from
+        the candidates that are left, with probability proportional to exp(score / temperature).
 
         Args:
             candidates: [B, C], best first.
