@@ -640,6 +640,17 @@ class Rules(Section):
     """What is drawn has a probability proportional to exp(score / temperature); null: all are equal."""
 
 
+class Gates(Section):
+    """What lists must be like to be published; where they are not, the table keeps what it has."""
+
+    served: float = Field(0.95, ge=0, le=1)
+    """Least share of the users that are scored who have a list."""
+    full: float = Field(0.99, ge=0, le=1)
+    """Least share of the lists that have `k` entries, or all that the user may get where those are fewer."""
+    coverage: float = Field(0.0, ge=0, le=1)
+    """Least share of the items that may be listed on the date that are in a list."""
+
+
 class Score(Section):
     """The published lists."""
 
@@ -655,6 +666,11 @@ class Score(Section):
     """Recall source to the number of items it proposes a user. A conf file's own mapping replaces this."""
     partition_users: int = Field(2000, ge=1)
     """Users a task scores at a time."""
+    users: str | None = None
+    """Path or URI of a text file with a user id a line: only their lists are made, and take the place of
+    those that they have for the date; everybody else's stay. Default: all users."""
+    gates: Gates = Gates()
+    """Checked before the lists are published."""
     rules: Rules = Rules()
 
     @model_validator(mode="after")

@@ -14,6 +14,7 @@ from ray.util import ActorPool
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import day_number
 from recsys_dist.schema import REASON, TOPK, UNKNOWN
+from recsys_dist.scoring.gates import counts
 from recsys_dist.scoring.models import Models, load_models
 from recsys_dist.scoring.reasons import reasons
 from recsys_dist.scoring.users import Users, with_context
@@ -23,12 +24,17 @@ LISTS = "lists"
 """The run's folder with the partitions' files."""
 
 
-def score_partitions(config: Config, run: OpenRun, date: dt.date) -> list[dict[str, Any]]:
-    """Write every user's list to the run's lists/ and return each partition's figures.
+def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndarray) -> list[dict[str, Any]]:
+    """Write the lists of users to the run's lists/ and return each partition's figures.
 
     A task takes `score.partition_users` users, so that its memory does not depend on their number.
+
+    Args:
+        config: the settings.
+        run: that the lists become part of.
+        date: that they are for.
+        users: [U] int32, indices of those who get one.
     """
-    users = run.inputs["features"].table("users/as_of=date", columns=["user"])["user"].to_numpy()
     parts = partitions(users, config.score.partition_users)
     workers = min(len(parts), int(ray.cluster_resources().get("CPU", 1)))
     actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(PartitionScorer)
@@ -36,14 +42,14 @@ def score_partitions(config: Config, run: OpenRun, date: dt.date) -> list[dict[s
     return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
 
 
-def partitions(users: np.ndarray, size: int) -> list[tuple[int, int, int | None]]:
-    """Cut the users that are there, whose indices may have gaps, into parts of `size` consecutive ones.
+def partitions(users: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
+    """Cut the users, whose indices may have gaps, into parts of `size`.
 
     Returns:
-        of each part its number, its first user's index and that of the next part, None after the last.
+        of each part its number and its users' indices, in order, which come before those of the next part.
     """
-    firsts = np.sort(users)[::size].tolist()
-    return list(zip(range(len(firsts)), firsts, [*firsts[1:], None], strict=False))
+    ordered = np.sort(users)
+    return [(part, ordered[start : start + size]) for part, start in enumerate(range(0, len(ordered), size))]
 
 
 class PartitionScorer:
@@ -54,19 +60,17 @@ class PartitionScorer:
         self.models = load_models(run.inputs, config.score)
         self.users = run.inputs["features"].dataset("users/as_of=date")
 
-    def score(self, part: int, start: int, stop: int | None) -> dict[str, Any]:
+    def score(self, part: int, users: np.ndarray) -> dict[str, Any]:
         """Score some users, write the partition's file, return its figures.
 
         Args:
             part: number of the partition.
-            start: the first user's index.
-            stop: the next partition's first; None: there is none.
+            users: their indices, in order.
         """
         settings = self.config.score
-        wanted = pc.field("user") >= start
-        if stop is not None:
-            wanted &= pc.field("user") < stop
-        rows = self.users.to_table(filter=wanted).sort_by("user")
+        # The range alone decides which parts of the files are read.
+        between = (pc.field("user") >= int(users[0])) & (pc.field("user") <= int(users[-1]))
+        rows = self.users.to_table(filter=between & pc.field("user").isin(users)).sort_by("user")
         days = np.full(len(rows), day_number(self.date), np.int32)
         batch = with_context(self.models.items, rows, days, settings.filter_seen)
         table, figures = published_rows(self.models, batch, settings.k, self.date, self.run.run_id)
@@ -109,9 +113,8 @@ def published_rows(
     )
     by_source = proposed_BKS.sum(dim=(0, 1)).tolist()
     figures = {
-        "users": len(users),
-        "served": len(np.unique(rows)),
-        "rows": n,
+        **counts(table, users.table["user_id"], np.minimum(_allowed(users), k)),
+        "listable": int(users.listable[0].sum()),
         "proposed": dict(zip(names.tolist(), by_source, strict=True)),
         "explained": int((spoken != UNKNOWN).any(axis=1).sum()),
     }
@@ -122,6 +125,14 @@ def batches(table: pa.Table, size: int) -> Iterator[pa.Table]:
     """A table in consecutive parts of at most `size` rows."""
     for start in range(0, table.num_rows, size):
         yield table.slice(start, size)
+
+
+def _allowed(users: Users) -> np.ndarray:
+    """[B] the number of items that each user's list may hold."""
+    rows, items = users.excluded
+    listable_BI = users.listable.expand(len(users), -1)
+    excluded_B = torch.bincount(rows, weights=listable_BI[rows, items].double(), minlength=len(users))
+    return (listable_BI.sum(dim=1) - excluded_B).long().numpy()
 
 
 def _lists(values: np.ndarray, chosen: np.ndarray) -> pa.ListArray:

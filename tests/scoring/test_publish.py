@@ -4,9 +4,9 @@ import pyarrow as pa
 import pytest
 from deltalake import DeltaTable
 
-from recsys_dist.errors import DataError
+from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.schema import TOPK
-from recsys_dist.scoring.publish import publish, read_user
+from recsys_dist.scoring.publish import publish, read_user, version
 
 MONDAY, TUESDAY = dt.date(2024, 1, 1), dt.date(2024, 1, 2)
 
@@ -25,7 +25,7 @@ def rows(date, items, run_id, user="u1"):
         }
         for rank, item in enumerate(items, 1)
     ]
-    return pa.RecordBatchReader.from_batches(TOPK, pa.Table.from_pylist(listed, TOPK).to_batches())
+    return pa.dataset.dataset(pa.Table.from_pylist(listed, TOPK))
 
 
 def test_one_commit_replaces_one_date_and_leaves_the_others(tmp_path):
@@ -53,3 +53,48 @@ def test_unknown_users_and_missing_tables_are_named(tmp_path):
     publish(str(tmp_path / "topk"), rows(MONDAY, ["a"], "r1"), MONDAY, "r1")
     with pytest.raises(DataError, match="'nobody'"):
         read_user(str(tmp_path / "topk"), "nobody")
+
+
+def listed(table, date, user):
+    return [row["item_id"] for row in read_user(table, user, date)]
+
+
+def test_chosen_users_lists_are_replaced_and_nobody_elses(tmp_path):
+    table = str(tmp_path / "topk")
+    everyone = [rows(MONDAY, ["a", "b"], "r1", user).to_table() for user in ("u1", "u2", "u3")]
+    publish(table, pa.dataset.dataset(pa.concat_tables(everyone)), MONDAY, "r1")
+    publish(table, rows(TUESDAY, ["t"], "r2"), TUESDAY, "r2")
+    # u1's list is shorter than before, u2 gets none any more, u4 is new.
+    new = pa.concat_tables(
+        [rows(MONDAY, items, "r3", u).to_table() for u, items in (("u1", "c"), ("u4", "d"))]
+    )
+    chosen = pa.chunked_array([["u1", "u2"], ["u4"]])
+    before = version(table)
+    assert publish(table, pa.dataset.dataset(new), MONDAY, "r3", users=chosen) == before + 1
+    assert [listed(table, MONDAY, user) for user in ("u1", "u3", "u4")] == [["c"], ["a", "b"], ["d"]]
+    with pytest.raises(DataError, match="'u2'"):
+        read_user(table, "u2", MONDAY)
+    assert listed(table, TUESDAY, "u1") == ["t"]
+    assert DeltaTable(table).to_pyarrow_table().cast(TOPK).num_rows == 5
+    commit = DeltaTable(table).history(1)[0]
+    assert [commit[name] for name in ("run_id", "date", "rows", "users")] == ["r3", "2024-01-01", "2", "3"]
+
+
+@pytest.mark.parametrize("users", [None, ["u1"], ["u9"]])
+@pytest.mark.parametrize("published_before", [True, False])
+def test_of_two_runs_for_a_date_one_wins_and_the_other_is_told(tmp_path, users, published_before):
+    table = str(tmp_path / "topk")
+    if published_before:
+        publish(table, rows(MONDAY, ["a"], "r0"), MONDAY, "r0")
+    since = version(table)
+    chosen = pa.chunked_array([users]) if users else None
+    publish(table, rows(MONDAY, ["b"], "r1"), MONDAY, "r1", since)
+    with pytest.raises(RetryableError, match="another run published 2024-01-01 first"):
+        publish(
+            table, rows(MONDAY, ["c", "d"], "r2", users[0] if users else "u1"), MONDAY, "r2", since, chosen
+        )
+    assert [row["run_id"] for row in DeltaTable(table).to_pyarrow_table().to_pylist()] == ["r1"]
+    # Another date is nobody's rival.
+    publish(table, rows(TUESDAY, ["e"], "r3"), TUESDAY, "r3", since)
+    assert listed(table, MONDAY, "u1") == ["b"]
+    assert listed(table, TUESDAY, "u1") == ["e"]
