@@ -1,8 +1,9 @@
-"""Models to the published top-K table, over Ray; or one user's published list beside the history.
+"""Models to the published top-K table, over Ray; or one thing done with what is published.
 
 ray job submit --working-dir . -- python jobs/score.py --conf conf/movielens_100k.yaml
 python jobs/score.py --conf conf/movielens_100k.yaml
 python jobs/score.py --conf conf/movielens_100k.yaml --user 196
+python jobs/score.py --conf conf/movielens_100k.yaml --versions
 """
 
 import sys
@@ -14,9 +15,10 @@ if (ROOT / "recsys_dist").is_dir():  # a checkout; an installed wheel is importa
     sys.path.insert(0, str(ROOT))
 
 from recsys_dist import job
-from recsys_dist.config import Config, load
+from recsys_dist.config import Config
+from recsys_dist.scoring import commands
 from recsys_dist.scoring.publish import is_published
-from recsys_dist.workspace import OpenRun, Workspace
+from recsys_dist.workspace import OpenRun
 
 
 def make(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -27,14 +29,10 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
 
 def main() -> int:
     parser = job.stage_parser(__doc__)
-    parser.add_argument("--user", metavar="ID", help="only print this user's history and list")
+    commands.add_arguments(parser)
     arguments = parser.parse_args()
-    if arguments.user is not None:
-        from recsys_dist.scoring.show import show_user
-
-        return job.guard(
-            lambda: print(show_user(Workspace(load(arguments.conf, arguments.overrides)), arguments.user))
-        )
+    if commands.asked(parser, arguments):
+        return job.guard(lambda: print(commands.answer(arguments)))
     return job.run_stage("score", arguments, make, is_published)
 
 

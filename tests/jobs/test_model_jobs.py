@@ -1,5 +1,6 @@
 """evaluate.py and score.py as their users start them, on synthetic features and untrained models."""
 
+import collections
 import datetime as dt
 import json
 import subprocess
@@ -111,6 +112,61 @@ def test_score_publishes_what_the_evaluation_passed(night):
     again = run_job("score.py", root, "--set", "score.partition_users=25")
     assert "done before" not in again
     assert DeltaTable(root / "topk").to_pyarrow_table().num_rows == figures["rows"]
+
+
+def test_gates_users_and_commands(night):
+    root, config, runs, _ = night
+    passed_night(root, config)
+    date = runs["features"].spec().date
+    run_job("score.py", root)
+    table = DeltaTable(root / "topk")
+    version, everyone = table.version(), table.to_pyarrow_table().to_pylist()
+
+    # All gates that fail are told at once, and the table is as it was.
+    few = ["--set", "score.candidates={popularity: 3}", "--set", "score.gates.coverage=0.9"]
+    refused = run_job("score.py", root, *few, code=65)
+    assert "full: " in refused
+    assert "coverage: " in refused
+    assert DeltaTable(root / "topk").version() == version
+    error = json.loads(max(root.glob("score/*/error.json")).read_text())
+    assert error["exit_code"] == 65
+    assert "coverage: " in error["error"]
+
+    # Some users get other lists; everybody else's stay.
+    (root / "users.txt").write_text("u5\nnobody\nu7\n")
+    some = ["--set", f"score.users={root}/users.txt", "--set", "score.k=4"]
+    printed = run_job("score.py", root, *some)
+    assert f"1 ids of {root}/users.txt are not known: nobody" in printed
+    after = DeltaTable(root / "topk").to_pyarrow_table().to_pylist()
+    lengths = collections.Counter(row["user_id"] for row in after)
+    assert (lengths.pop("u5"), lengths.pop("u7")) == (4, 4)
+
+    def others(rows):
+        return sorted(str(row) for row in rows if row["user_id"] not in ("u5", "u7"))
+
+    assert others(after) == others(everyone)
+    assert Workspace(config).runs("score")[-1].manifest["figures"]["users"] == 2
+    assert "done before" in run_job("score.py", root, *some)
+    (root / "users.txt").write_text("u5\n")
+    assert "done before" not in run_job("score.py", root, *some)
+
+    printed = run_job("score.py", root, "--versions")
+    assert f"{date}            4  " in printed
+    assert ", 1 users" in printed
+    run_job("score.py", root, "--export", date, str(root / "lists.jsonl"))
+    exported = [json.loads(line) for line in (root / "lists.jsonl").read_text().splitlines()]
+    assert len(exported) == len(after)
+    assert "as version" in run_job("score.py", root, "--rollback", str(version))
+    assert others(DeltaTable(root / "topk").to_pyarrow_table().to_pylist()) == others(everyone)
+    assert "done before" not in run_job("score.py", root, *some)
+    assert "0 files removed" in run_job("score.py", root, "--vacuum", "2")
+
+    both = run_job("score.py", root, "--versions", "--vacuum", "7", code=64)
+    assert "not allowed with argument --versions" in both
+    assert "only with --vacuum" in run_job("score.py", root, "--recent", code=64)
+    assert "--recent" in run_job("score.py", root, "--vacuum", "0.5", code=64)
+    assert "there is no version 99" in run_job("score.py", root, "--rollback", "99", code=65)
+    assert "expected a date" in run_job("score.py", root, "--export", "today", "x.csv", code=64)
 
 
 def test_a_stage_without_its_input_names_the_job_to_run(tmp_path):
