@@ -42,7 +42,7 @@ class Storage(Section):
     root: str = "runs"
     """URI or path of the root. A relative path is relative to the repository."""
 
-    pin: dict[Literal["features", "als", "deepfm", "evaluation", "score"], str] = {}
+    pin: dict[Literal["features", "als", "recall", "deepfm", "evaluation", "score"], str] = {}
     """Stage to run id: use this run in place of the latest one."""
 
 
@@ -784,6 +784,7 @@ class Config(Section):
             "count",
             "seen",
             "liked",
+            "latest",
             "present",
             "active_from",
             "active_to",

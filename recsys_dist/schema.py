@@ -21,6 +21,8 @@ SEEN_COLUMN = {"all": "seen", "positives": "liked"}
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 DAY = 86_400_000_000
 """Microseconds, as TIMESTAMP counts."""
+LATEST = 100
+"""Greatest length of the column `latest` of users/: what is older says next to nothing of what comes next."""
 UNKNOWN = 0
 
 
@@ -218,13 +220,16 @@ class FeatureSpec(BaseModel):
         """users/: a user's state as of a cut, ascending by user. Partitioned by as_of (valid, test, date).
 
         `seen` holds the ascending indices of the user's items before the cut, `liked` those of the
-        positive events; users without an event before the cut are there too, with empty lists.
+        positive events, `latest` the items of the last LATEST positive events in order of time, the most
+        recent last, an item as often as it occurs. Users without an event before the cut are there too, with
+        empty lists.
         """
         base = [
             ("user", pa.int32()),
             ("user_id", pa.string()),
             ("seen", pa.list_(pa.int32())),
             ("liked", pa.list_(pa.int32())),
+            ("latest", pa.list_(pa.int32())),
         ]
         return pa.schema(base + _columns(self.side("user"), "user"))
 
@@ -272,6 +277,10 @@ QUARANTINE = pa.schema([("source", pa.string()), ("reason", pa.string()), ("raw"
 
 FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
 """als/user_factors/ and als/item_factors/."""
+
+RELATED = pa.schema([("item", pa.int32()), ("other", pa.int32()), ("weight", pa.float32())])
+"""recall/next_items/ and recall/neighbors/measure=<name>/: of each item the others that it speaks for most,
+ascending by item, then the greatest weight first, equal ones ascending by the other; all weights are above 0."""
 
 FUTURE = "future timestamp"
 """The reason of rows from score.date on, which a back-dated night has many of."""

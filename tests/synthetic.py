@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from recsys_dist.config import Config, load
-from recsys_dist.schema import VOCAB, FeatureSpec, FieldSpec, VocabularySpec
+from recsys_dist.schema import LATEST, VOCAB, FeatureSpec, FieldSpec, VocabularySpec
 from recsys_dist.workspace import Run, Workspace
 
 GROUPS = 4
@@ -219,6 +219,7 @@ def synthetic_features(
                     "user_id": f"u{user}",
                     "seen": sorted(chosen[:known]),
                     "liked": liked,
+                    "latest": list(itertools.compress(chosen[:known], labels[:known]))[-LATEST:],
                     **_state(user, chosen[:known], labels[:known], spec),
                 }
             )

@@ -17,7 +17,7 @@ from recsys_dist.features.encode import COUNTS
 from recsys_dist.features.ids import stored
 from recsys_dist.features.numeric import Fitted, Moments, Value, parts, signed_log, total, whole
 from recsys_dist.features.split import matches, named, order_of
-from recsys_dist.schema import DAY
+from recsys_dist.schema import DAY, LATEST
 
 HOUR = DAY // 24
 PARTS = {"valid": SPLITS[:1], "test": SPLITS[:2], "date": SPLITS}
@@ -205,12 +205,12 @@ class State:
         for field in histories:
             n = F.col(f"`_n:{named(field.when)}`")
             slices[stored(field.name)] = self._flat(
-                field, _latest(field, F.col(f"`{_array(field.when, field.of)}`"), n)
+                field, _latest(field.last, F.col(f"`{_array(field.when, field.of)}`"), n)
             )
         return rows.withColumns(slices)
 
     def at_cuts(self, users: DataFrame, own: Sequence[str]) -> DataFrame:
-        """A row a user and cut: the columns `own`, `as_of`, `seen`, `liked` and the fields.
+        """A row a user and cut: the columns `own`, `as_of`, `seen`, `liked`, `latest` and the fields.
 
         valid: what is known before the user's first event that is not of the train part; test: before the
         first test event; date: before `end`. Times since an event count up to the start of that day (UTC).
@@ -238,14 +238,16 @@ class State:
                 columns.append(told.alias(f"told_{place}"))
             cuts.append(F.struct(*columns))
         each = users.select(*own, F.inline(F.array(*cuts)))
+        liked, n_liked = self._known("positive", "item"), F.col(f"n_{whens.index('positive')}")
         columns = [
             F.sort_array(F.array_distinct(self._known("any", "item"))).alias("seen"),
-            F.sort_array(F.array_distinct(self._known("positive", "item"))).alias("liked"),
+            F.sort_array(F.array_distinct(liked)).alias("liked"),
+            _latest(LATEST, liked, n_liked).alias("latest"),
         ]
         for field in self.fields:
             if isinstance(field, History):
                 n = F.col(f"n_{whens.index(field.when)}")
-                value = self._flat(field, _latest(field, self._known(field.when, field.of), n))
+                value = self._flat(field, _latest(field.last, self._known(field.when, field.of), n))
             elif isinstance(field, Time):
                 value = _recency(_since(F.col("last_0")))
             elif field.measure == "share":
@@ -322,10 +324,10 @@ def _array(when: str, of: str, cut: str = "") -> str:
     return f"told:{named(when)}:{of}:{cut}"
 
 
-def _latest(field: History, values: Column, n: Column) -> Column:
-    """The last values of the first `n`."""
-    start = F.greatest(n - field.last + 1, F.lit(1)).cast("int")
-    return F.slice(values, start, F.least(n, F.lit(field.last)).cast("int"))
+def _latest(last: int, values: Column, n: Column) -> Column:
+    """The last so many values of the first `n`."""
+    start = F.greatest(n - last + 1, F.lit(1)).cast("int")
+    return F.slice(values, start, F.least(n, F.lit(last)).cast("int"))
 
 
 def share_fields(fields: Sequence[AnyField]) -> list[Aggregate]:

@@ -90,7 +90,7 @@ class Tables:
 
     def users(self, state: State, users: DataFrame, own: Sequence[str]) -> None:
         """users/: a user a row and cut."""
-        # What takes room is that every item is listed once as seen, and once more where it is liked.
+        # What takes room is that every item is listed once as seen, and again where it is liked.
         rows = in_ranges(
             users.join(self.counts, "user"), "user_index", self.spec.n_users, self._files(self._events, 2)
         )
@@ -139,7 +139,7 @@ class Tables:
         fields = {name for name in names if ids.stored(name) in rows.columns}
         columns = [F.col(f"`{ids.stored(name) if name in fields else name}`").alias(name) for name in names]
         varied = {field.name for field in self.spec.fields if field.cardinality > MOST_REPEATED}
-        varied = (varied | {"seen", "liked"} if "item" in varied else varied) & set(schema.names)
+        varied = (varied | {"seen", "liked", "latest"} if "item" in varied else varied) & set(schema.names)
         write(rows.select(*columns), f"{self.run.uri}/{name}", schema, partition_by, varied)
 
     def _files(self, rows: int, columns: int) -> int:

@@ -157,6 +157,23 @@ def test_tables_have_the_declared_types(by_hand):
     assert not [file for file in run.manifest["files"] if file["path"].rpartition("/")[2][0] in "._"]
 
 
+@pytest.mark.parametrize("split", [{"kind": "per_user_time"}, {"kind": "column"}])
+def test_latest_holds_the_last_positives_before_the_cut(spark, tmp_path, monkeypatch, split):
+    monkeypatch.setattr("recsys_dist.features.state.LATEST", 3)
+    log = [("a", 5), ("b", 5), ("c", 1), ("a", 4), ("d", 5), ("e", 2), ("f", 5), ("a", 5), ("g", 5), ("h", 4)]
+    parts = ["train"] * 8 + ["valid", "test"]
+    lines = [f"u,{log[n][0]},{n * HOUR},{log[n][1]},{parts[n]}" for n in range(10)]
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp", "value": "value"}
+    columns |= {"split": "part"} if split["kind"] == "column" else {}
+    data = {"events": {"path": str(tmp_path / "events.csv"), "columns": columns}}
+    header = "user,item,timestamp,value,part"
+    run = featurized(log_config(tmp_path, lines, header=header, data=data, split=split))
+    names = {row["index"]: row["token"] for row in run.table("vocab/item").to_pylist()}
+    rows = {row["as_of"]: row["latest"] for row in run.table("users").to_pylist()}
+    found = {cut: "".join(names[index] for index in latest) for cut, latest in rows.items()}
+    assert found == {"valid": "dfa", "test": "fag", "date": "agh"}
+
+
 def test_date_cuts_the_log(spark, tmp_path):
     day = 24 * HOUR
     lines = [f"u,{item},{number * day},5" for number, item in enumerate("abcdefghij")]

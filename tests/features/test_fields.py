@@ -303,6 +303,8 @@ def test_users_as_of_every_cut(shop):
         assert {names["item"][index] for index in row["seen"]} == {e[1] for e in events}
         assert {names["item"][index] for index in row["liked"]} == {e[1] for e in events if e[3] != "view"}
         assert row["seen"] == sorted(set(row["seen"]))
+        liked = [event[1] for event in oracle.matching(events, "positive")]
+        assert [names["item"][index] for index in row["latest"]] == liked
 
 
 def test_a_perturbed_future_changes_nothing_earlier(spark, tmp_path):
@@ -344,7 +346,7 @@ def _earlier_rows(run, begin):
             vocab = fields[name].vocab if name in fields else None
             if vocab and fields[name].type == "index":
                 row[name] = names[vocab].get(value)
-            elif (vocab and fields[name].type == "indices") or name in ("seen", "liked"):
+            elif (vocab and fields[name].type == "indices") or name in ("seen", "liked", "latest"):
                 row[name] = [names[vocab or "item"][index] for index in value]
                 row[name] = sorted(row[name]) if name in ("seen", "liked") else row[name]
         return repr(sorted(row.items()))
