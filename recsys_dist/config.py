@@ -361,6 +361,46 @@ class Als(Section):
     """Alternating sweeps."""
 
 
+class Recall(Section):
+    """What items say of other items: how often one follows another in users' histories (`next_items`), and
+    how alike their users are (`neighbors`). Both are made of each user's last events."""
+
+    fit_on: Literal["train", "train_valid"] = "train"
+    """The parts whose events are counted. train_valid: figures on valid then mean nothing."""
+    events: Literal["positive", "any"] = "positive"
+    """Which events are counted. The lists go by the user's positive ones."""
+    max_events: int = Field(200, ge=2)
+    """So many of a user's last events. The pairs of a user are their square, and a few users with very many
+    events would outweigh the others."""
+    window: int = Field(20, ge=1, le=200)
+    """next_items: one item follows another where it is among the next so many events."""
+    gap_decay: float = Field(0.3, ge=0, le=10)
+    """next_items: the g-th event after an item counts g^-gap_decay."""
+    damping: float = Field(0.2, ge=0, le=2)
+    """next_items: a count is divided by (the following item's number of events)^damping."""
+    item_damping: float = Field(0.7, ge=0, le=2)
+    """next_items: and by (the number of events of the item that is followed)^item_damping."""
+    next_items_recency: float = Field(4.0, gt=0)
+    """next_items: an item of the user's history counts exp(-age / next_items_recency), where age is the
+    number of later ones."""
+    measures: Annotated[tuple[Literal["cosine", "jaccard", "pearson"], ...], Field(min_length=1)] = (
+        "pearson",
+    )
+    """neighbors: the similarities that are stored; the source `neighbors` goes by the first."""
+    shrinkage: float = Field(10.0, ge=0)
+    """neighbors: a similarity that c users speak for is multiplied by c / (c + shrinkage)."""
+    neighbors_recency: float = Field(3.0, gt=0)
+    """neighbors: as next_items_recency."""
+    n: int = Field(200, ge=1)
+    """So many others are stored of each item, those with the greatest weight."""
+
+    @model_validator(mode="after")
+    def _measures(self) -> "Recall":
+        if len(set(self.measures)) < len(self.measures):
+            raise ValueError(f"measures names one twice: {', '.join(self.measures)}")
+        return self
+
+
 def _numbers(value: float | tuple[float, ...], below: float) -> float | tuple[float, ...]:
     numbers = value if isinstance(value, tuple) else (value,)
     if not numbers or not all(0 <= number < below for number in numbers):
@@ -661,8 +701,9 @@ class Score(Section):
     filter_seen: Literal["all", "positives", "none"] = "all"
     """Which of the user's items are left out."""
     candidates: Annotated[
-        dict[Literal["als", "fm", "popularity"], Annotated[int, Field(ge=1)]], Field(min_length=1)
-    ] = {"als": 200, "fm": 200, "popularity": 50}
+        dict[Literal["als", "next_items", "neighbors", "fm", "popularity"], Annotated[int, Field(ge=1)]],
+        Field(min_length=1),
+    ] = {"als": 200, "next_items": 200, "fm": 200, "popularity": 50}
     """Recall source to the number of items it proposes a user. A conf file's own mapping replaces this."""
     partition_users: int = Field(2000, ge=1)
     """Users a task scores at a time."""
@@ -767,6 +808,7 @@ class Config(Section):
     fields: tuple[AnyField, ...] = ()
     """The model's fields besides the ids of user and item, which are always there."""
     als: Als = Als()
+    recall: Recall = Recall()
     deepfm: DeepFM = DeepFM()
     mlflow: MLflow = MLflow()
     tune: Tune = Tune()
@@ -841,7 +883,7 @@ class Config(Section):
         if self.deepfm.model == "dnn" and "fm" in self.score.candidates:
             wrong.append(
                 "deepfm.model=dnn has no FM part to recall with: leave fm out of score.candidates, "
-                "for example candidates: {als: 200, popularity: 50}"
+                "for example candidates: {als: 200, next_items: 200, popularity: 50}"
             )
         if self.label.kind == "column" and self.label.positive_when:
             wrong.append("label.kind=column: the column says what is positive, leave positive_when out")

@@ -18,7 +18,7 @@ from recsys_dist.scoring.show import sample_users, show_user
 from recsys_dist.spark import spark_environment, submit
 from recsys_dist.workspace import STAGES, Run, Workspace
 
-SPARK_STAGES = ("features", "als")
+SPARK_STAGES = ("features", "als", "recall")
 
 
 class StageFailed(RecsysError):
@@ -89,6 +89,11 @@ def headline(stage: str, figures: dict[str, Any]) -> str:
             )
         case "als":
             return "user and item factors"
+        case "recall":
+            neighbors = ", ".join(
+                f"{rows:,} {name} neighbours" for name, rows in figures["neighbors"].items()
+            )
+            return f"{figures['next_items']:,} next items, {neighbors}, of {figures['events']:,} events"
         case "deepfm":
             metric = figures["metric"]
             return f"best epoch {figures['best_epoch']}, valid {metric.upper()} {figures[metric]:.4f}"

@@ -21,7 +21,7 @@ SEEN_COLUMN = {"all": "seen", "positives": "liked"}
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 DAY = 86_400_000_000
 """Microseconds, as TIMESTAMP counts."""
-LATEST = 100
+LATEST = 50
 """Greatest length of the column `latest` of users/: what is older says next to nothing of what comes next."""
 UNKNOWN = 0
 
@@ -280,7 +280,7 @@ FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
 
 RELATED = pa.schema([("item", pa.int32()), ("other", pa.int32()), ("weight", pa.float32())])
 """recall/next_items/ and recall/neighbors/measure=<name>/: of each item the others that it speaks for most,
-ascending by item, then the greatest weight first, equal ones ascending by the other; all weights are above 0."""
+ascending by item, then the greatest weight first, of equal ones the lesser other; all weights are above 0."""
 
 FUTURE = "future timestamp"
 """The reason of rows from score.date on, which a back-dated night has many of."""

@@ -44,9 +44,12 @@ class Stage:
 STAGES = {
     "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
     "als": Stage("train_als.py", ("features",), ("seed", "als")),
+    "recall": Stage("recall.py", ("features",), ("seed", "recall")),
     "deepfm": Stage("train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen")),
-    "evaluation": Stage("evaluate.py", ("features", "als", "deepfm"), ("seed", "evaluation", "score")),
-    "score": Stage("score.py", ("features", "als", "deepfm", "evaluation"), ("score",)),
+    "evaluation": Stage(
+        "evaluate.py", ("features", "als", "recall", "deepfm"), ("seed", "evaluation", "score")
+    ),
+    "score": Stage("score.py", ("features", "als", "recall", "deepfm", "evaluation"), ("score",)),
 }
 
 EXPERIMENTS = {

@@ -52,12 +52,14 @@ def test_manifest_names_files_rows_schema_and_hashes(workspace, config):
 def test_inputs_follow_the_manifest_upstream(workspace, config):
     first = commit(workspace, config, "features")
     als = commit(workspace, config, "als", {"features": first})
+    recall = commit(workspace, config, "recall", {"features": first})
     deepfm = commit(workspace, config, "deepfm", {"features": first})
     commit(workspace, config, "features")  # newer features: the models were not trained on them
     inputs = workspace.inputs("evaluation")
     assert {name: run.run_id for name, run in inputs.items()} == {
         "features": first.run_id,
         "als": als.run_id,
+        "recall": recall.run_id,
         "deepfm": deepfm.run_id,
     }
 
@@ -65,6 +67,7 @@ def test_inputs_follow_the_manifest_upstream(workspace, config):
 def test_models_of_different_features_are_not_mixed(workspace, config):
     first, second = commit(workspace, config, "features"), commit(workspace, config, "features")
     commit(workspace, config, "als", {"features": first})
+    commit(workspace, config, "recall", {"features": second})
     commit(workspace, config, "deepfm", {"features": second})
     with pytest.raises(DataError, match=r"Run jobs/train_als\.py first"):
         workspace.inputs("evaluation")
@@ -86,8 +89,8 @@ def test_a_pinned_run_is_used(workspace, config, tmp_path):
 def test_a_pin_goes_before_what_the_latest_model_was_trained_on(workspace, config, tmp_path):
     first, second = commit(workspace, config, "features"), commit(workspace, config, "features")
     for features in (first, second):
-        commit(workspace, config, "als", {"features": features})
-        commit(workspace, config, "deepfm", {"features": features})
+        for stage in ("als", "recall", "deepfm"):
+            commit(workspace, config, stage, {"features": features})
     pinned = Workspace(load(None, [f"storage.root={tmp_path}/root", f"storage.pin.features={first.run_id}"]))
     inputs = pinned.inputs("evaluation")
     assert {run.inputs.get("features", run.run_id) for run in inputs.values()} == {first.run_id}

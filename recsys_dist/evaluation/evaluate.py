@@ -6,7 +6,7 @@ the test part, from what was known before that user's test part, as of the day o
 Legend: U users, K list length, I items.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -42,12 +42,12 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             f"evaluation.metric={config.evaluation.metric!r}, expected one of {', '.join(names)}"
         )
     models = load_models(run.inputs, config.score)
-    users, truth = _test_users(run.inputs["features"], config.score.filter_seen)
+    users, truth = held_out(run.inputs["features"], config.score.filter_seen)
     results = {}
     tables = []
     for name, scorer in models.all().items():
-        items_UK, scores_UK = _rank(config, models.items, scorer, users)
-        results[name] = _measure(config, items_UK, truth, users, models.items)
+        items_UK, scores_UK = rank(config, models.items, scorer, users)
+        results[name] = measure(config, items_UK, truth, users, models.items)
         tables.append(_lists(name, users, items_UK, scores_UK))
     lists = pa.concat_tables(tables)
     run.write_table("lists", lists)
@@ -71,8 +71,10 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     return {"users": len(users), "verdict": verdict, "models": results}
 
 
-def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.ndarray]:
-    """Users of users/as_of=test who have test positives, with `day` of their first one, and the truth.
+def held_out(
+    features: Run, filter_seen: SeenFilter, part: Literal["valid", "test"] = "test"
+) -> tuple[pa.Table, np.ndarray]:
+    """Users as of a part who have positives in it, with `day` of their first one, and the truth.
 
     Ascending by day, so that few batches share one. The truth is [N, 2]: (row of the user, relevant item),
     distinct. Items that are left out of every list because the user has seen them are not relevant: no model
@@ -81,13 +83,14 @@ def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.nd
     events = features.table(
         "examples",
         columns=["user", "item", "timestamp"],
-        filter=(pc.field("split") == "test") & (pc.field("label") > 0),
+        filter=(pc.field("split") == part) & (pc.field("label") > 0),
     )
-    users = features.table("users/as_of=test", filter=pc.field("user").isin(events["user"])).sort_by("user")
+    users = features.table(f"users/as_of={part}", filter=pc.field("user").isin(events["user"]))
+    users = users.sort_by("user")
     events = without_seen(events, users, filter_seen)
     if not events.num_rows:
         raise DataError(
-            f"{features.uri}: no positive event in the test part, so nothing can be evaluated. Check "
+            f"{features.uri}: no positive event in the {part} part, so nothing can be evaluated. Check "
             f"label.positive_when, split.fractions and score.filter_seen."
         )
     first = events.group_by("user").aggregate([("timestamp", "min")]).sort_by("user")
@@ -101,7 +104,7 @@ def _test_users(features: Run, filter_seen: SeenFilter) -> tuple[pa.Table, np.nd
 
 
 @torch.inference_mode()
-def _rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+def rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
     """[U, K] items and scores at the greatest K asked for."""
     k = max(config.evaluation.k)
     items, scores = [], []
@@ -113,9 +116,10 @@ def _rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> 
     return np.concatenate(items), np.concatenate(scores)
 
 
-def _measure(
+def measure(
     config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, catalogue: Items
 ) -> dict[str, dict[str, float]]:
+    """Every metric of these lists, with its interval: users and truth are those of `held_out`."""
     relevant_U = np.bincount(truth[:, 0], minlength=len(users))
     width = len(catalogue) + 1
     wanted = truth[:, 0] * width + truth[:, 1]

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 LABELS = {
     "popularity": "popularity",
     "als": "ALS",
+    "next_items": "next items",
+    "neighbors": "neighbours",
     "fm": "FM part",
     "deepfm": "DeepFM, all items",
     "two_stage": "two-stage",

@@ -6,7 +6,17 @@ from recsys_dist import config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import load
 from recsys_dist.errors import ConfigError
-from recsys_dist.scoring.scorers import FM, Exhaustive, Factors, Popularity, Ranker, Scorer, TwoStage
+from recsys_dist.scoring.scorers import (
+    FM,
+    Exhaustive,
+    Factors,
+    Neighbors,
+    NextItems,
+    Popularity,
+    Ranker,
+    Scorer,
+    TwoStage,
+)
 from recsys_dist.workspace import Run
 
 
@@ -26,6 +36,8 @@ class Models:
         return {
             "popularity": self.sources["popularity"],
             "als": self.sources["als"],
+            "next_items": self.sources["next_items"],
+            "neighbors": self.sources["neighbors"],
             **({"fm": self.sources["fm"]} if "fm" in self.sources else {}),
             "deepfm": Exhaustive(self.ranker),
             "two_stage": self.two_stage,
@@ -33,7 +45,7 @@ class Models:
 
 
 def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
-    """Load the models of these runs (features, als, deepfm).
+    """Load the models of these runs (features, als, recall, deepfm).
 
     Raises:
         ConfigError: a source is asked for that the model does not have.
@@ -45,6 +57,8 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     ranker = Ranker(model, items if model.spec.fields == spec.fields else Items(features, model.spec))
     sources: dict[str, Scorer] = {
         "als": Factors(spec, inputs["als"].table("user_factors"), inputs["als"].table("item_factors")),
+        "next_items": NextItems(spec, inputs["recall"]),
+        "neighbors": Neighbors(spec, inputs["recall"]),
         "popularity": Popularity(items),
     }
     if model.linear:

@@ -1,6 +1,8 @@
-"""Scorers: whatever ranks items for users. Popularity, ALS, FM, DeepFM over all items, and two-stage.
+"""Scorers: whatever ranks items for users. Popularity, ALS, next items, neighbours, FM, DeepFM over all
+items, and two-stage.
 
-Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank.
+Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank, N others
+of an item, H history positions.
 """
 
 import functools
@@ -13,12 +15,14 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from recsys_dist.config import Recall
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
-from recsys_dist.schema import UNKNOWN, FeatureSpec
+from recsys_dist.schema import LATEST, UNKNOWN, FeatureSpec, padded
 from recsys_dist.scoring.users import Users
+from recsys_dist.workspace import Run
 
 
 class Scorer(Protocol):
@@ -53,6 +57,52 @@ class Factors:
         """See Scorer."""
         listable = users.listable & self.known_I & self.known_U[users.indices, None]
         return nearest_items(self.users_UR[users.indices], self.items_IR, k, users.excluded, listable)
+
+
+class Related:
+    """Sums of what the items of the user's history say for others. What none speaks for is not listed."""
+
+    def __init__(self, spec: FeatureSpec, related: pa.Table, recency: float) -> None:
+        """Take a table of a recall run (schema RELATED), and how fast older items count less.
+
+        An item of the history counts exp(-age / recency), where age is the number of later ones.
+        """
+        self.others_IN, self.weights_IN = _ragged(related, spec.n_items)
+        self.shares = torch.exp(-torch.arange(LATEST) / recency)
+
+    def top_k(self, users: Users, k: int) -> Lists:
+        """See Scorer."""
+        column = users.table["latest"]
+        length_B = torch.tensor(pa.compute.list_value_length(column).to_numpy())
+        history_BH = torch.from_numpy(padded(column, int(length_B.max()) if len(length_B) else 0))
+        scores_BI = torch.zeros(len(users), len(self.others_IN))
+        # Place by place, most recent last: a tensor of all of them would be H times as large.
+        for place in range(history_BH.shape[1]):
+            item_B = history_BH[:, place]
+            share_B = self.shares[(length_B - 1 - place).clamp(min=0)]
+            scores_BI.scatter_add_(
+                1, self.others_IN[item_B].long(), self.weights_IN[item_B] * share_B[:, None]
+            )
+        scores_BI.masked_fill_(scores_BI <= 0, -torch.inf)
+        return top_k(scores_BI, k, users.excluded, users.listable)
+
+
+class NextItems(Related):
+    """The items that followed the user's latest ones in others' histories."""
+
+    def __init__(self, spec: FeatureSpec, recall: Run) -> None:
+        """Take a recall run with the settings that it was made with."""
+        super().__init__(spec, recall.table("next_items"), _settings(recall).next_items_recency)
+
+
+class Neighbors(Related):
+    """The items that have the same users as the user's latest ones."""
+
+    def __init__(self, spec: FeatureSpec, recall: Run) -> None:
+        """Take a recall run with the settings that it was made with; the first measure counts."""
+        settings = _settings(recall)
+        related = recall.table(f"neighbors/measure={settings.measures[0]}")
+        super().__init__(spec, related, settings.neighbors_recency)
 
 
 class Ranker:
@@ -186,6 +236,21 @@ class TwoStage:
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
         return self.rank(users, k)[0]
+
+
+def _settings(recall: Run) -> Recall:
+    return Recall.model_validate(recall.manifest["config"]["recall"])
+
+
+def _ragged(related: pa.Table, n: int) -> tuple[Tensor, Tensor]:
+    """What each item says for others, [n + 1, N] int32 items and float32 weights, 0 where there are fewer."""
+    related = related.sort_by([("item", "ascending"), ("other", "ascending")])
+    item, other, weight = (related[name].to_numpy() for name in ("item", "other", "weight"))
+    place = np.arange(len(item)) - np.searchsorted(item, item)
+    others = np.zeros((n + 1, place.max(initial=0) + 1), np.int32)
+    weights = np.zeros(others.shape, np.float32)
+    others[item, place], weights[item, place] = other, weight
+    return torch.from_numpy(others), torch.from_numpy(weights)
 
 
 def _dense(factors: pa.Table, n: int) -> tuple[Tensor, Tensor]:

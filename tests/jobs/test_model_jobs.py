@@ -178,7 +178,10 @@ def test_a_stage_without_its_input_names_the_job_to_run(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["featurize.py", "train_als.py", "train_deepfm.py", "evaluate.py", "score.py", "nightly.py", "tune.py"],
+    [
+        *("featurize.py", "train_als.py", "recall.py", "train_deepfm.py", "evaluate.py", "score.py"),
+        *("nightly.py", "tune.py"),
+    ],
 )
 def test_help_is_complete_and_bad_usage_exits_64(name, tmp_path):
     printed = run_job(name, tmp_path, "--help")

@@ -1,10 +1,11 @@
-"""featurize.py and train_als.py as their users start them: spark-submit and plain Python, as processes."""
+"""The Spark jobs as their users start them: spark-submit and plain Python, as processes."""
 
 import os
 import re
 import stat
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -114,6 +115,25 @@ def test_als(shop, submitted):
         "key.json",
         "user_factors",
         "item_factors",
+    }
+
+
+def test_recall(shop, submitted):
+    root, conf = shop
+    printed = submit("recall.py", "--conf", str(conf), "--set", "recall.n=5", master="local[2]")
+    run = latest(root / "runs", "recall")
+    assert run.inputs == {"features": submitted.run_id}
+    assert run.uri in printed
+    for name in ("next_items", "neighbors/measure=pearson"):
+        rows = run.table(name).to_pylist()
+        assert max(Counter(row["item"] for row in rows).values()) == 5
+        order = [(row["item"], -row["weight"], row["other"]) for row in rows]
+        assert order == sorted(order)
+        assert {row["other"] for row in rows} <= set(range(1, submitted.spec().n_items + 1))
+    assert {file["path"].partition("/")[0] for file in run.manifest["files"]} == {
+        "key.json",
+        "next_items",
+        "neighbors",
     }
 
 

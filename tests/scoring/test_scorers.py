@@ -6,9 +6,10 @@ import torch
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import day_number
 from recsys_dist.recall.inner_product import top_k
+from recsys_dist.schema import RELATED
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.reasons import ITEMS, reasons
-from recsys_dist.scoring.scorers import Exhaustive, Ranker, TwoStage
+from recsys_dist.scoring.scorers import Exhaustive, Ranker, Related, TwoStage
 from recsys_dist.scoring.users import with_context
 from tests.models import untrained_night
 from tests.synthetic import START, items_as_of, listable, synthetic_config
@@ -16,7 +17,7 @@ from tests.synthetic import START, items_as_of, listable, synthetic_config
 K = 10
 DAY = day_number(START.date())
 GONE = 7
-SCORERS = ["popularity", "als", "fm", "deepfm", "two_stage"]
+SCORERS = ["popularity", "als", "next_items", "neighbors", "fm", "deepfm", "two_stage"]
 
 
 @pytest.fixture(scope="module", params=[{}, {"attention": "{recent: 3}", "recency": "{genres_seen: 2}"}])
@@ -138,6 +139,53 @@ def test_fm_search_ranks_as_the_full_fm_formula(models, users, catalogues):
     assert (found.items == expected.items).float().mean() > 0.99
 
 
+@pytest.mark.parametrize(
+    ("name", "table", "recency"),
+    [("next_items", "next_items", 4.0), ("neighbors", "neighbors/measure=pearson", 3.0)],
+)
+def test_related_items_are_summed_over_the_latest_ones(night, models, users, name, table, recency):
+    related = night[1]["recall"].table(table).to_pylist()
+    weights = np.zeros((len(models.items) + 1,) * 2)
+    for row in related:
+        weights[row["item"], row["other"]] = row["weight"]
+    scores = np.zeros((len(users), len(models.items) + 1), np.float32)
+    for row, latest in enumerate(users.table["latest"].to_pylist()):
+        for age, item in enumerate(reversed(latest)):
+            scores[row] += weights[item] * np.exp(-age / recency)
+    expected = top_k(torch.from_numpy(scores), K, users.excluded, users.listable)
+    found = models.all()[name].top_k(users, K)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert (found.items == expected.items).float().mean() > 0.99
+
+
+def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
+    """Users who liked 3; 3 and then 4; and 5, which speaks for nothing."""
+    table = {"item": [3, 3, 4, 4], "other": [7, 9, 9, 3], "weight": [0.5, 0.25, 0.5, 1.0]}
+    scorer = Related(models.items.spec, pa.table(table).cast(RELATED), recency=1.0)
+    rows = rows.slice(0, 3)
+    latest = pa.chunked_array([pa.array([[3], [3, 4], [5]], pa.list_(pa.int32()))])
+    rows = rows.set_column(rows.column_names.index("latest"), "latest", latest)
+    lists = scorer.top_k(with_context(models.items, rows, np.full(3, DAY + 4, np.int32), "none"), 4)
+    assert lists.items.tolist() == [[7, 9, 0, 0], [3, 9, 7, 0], [0, 0, 0, 0]]
+    earlier = np.exp(-1)
+    torch.testing.assert_close(lists.scores[1, :3], torch.tensor([1, 0.5 + earlier / 4, earlier / 2]))
+    nothing = Related(models.items.spec, RELATED.empty_table(), recency=1.0)
+    assert not nothing.top_k(
+        with_context(models.items, rows, np.full(3, DAY, np.int32), "none"), 4
+    ).items.any()
+
+
+@pytest.mark.parametrize("source", ["next_items", "neighbors"])
+def test_each_source_may_be_the_only_one(night, users, source):
+    config, runs = night
+    score = config.score.model_copy(update={"candidates": {source: K}})
+    stage = load_models(runs, score).two_stage
+    lists, proposed = stage.rank(users, K)
+    assert proposed.shape[2] == 1
+    own = stage.sources[source][0].top_k(users, K).items
+    assert torch.equal(own.sort(dim=1).values, lists.items.sort(dim=1).values)
+
+
 def test_the_catalogue_is_computed_once_a_day(models):
     ranker = Ranker(models.ranker.model, models.items)
     assert ranker.catalogue(DAY) is ranker.catalogue(DAY)
@@ -207,10 +255,11 @@ def test_reasons_add_up_to_the_models_history_term(models, users, catalogues):
 
 def test_a_user_without_history_is_served(models, rows):
     rows = rows.slice(0, 1)
-    for name in ("seen", "liked", "recent", "genres_seen"):
+    for name in ("seen", "liked", "latest", "recent", "genres_seen"):
         empty = pa.chunked_array([pa.array([[]], pa.list_(pa.int32()))])
         rows = rows.set_column(rows.column_names.index(name), name, empty)
     batch = with_context(models.items, rows, np.array([DAY], np.int32), "all")
     lists = models.two_stage.top_k(batch, K)
     assert (lists.items > 0).all()
+    assert not models.sources["next_items"].top_k(batch, K).items.any()
     assert not reasons(models.ranker, batch, lists).items.any()

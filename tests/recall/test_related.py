@@ -1,0 +1,259 @@
+"""Next items and neighbours, counted by Spark, against numbers made by hand and against plain Python."""
+
+import datetime as dt
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from recsys_dist.config import Recall
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.schema import RELATED
+from recsys_dist.workspace import Workspace
+from tests.logs import log_config
+from tests.synthetic import synthetic_features
+
+START = dt.datetime(2024, 1, 1, tzinfo=dt.UTC)
+PLAIN = {"gap_decay": 0.5, "damping": 0, "item_damping": 0, "shrinkage": 0}
+MEASURES = ("cosine", "jaccard", "pearson")
+
+
+@pytest.fixture
+def related(spark, tmp_path):
+    """A function of (user, item, moment, label, split) rows and settings: the weights of each table."""
+    config = log_config(tmp_path, [])
+    features = synthetic_features(config)
+    numbers = itertools.count()
+
+    def run(rows, settings, partitions=2):
+        from recsys_dist.recall.fit import fit_recall
+
+        folder = tmp_path / f"features{next(numbers)}"
+        for split in ("train", "valid", "test"):
+            part = [
+                {
+                    "user": user,
+                    "item": item,
+                    "timestamp": START + dt.timedelta(hours=at),
+                    "label": float(label),
+                }
+                for user, item, at, label, of in rows
+                if of == split
+            ]
+            (folder / f"examples/split={split}").mkdir(parents=True)
+            table = pa.Table.from_pylist(part, schema=EXAMPLES)
+            pa.parquet.write_table(table, folder / f"examples/split={split}/part.parquet")
+        log = features.__class__(features.filesystem, str(folder), str(folder), features.manifest)
+        (folder / "features.json").write_text(features.spec().model_dump_json())
+        properties = {"spark.sql.shuffle.partitions": str(partitions)}
+        spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
+        asked = config.model_copy(
+            update={
+                "recall": Recall.model_validate(settings),
+                "spark": config.spark.model_copy(update={"conf": properties}),
+            }
+        )
+        made = Workspace(config).new("recall", {}, {"features": log})
+        return made.commit(asked, fit_recall(asked, made))
+
+    return run
+
+
+EXAMPLES = pa.schema(
+    [
+        ("user", pa.int32()),
+        ("item", pa.int32()),
+        ("timestamp", pa.timestamp("us", tz="UTC")),
+        ("label", pa.float32()),
+    ]
+)
+
+
+def stored(run, name):
+    """{item: [(other, weight), ...]} in the order of the table."""
+    rows = run.table(name).select(RELATED.names).to_pylist()
+    assert [row["item"] for row in rows] == sorted(row["item"] for row in rows)
+    found = {}
+    for row in rows:
+        found.setdefault(row["item"], []).append((row["other"], row["weight"]))
+    return found
+
+
+def weights(run, name):
+    """The same, each weight equal to what is nearly so."""
+    found = stored(run, name)
+    return {
+        item: [(other, pytest.approx(weight, rel=1e-5)) for other, weight in others]
+        for item, others in found.items()
+    }
+
+
+def log(*histories, split="train"):
+    """Users 1, 2, ...: the items that each liked, an hour apart."""
+    return [
+        (user, item, at, 1, split)
+        for user, history in enumerate(histories, 1)
+        for at, item in enumerate(history)
+    ]
+
+
+def test_next_items_by_hand(related):
+    root_half = 2**-0.5
+    run = related(log([1, 2, 3], [1, 3], [4, 4]), PLAIN | {"window": 2})
+    assert weights(run, "next_items") == {
+        1: [(3, 1 + root_half), (2, 1)],
+        2: [(3, 1)],
+        4: [(4, 1)],
+    }
+    one = related(log([1, 2, 3], [1, 3], [4, 4]), PLAIN | {"window": 1})
+    assert weights(one, "next_items") == {1: [(2, 1), (3, 1)], 2: [(3, 1)], 4: [(4, 1)]}
+    # Items 1 and 3 have two events each, item 2 has one.
+    damped = related(log([1, 2, 3], [1, 3]), PLAIN | {"window": 1, "damping": 1, "item_damping": 0.5})
+    assert weights(damped, "next_items") == {
+        1: [(2, 1 / 2**0.5), (3, 1 / 2 / 2**0.5)],
+        2: [(3, 1 / 2)],
+    }
+
+
+def test_neighbors_by_hand(related):
+    # Users with item 1: 1, 2, 3; with item 2: 1, 2; with item 3: 3, 4. The second time counts for nothing.
+    run = related(log([1, 2, 2], [2, 1], [3, 1], [3]), PLAIN | {"measures": MEASURES})
+    tables = {measure: weights(run, f"neighbors/measure={measure}") for measure in MEASURES}
+    assert tables["cosine"] == {
+        1: [(2, 2 / 6**0.5), (3, 1 / 6**0.5)],
+        2: [(1, 2 / 6**0.5)],
+        3: [(1, 1 / 6**0.5)],
+    }
+    assert tables["jaccard"] == {1: [(2, 2 / 3), (3, 1 / 4)], 2: [(1, 2 / 3)], 3: [(1, 1 / 4)]}
+    # Item 1 and 3: (4 - 6) / ..., below 0 and so left out.
+    assert tables["pearson"] == {1: [(2, 2 / 12**0.5)], 2: [(1, 2 / 12**0.5)]}
+    shrunk = related(log([1, 2, 2], [2, 1], [3, 1], [3]), PLAIN | {"measures": ["jaccard"], "shrinkage": 2})
+    assert weights(shrunk, "neighbors/measure=jaccard") == {
+        1: [(2, 2 / 3 * 2 / 4), (3, 1 / 4 * 1 / 3)],
+        2: [(1, 2 / 3 * 2 / 4)],
+        3: [(1, 1 / 4 * 1 / 3)],
+    }
+
+
+def test_of_equal_weights_the_lesser_item_stays(related):
+    run = related(log([5, 9], [5, 7], [5, 3], [5, 8]), PLAIN | {"n": 2, "measures": ["cosine"]})
+    assert weights(run, "next_items") == {5: [(3, 1), (7, 1)]}
+    neighbors = weights(run, "neighbors/measure=cosine")
+    assert neighbors[5] == [(3, 0.5), (7, 0.5)]
+    assert set(neighbors) == {3, 5, 7, 8, 9}
+
+
+def test_only_what_is_fitted_on_counts(related):
+    rows = [*log([1, 2]), (1, 3, 5, 0, "train"), (1, 4, 6, 1, "valid"), (1, 5, 7, 1, "test")]
+    assert weights(related(rows, PLAIN), "next_items") == {1: [(2, 1)]}
+    both = related(rows, PLAIN | {"fit_on": "train_valid", "window": 1})
+    assert weights(both, "next_items") == {1: [(2, 1)], 2: [(4, 1)]}
+    every = related(rows, PLAIN | {"events": "any", "window": 1})
+    assert weights(every, "next_items") == {1: [(2, 1)], 2: [(3, 1)]}
+
+
+def test_of_a_heavy_user_the_last_events_count(related):
+    run = related(log([*range(1, 40)], [1, 2]), PLAIN | {"max_events": 3, "measures": ["jaccard"]})
+    assert weights(run, "next_items") == {1: [(2, 1)], 37: [(38, 1), (39, 2**-0.5)], 38: [(39, 1)]}
+    assert set(weights(run, "neighbors/measure=jaccard")) == {1, 2, 37, 38, 39}
+    assert run.manifest["figures"]["events"] == 5
+    assert run.manifest["figures"]["users"] == 2
+
+
+@pytest.mark.parametrize("history", [[7], [7, 7, 7]])
+def test_one_item_has_no_neighbour(related, history):
+    run = related(log(history), PLAIN | {"measures": MEASURES})
+    assert set(weights(run, "next_items")) == ({7} if len(history) > 1 else set())
+    for measure in MEASURES:
+        assert weights(run, f"neighbors/measure={measure}") == {}
+
+
+def test_one_user(related):
+    run = related(log([7, 8]), PLAIN | {"measures": MEASURES})
+    assert weights(run, "neighbors/measure=cosine") == {7: [(8, 1)], 8: [(7, 1)]}
+    # Who has one has the other, and there is nobody who has neither: no correlation is defined.
+    assert weights(run, "neighbors/measure=pearson") == {}
+
+
+def test_nothing_to_count_is_told(related):
+    with pytest.raises(DataError, match="train have no event that"):
+        related([(1, 1, 0, 0, "train"), (1, 2, 1, 1, "valid")], PLAIN)
+
+
+def test_a_measure_named_twice_is_refused(tmp_path):
+    from recsys_dist.config import load
+
+    with pytest.raises(ConfigError, match="measures names one twice: cosine, cosine"):
+        load(None, ["recall.measures=[cosine, cosine]"])
+
+
+# --- against plain Python -----------------------------------------------------------------------------
+
+
+def random_rows(seed):
+    """Few items and moments, so that many are equal; one user with very many events."""
+    random = np.random.default_rng(seed)
+    rows = []
+    for user in range(1, 26):
+        for _ in range(60 if user == 3 else int(random.integers(1, 14))):
+            item = 1 + int(15 * random.random() ** 2)
+            rows.append((user, item, int(random.integers(0, 20)), int(random.random() < 0.8), "train"))
+    return rows
+
+
+def expected(rows, settings):
+    """The tables of `fit_recall`, by their definitions."""
+    histories = {}
+    for user, item, _, label, _ in sorted(rows, key=lambda row: (row[0], row[2], row[1])):
+        if label:
+            histories.setdefault(user, []).append(item)
+    histories = [history[-settings.max_events :] for history in histories.values()]
+    n = Counter(item for history in histories for item in history)
+    following = Counter()
+    for history in histories:
+        for a, b in itertools.combinations(range(len(history)), 2):
+            if b - a <= settings.window:
+                following[history[a], history[b]] += (b - a) ** -settings.gap_decay
+    tables = {
+        "next_items": {
+            (a, b): total / (n[a] ** settings.item_damping * n[b] ** settings.damping)
+            for (a, b), total in following.items()
+        }
+    }
+    users = [set(history) for history in histories]
+    owners = Counter(item for items in users for item in items)
+    both = Counter(pair for items in users for pair in itertools.permutations(items, 2))
+    for measure in MEASURES:
+        found = tables[f"neighbors/measure={measure}"] = {}
+        for (a, b), c in both.items():
+            if measure == "cosine":
+                value = c / math.sqrt(owners[a] * owners[b])
+            elif measure == "jaccard":
+                value = c / (owners[a] + owners[b] - c)
+            else:
+                columns = [[item in items for items in users] for item in (a, b)]
+                value = np.corrcoef(np.array(columns, float))[0, 1]
+            found[a, b] = value * c / (c + settings.shrinkage)
+    return tables
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_tables_are_those_of_plain_python_and_of_any_number_of_partitions(related, seed):
+    rows = random_rows(seed)
+    asked = {"window": 5, "max_events": 30, "measures": MEASURES, "n": 4, "shrinkage": 2}
+    one, five = (related(rows, asked, partitions) for partitions in (1, 5))
+    for name, wanted in expected(rows, Recall.model_validate(asked)).items():
+        table = one.table(name).select(RELATED.names)
+        assert table.equals(five.table(name).select(RELATED.names))
+        found = stored(one, name)
+        for item in {a for a, b in wanted if wanted[a, b] > 1e-9} | set(found):
+            # Rounded, so that sums of equal parts in another order are equal too.
+            best = sorted(
+                ((round(-value, 6), b) for (a, b), value in wanted.items() if a == item and value > 1e-9)
+            )[:4]
+            assert [other for other, _ in found[item]] == [b for _, b in best], (name, item)
+            values = [-value for value, _ in best]
+            assert [weight for _, weight in found[item]] == pytest.approx(values, abs=3e-6)
