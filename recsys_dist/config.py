@@ -369,9 +369,8 @@ class Recall(Section):
     """The parts whose events are counted. train_valid: figures on valid then mean nothing."""
     events: Literal["positive", "any"] = "positive"
     """Which events are counted. The lists go by the user's positive ones."""
-    max_events: int = Field(200, ge=2)
-    """So many of a user's last events. The pairs of a user are their square, and a few users with very many
-    events would outweigh the others."""
+    max_events: int = Field(500, ge=2)
+    """So many of a user's last events are counted at most."""
     window: int = Field(20, ge=1, le=200)
     """next_items: one item follows another where it is among the next so many events."""
     gap_decay: float = Field(0.3, ge=0, le=10)
@@ -387,6 +386,9 @@ class Recall(Section):
         "pearson",
     )
     """neighbors: the similarities that are stored; the source `neighbors` goes by the first."""
+    neighbors_max_events: int = Field(100, ge=2)
+    """neighbors: and so many here. The pairs of a user are their square, and a few users with very many
+    events would outweigh the others."""
     shrinkage: float = Field(10.0, ge=0)
     """neighbors: a similarity that c users speak for is multiplied by c / (c + shrinkage)."""
     neighbors_recency: float = Field(3.0, gt=0)

@@ -48,13 +48,13 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
             pairs = with_counts(following(known, settings), counts, spec.n_items)
             save_best(pairs, weight(settings), settings.n, spec.n_items, f"{run.uri}/next_items")
         with steps.measure("neighbors"):
-            of_users = baskets(known).cache()
+            of_users = baskets(known, settings.neighbors_max_events).cache()
             counts = (
                 of_users.select(F.explode("items").alias("item"))
                 .groupBy("item")
                 .agg(F.count(F.lit(1)).alias("n"))
             )
-            pairs = with_counts(together(of_users, settings.max_events), counts, spec.n_items)
+            pairs = with_counts(together(of_users, settings.neighbors_max_events), counts, spec.n_items)
             if len(settings.measures) > 1:
                 pairs = pairs.cache()
             for measure in settings.measures:

@@ -14,20 +14,24 @@ from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 
-def baskets(events: DataFrame) -> DataFrame:
-    """A row a user of `known_events`: `items`, the distinct ones, ascending."""
-    return events.groupBy("user").agg(F.sort_array(F.collect_set("item")).alias("items"))
+def baskets(events: DataFrame, last: int) -> DataFrame:
+    """A row a user of `known_events`: `items`, the distinct ones of the last so many events, ascending."""
+    return (
+        events.where(F.col("place") <= last)
+        .groupBy("user")
+        .agg(F.sort_array(F.collect_set("item")).alias("items"))
+    )
 
 
-def together(baskets: DataFrame, max_events: int) -> DataFrame:
+def together(baskets: DataFrame, most: int) -> DataFrame:
     """How many users have both items: `item`, `other`, the greater of the two, and `both`.
 
     Args:
         baskets: of the function of that name.
-        max_events: no basket has more items.
+        most: no basket has more items.
     """
     each = baskets.select("items", F.posexplode("items").alias("place", "item"))
-    others = F.slice("items", F.col("place") + 2, F.lit(max_events))
+    others = F.slice("items", F.col("place") + 2, F.lit(most))
     pairs = each.select("item", F.explode(others).alias("other"))
     return pairs.groupBy("item", "other").agg(F.count(F.lit(1)).alias("both"))
 

@@ -156,9 +156,10 @@ def test_only_what_is_fitted_on_counts(related):
 
 
 def test_of_a_heavy_user_the_last_events_count(related):
-    run = related(log([*range(1, 40)], [1, 2]), PLAIN | {"max_events": 3, "measures": ["jaccard"]})
+    asked = {"max_events": 3, "neighbors_max_events": 2, "measures": ["jaccard"]}
+    run = related(log([*range(1, 40)], [1, 2]), PLAIN | asked)
     assert weights(run, "next_items") == {1: [(2, 1)], 37: [(38, 1), (39, 2**-0.5)], 38: [(39, 1)]}
-    assert set(weights(run, "neighbors/measure=jaccard")) == {1, 2, 37, 38, 39}
+    assert set(weights(run, "neighbors/measure=jaccard")) == {1, 2, 38, 39}
     assert run.manifest["figures"]["events"] == 5
     assert run.manifest["figures"]["users"] == 2
 
@@ -223,7 +224,7 @@ def expected(rows, settings):
             for (a, b), total in following.items()
         }
     }
-    users = [set(history) for history in histories]
+    users = [set(history[-settings.neighbors_max_events :]) for history in histories]
     owners = Counter(item for items in users for item in items)
     both = Counter(pair for items in users for pair in itertools.permutations(items, 2))
     for measure in MEASURES:
@@ -243,7 +244,14 @@ def expected(rows, settings):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_tables_are_those_of_plain_python_and_of_any_number_of_partitions(related, seed):
     rows = random_rows(seed)
-    asked = {"window": 5, "max_events": 30, "measures": MEASURES, "n": 4, "shrinkage": 2}
+    asked = {
+        "window": 5,
+        "max_events": 30,
+        "neighbors_max_events": 20,
+        "measures": MEASURES,
+        "n": 4,
+        "shrinkage": 2,
+    }
     one, five = (related(rows, asked, partitions) for partitions in (1, 5))
     for name, wanted in expected(rows, Recall.model_validate(asked)).items():
         table = one.table(name).select(RELATED.names)

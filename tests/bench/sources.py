@@ -1,6 +1,6 @@
 """How well next items and neighbours rank alone: NDCG@10 and Recall@200 on valid and test.
 
-python -m tests.bench.recall --conf conf/movielens_1m.yaml
+python -m tests.bench.sources --conf conf/movielens_1m.yaml
 
 Reads the latest recall run and its features. Where that is fitted on train_valid, valid says nothing.
 """
