@@ -305,9 +305,12 @@ TOPK = pa.schema(
         ("sources", pa.list_(pa.string())),
         ("reason", REASON),
         ("run_id", pa.string()),
+        ("source_scores", pa.list_(pa.float32())),
     ]
 )
-"""The product: the Delta table <root>/topk, partitioned by date; ids are the raw log's, ranks from 1."""
+"""The product: the Delta table <root>/topk, partitioned by date; ids are the raw log's, ranks from 1. Each of
+`sources` proposed the item with the score at its place in `source_scores`, on a scale of its own; null in
+rows that were published before there was that column. New columns are added at the end."""
 
 LISTS = pa.schema(
     [

@@ -83,14 +83,15 @@ def published_rows(
     models: Models, users: Users, k: int, date: dt.date, run_id: str
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
-    lists, proposed_BKS = models.two_stage.rank(users, min(k, len(models.items)))
+    lists, scores_BKS = models.two_stage.rank(users, min(k, len(models.items)))
+    proposed_BKS = ~torch.isneginf(scores_BKS)
     why = reasons(models.ranker, users, lists)
     names = np.array(list(models.two_stage.sources))
     item_ids = np.append([""], models.items.table["item_id"].to_numpy(zero_copy_only=False))
     rows, places = np.nonzero(lists.items.numpy() != UNKNOWN)
     listed = lists.items.numpy()[rows, places]
     spoken = why.items[rows, places]
-    n = len(rows)
+    n, proposed = len(rows), proposed_BKS.numpy()[rows, places]
     table = pa.table(
         {
             "date": pa.array([date] * n, pa.date32()),
@@ -98,7 +99,7 @@ def published_rows(
             "rank": pa.array(places + 1, pa.int32()),
             "item_id": pa.array(item_ids[listed], pa.string()),
             "score": pa.array(lists.scores.numpy()[rows, places]),
-            "sources": _lists(np.broadcast_to(names, (n, len(names))), proposed_BKS.numpy()[rows, places]),
+            "sources": _lists(np.broadcast_to(names, (n, len(names))), proposed),
             "reason": pa.StructArray.from_arrays(
                 [
                     pa.array(np.where((spoken != UNKNOWN).any(axis=1), "history", "popular"), pa.string()),
@@ -108,6 +109,7 @@ def published_rows(
                 fields=list(REASON),
             ),
             "run_id": pa.array([run_id] * n, pa.string()),
+            "source_scores": _lists(scores_BKS.numpy()[rows, places], proposed),
         },
         schema=TOPK,
     )

@@ -68,6 +68,7 @@ def publish(
             pa.RecordBatchReader.from_batches(TOPK, chain(as_topk(stay), lists.to_batches())),
             mode="overwrite",
             predicate=f"date = '{date.isoformat()}'",
+            schema_mode="merge",  # the table may be older than a column
             commit_properties=CommitProperties(custom_metadata=metadata),
         )
     except CommitFailedError as error:
@@ -122,7 +123,14 @@ def _others(table: str, before: DeltaTable, date: dt.date, users: pa.ChunkedArra
 def as_topk(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """Batches of the table with exactly the schema TOPK."""
     for batch in batches:
-        yield from pa.Table.from_batches([batch]).cast(TOPK).to_batches()
+        yield from whole(pa.Table.from_batches([batch])).to_batches()
+
+
+def whole(rows: pa.Table) -> pa.Table:
+    """Rows of the table with exactly the schema TOPK: the table may be older than a column."""
+    told = {column.name: rows[column.name] for column in TOPK if column.name in rows.column_names}
+    empty = {column.name: pa.nulls(len(rows), column.type) for column in TOPK if column.name not in told}
+    return pa.table(told | empty).select(TOPK.names).cast(TOPK)
 
 
 def read_user(table: str, user_id: str, date: dt.date | None = None) -> list[dict[str, Any]]:
@@ -138,8 +146,8 @@ def read_user(table: str, user_id: str, date: dt.date | None = None) -> list[dic
     wanted = pc.field("user_id") == user_id
     if date is not None:
         wanted &= of_date(date)
-    rows = dataset.to_table(filter=wanted).cast(TOPK).sort_by([("date", "descending"), ("rank", "ascending")])
-    found = rows.to_pylist()
+    rows = whole(dataset.to_table(filter=wanted))
+    found = rows.sort_by([("date", "descending"), ("rank", "ascending")]).to_pylist()
     if not found:
         raise DataError(f"{table}: no list for user {user_id!r}. Ids are those of the raw log.")
     return [row for row in found if row["date"] == found[0]["date"]]

@@ -188,12 +188,12 @@ class Exhaustive:
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the sources propose: each user's distinct items, and which sources proposed each."""
+    """What the sources propose: each user's distinct items, and the score that each has from each source."""
 
     items: Tensor
     """[B, C] int64, ascending, 0 where a user has fewer."""
-    proposed: Tensor
-    """[B, C, S] bool"""
+    scores: Tensor
+    """[B, C, S] float32, -inf where the source did not propose the item."""
 
 
 class TwoStage:
@@ -206,22 +206,24 @@ class TwoStage:
 
     def candidates(self, users: Users) -> Candidates:
         """Merge what the sources propose."""
-        lists = [scorer.top_k(users, quota).items for scorer, quota in self.sources.values()]
-        proposals_BC = torch.cat(lists, dim=1)
-        source_C = torch.cat([torch.full((part.shape[1],), s) for s, part in enumerate(lists)])
+        lists = [scorer.top_k(users, quota) for scorer, quota in self.sources.values()]
+        proposals_BC = torch.cat([part.items for part in lists], dim=1)
+        source_C = torch.cat([torch.full((part.items.shape[1],), s) for s, part in enumerate(lists)])
         order = torch.argsort(proposals_BC, dim=1, stable=True)
         ascending = proposals_BC.gather(1, order)
         first = torch.ones_like(ascending, dtype=torch.bool)
         first[:, 1:] = ascending[:, 1:] != ascending[:, :-1]
         slot = torch.cumsum(first, dim=1) - 1
         items = torch.zeros_like(ascending).scatter_(1, slot, ascending)
-        proposed = torch.zeros(*items.shape, len(lists), dtype=torch.bool)
+        scores = torch.full((*items.shape, len(lists)), -torch.inf)
         rows = torch.arange(len(items))[:, None].expand_as(slot)
-        proposed[rows, slot, source_C[order]] = True
-        return Candidates(items, proposed & (items != UNKNOWN)[..., None])
+        # Where a list is too short it has item 0, and -inf as its score.
+        proposed_BC = torch.cat([part.scores for part in lists], dim=1)
+        scores[rows, slot, source_C[order]] = proposed_BC.gather(1, order)
+        return Candidates(items, scores)
 
     def rank(self, users: Users, k: int) -> tuple[Lists, Tensor]:
-        """The best K candidates for each user, and which sources proposed each: [B, K, S] bool."""
+        """The best K candidates for each user, and [B, K, S] their scores from the sources, as Candidates."""
         candidates = self.candidates(users)
         scores_BC = self.ranker.logits(users, candidates.items)
         scores_BC[candidates.items == UNKNOWN] = -torch.inf
@@ -230,8 +232,8 @@ class TwoStage:
         slot = (places.items - 1).clamp(min=0)
         listed = places.items != UNKNOWN
         items = torch.where(listed, candidates.items.gather(1, slot), UNKNOWN)
-        sources = candidates.proposed[torch.arange(len(slot))[:, None], slot] & listed[..., None]
-        return Lists(items, places.scores), sources
+        scores_BKS = candidates.scores[torch.arange(len(slot))[:, None], slot]
+        return Lists(items, places.scores), scores_BKS.masked_fill(~listed[..., None], -torch.inf)
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""

@@ -89,6 +89,7 @@ def test_score_publishes_what_the_evaluation_passed(night):
     for row in published.to_pylist():
         assert row["item_id"] not in seen[row["user_id"]]
         assert row["sources"]
+        assert len(row["source_scores"]) == len(row["sources"])
         assert (row["reason"]["kind"] == "history") == bool(row["reason"]["item_ids"])
         assert set(row["reason"]["item_ids"]) <= seen[row["user_id"]]
 

@@ -2,7 +2,7 @@ import datetime as dt
 
 import pyarrow as pa
 import pytest
-from deltalake import DeltaTable
+from deltalake import DeltaTable, write_deltalake
 
 from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.schema import TOPK
@@ -22,6 +22,7 @@ def rows(date, items, run_id, user="u1"):
             "sources": ["als"],
             "reason": {"kind": "history", "item_ids": ["x"], "contributions": [0.5]},
             "run_id": run_id,
+            "source_scores": [0.25],
         }
         for rank, item in enumerate(items, 1)
     ]
@@ -45,6 +46,16 @@ def test_columns_and_types_are_the_contract(tmp_path):
     table = str(tmp_path / "topk")
     publish(table, rows(MONDAY, ["a"], "r1"), MONDAY, "r1")
     assert DeltaTable(table).to_pyarrow_table().cast(TOPK).schema == TOPK
+
+
+def test_a_table_that_is_older_than_a_column_is_read_and_gets_it(tmp_path):
+    table = str(tmp_path / "topk")
+    former = pa.table(rows(MONDAY, ["a"], "r1").read_all()).drop_columns(["source_scores"])
+    write_deltalake(table, former, partition_by=["date"])
+    assert read_user(table, "u1")[0]["source_scores"] is None
+    publish(table, rows(TUESDAY, ["b"], "r2"), TUESDAY, "r2")
+    assert [read_user(table, "u1", day)[0]["source_scores"] for day in (MONDAY, TUESDAY)] == [None, [0.25]]
+    assert read_user(table, "u1", MONDAY)[0]["sources"] == ["als"]
 
 
 def test_unknown_users_and_missing_tables_are_named(tmp_path):

@@ -180,8 +180,8 @@ def test_each_source_may_be_the_only_one(night, users, source):
     config, runs = night
     score = config.score.model_copy(update={"candidates": {source: K}})
     stage = load_models(runs, score).two_stage
-    lists, proposed = stage.rank(users, K)
-    assert proposed.shape[2] == 1
+    lists, scores = stage.rank(users, K)
+    assert scores.shape[2] == 1
     own = stage.sources[source][0].top_k(users, K).items
     assert torch.equal(own.sort(dim=1).values, lists.items.sort(dim=1).values)
 
@@ -201,15 +201,16 @@ def test_two_stage_with_all_items_as_candidates_equals_the_exhaustive_ranking(mo
     assert torch.equal(found.items, expected.items)
 
 
-def test_two_stage_lists_only_what_its_sources_proposed_and_says_which(models, users):
+def test_two_stage_lists_only_what_its_sources_proposed_and_says_with_which_score(models, users):
     sources = {name: (models.sources[name], 4) for name in ("als", "fm", "popularity")}
     stage = TwoStage(sources, models.ranker)
-    lists, proposed = stage.rank(users, K)
+    lists, scores = stage.rank(users, K)
     for s, (scorer, quota) in enumerate(sources.values()):
-        own = scorer.top_k(users, quota).items
-        expected = (lists.items[..., None] == own[:, None]).any(-1) & (lists.items > 0)
-        assert torch.equal(proposed[..., s], expected)
-    assert torch.equal(proposed.any(-1), lists.items > 0)
+        own = scorer.top_k(users, quota)
+        same = (lists.items[..., None] == own.items[:, None]) & (lists.items > 0)[..., None]
+        expected = torch.where(same, own.scores[:, None], -torch.inf).amax(-1)
+        assert torch.equal(scores[..., s], expected)
+    assert torch.equal((scores > -torch.inf).any(-1), lists.items > 0)
 
 
 def test_filter_positives_leaves_disliked_items_in(features, models, rows):
