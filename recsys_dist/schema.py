@@ -293,7 +293,8 @@ REASON = pa.struct(
     ]
 )
 """Why an item is in a list. kind `history`: because of these items of the user's history, each with its
-contribution to the score; `popular`: the user has no history that speaks for it."""
+contribution to the score; `popular`: the user has no history that speaks for it; `explore`: it was drawn,
+whatever speaks for it."""
 
 TOPK = pa.schema(
     [
@@ -306,11 +307,13 @@ TOPK = pa.schema(
         ("reason", REASON),
         ("run_id", pa.string()),
         ("source_scores", pa.list_(pa.float32())),
+        ("propensity", pa.float32()),
     ]
 )
 """The product: the Delta table <root>/topk, partitioned by date; ids are the raw log's, ranks from 1. Each of
-`sources` proposed the item with the score at its place in `source_scores`, on a scale of its own; null in
-rows that were published before there was that column. New columns are added at the end."""
+`sources` proposed the item with the score at its place in `source_scores`, on a scale of its own.
+`propensity` is the probability of this item at this rank given those above it: 1 but where it was drawn
+(score.rules.explore). New columns are added at the end, and are null in rows that were published before."""
 
 LISTS = pa.schema(
     [

@@ -47,9 +47,11 @@ STAGES = {
     "recall": Stage("recall.py", ("features",), ("seed", "recall")),
     "deepfm": Stage("train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen")),
     "evaluation": Stage(
-        "evaluate.py", ("features", "als", "recall", "deepfm"), ("seed", "evaluation", "score")
+        "evaluate.py",
+        ("features", "als", "recall", "deepfm"),
+        ("seed", "evaluation", "score.candidates", "score.filter_seen"),
     ),
-    "score": Stage("score.py", ("features", "als", "recall", "deepfm", "evaluation"), ("score",)),
+    "score": Stage("score.py", ("features", "als", "recall", "deepfm", "evaluation"), ("seed", "score")),
 }
 
 EXPERIMENTS = {

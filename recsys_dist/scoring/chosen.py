@@ -1,4 +1,6 @@
-"""The users of a run that `score.users` limits to some."""
+"""Files with an id a line that a configuration names: the users that `score.users` limits a run to, and the
+items of its rules.
+"""
 
 import hashlib
 from dataclasses import dataclass
@@ -49,14 +51,8 @@ def choose(path: str, users: pa.Table) -> Chosen:
         ConfigError: there is no such file.
         DataError: not one of its ids is known.
     """
-    content = _content(path)
-    if content is None:
-        raise ConfigError(f"score.users={path}: there is no such file. It has a user id a line.")
-    try:
-        lines = content.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise DataError(f"score.users={path} is not text in UTF-8: {error}") from None
-    ids = pa.array(dict.fromkeys(filter(None, map(str.strip, lines))), pa.string())
+    found, sha256 = read_ids("score.users", path)
+    ids = pa.array(found, pa.string())
     known = users.filter(pc.is_in(users["user_id"], value_set=ids))
     unknown = ids.filter(pc.invert(pc.is_in(ids, value_set=known["user_id"].combine_chunks()))).to_pylist()
     if not known.num_rows:
@@ -65,7 +61,28 @@ def choose(path: str, users: pa.Table) -> Chosen:
             f"score.users={path}: not one of its {len(ids)} ids is a user's{some}. Ids are those of the raw "
             f"log, one a line. Nothing was published."
         )
-    return Chosen(path, hashlib.sha256(content).hexdigest(), known, unknown)
+    return Chosen(path, sha256, known, unknown)
+
+
+def read_ids(key: str, path: str) -> tuple[list[str], str]:
+    """The distinct ids of a file in its order, without the spaces around them, and the file's sha256.
+
+    Args:
+        key: of the configuration.
+        path: text, an id a line.
+
+    Raises:
+        ConfigError: there is no such file.
+        DataError: it is not text.
+    """
+    content = _content(path)
+    if content is None:
+        raise ConfigError(f"{key}={path}: there is no such file. It has an id a line.")
+    try:
+        lines = content.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{key}={path} is not text in UTF-8: {error}") from None
+    return list(dict.fromkeys(filter(None, map(str.strip, lines)))), hashlib.sha256(content).hexdigest()
 
 
 def told(chosen: Chosen) -> str:
@@ -82,7 +99,7 @@ def unchanged(figures: dict[str, Any]) -> bool:
     """Has the file the content that a run was made with?
 
     Args:
-        figures: of `Chosen.figures`.
+        figures: its `path` and `sha256`.
     """
     content = _content(figures["path"])
     return content is not None and hashlib.sha256(content).hexdigest() == figures["sha256"]

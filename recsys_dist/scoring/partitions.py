@@ -17,9 +17,12 @@ from recsys_dist.schema import REASON, TOPK, UNKNOWN
 from recsys_dist.scoring.gates import counts
 from recsys_dist.scoring.models import Models, load_models
 from recsys_dist.scoring.reasons import reasons
+from recsys_dist.scoring.rules import Rules
 from recsys_dist.scoring.users import Users, with_context
 from recsys_dist.workspace import OpenRun
 
+DAYS = 1_000_000
+"""More than there are."""
 LISTS = "lists"
 """The run's folder with the partitions' files."""
 
@@ -58,6 +61,9 @@ class PartitionScorer:
     def __init__(self, config: Config, run: OpenRun, date: dt.date) -> None:
         self.config, self.run, self.date = config, run, date
         self.models = load_models(run.inputs, config.score)
+        # Other draws every day, and the same ones however often a day is done.
+        seed = config.seed * DAYS + day_number(date)
+        self.rules = Rules(config.score.rules, self.models.items, seed)
         self.users = run.inputs["features"].dataset("users/as_of=date")
 
     def score(self, part: int, users: np.ndarray) -> dict[str, Any]:
@@ -73,17 +79,19 @@ class PartitionScorer:
         rows = self.users.to_table(filter=between & pc.field("user").isin(users)).sort_by("user")
         days = np.full(len(rows), day_number(self.date), np.int32)
         batch = with_context(self.models.items, rows, days, settings.filter_seen)
-        table, figures = published_rows(self.models, batch, settings.k, self.date, self.run.run_id)
+        table, figures = published_rows(
+            self.models, self.rules, self.rules.limit(batch), settings.k, self.date, self.run.run_id
+        )
         self.run.write_table(LISTS, table, part)
         return figures
 
 
 @torch.inference_mode()
 def published_rows(
-    models: Models, users: Users, k: int, date: dt.date, run_id: str
+    models: Models, rules: Rules, users: Users, k: int, date: dt.date, run_id: str
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
-    lists, scores_BKS = models.two_stage.rank(users, min(k, len(models.items)))
+    lists, scores_BKS, chosen = rules.ranked(models.two_stage, users, min(k, len(models.items)))
     proposed_BKS = ~torch.isneginf(scores_BKS)
     why = reasons(models.ranker, users, lists)
     names = np.array(list(models.two_stage.sources))
@@ -92,6 +100,8 @@ def published_rows(
     listed = lists.items.numpy()[rows, places]
     spoken = why.items[rows, places]
     n, proposed = len(rows), proposed_BKS.numpy()[rows, places]
+    kind = np.where((spoken != UNKNOWN).any(axis=1), "history", "popular")
+    kind = np.where(chosen.explored.numpy()[rows, places], "explore", kind)
     table = pa.table(
         {
             "date": pa.array([date] * n, pa.date32()),
@@ -102,7 +112,7 @@ def published_rows(
             "sources": _lists(np.broadcast_to(names, (n, len(names))), proposed),
             "reason": pa.StructArray.from_arrays(
                 [
-                    pa.array(np.where((spoken != UNKNOWN).any(axis=1), "history", "popular"), pa.string()),
+                    pa.array(kind, pa.string()),
                     _lists(item_ids[spoken], spoken != UNKNOWN).cast(pa.list_(pa.string())),
                     _lists(why.contributions[rows, places], spoken != UNKNOWN),
                 ],
@@ -110,6 +120,7 @@ def published_rows(
             ),
             "run_id": pa.array([run_id] * n, pa.string()),
             "source_scores": _lists(scores_BKS.numpy()[rows, places], proposed),
+            "propensity": pa.array(chosen.propensity.numpy()[rows, places]),
         },
         schema=TOPK,
     )
@@ -119,6 +130,8 @@ def published_rows(
         "listable": int(users.listable[0].sum()),
         "proposed": dict(zip(names.tolist(), by_source, strict=True)),
         "explained": int((spoken != UNKNOWN).any(axis=1).sum()),
+        "explored": int(chosen.explored.sum()),
+        "files": rules.files,
     }
     return table, figures
 

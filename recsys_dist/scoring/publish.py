@@ -86,11 +86,11 @@ def publish(
 def is_published(run: Run) -> bool:
     """Are a score run's lists what the table has for their date? Not after another run or a rollback.
 
-    Those of a run for chosen users must all be there, and the file that names the users be the same.
+    Those of a run for chosen users must all be there, and files with ids of users or items be the same.
     """
     figures = run.manifest["figures"]
     chosen = figures.get("chosen")
-    if chosen and not unchanged(chosen):
+    if not all(unchanged(file) for file in [*figures.get("files", []), *([chosen] if chosen else [])]):
         return False
     found = published_rows(figures["table"], dt.date.fromisoformat(figures["date"]), run.run_id)
     return found == figures["rows"] if chosen else found > 0

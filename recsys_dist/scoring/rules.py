@@ -5,8 +5,8 @@ Legend: B users, C candidates a user, K list length, I items (index 0 is unknown
 of an item's vector, N values of a field.
 """
 
+import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.recall.inner_product import Lists
 from recsys_dist.schema import UNKNOWN, padded
+from recsys_dist.scoring.chosen import read_ids
+from recsys_dist.scoring.scorers import TwoStage
+from recsys_dist.scoring.users import Users
 
 SHOWN = 3
 """Ids that are named where many are wrong."""
@@ -52,10 +55,13 @@ class Rules:
         self.settings, self.seed = settings, seed
         self.allowed_I = torch.ones(len(items) + 1, dtype=torch.bool)
         """May the item be listed at all?"""
-        if settings.allow is not None:
-            self.allowed_I = _indices(items, "allow", settings.allow)
-        if settings.deny is not None:
-            self.allowed_I = self.allowed_I & ~_indices(items, "deny", settings.deny)
+        self.files: list[dict[str, str]] = []
+        """Path and sha256 of each file of ids."""
+        for key, path in (("allow", settings.allow), ("deny", settings.deny)):
+            if path is not None:
+                named_I, file = _indices(items, key, path)
+                self.allowed_I &= named_I if key == "allow" else ~named_I
+                self.files.append(file)
         known = {field.name: field for field in items.spec.side("item") if field.kind == "categorical"}
         wrong = [name for name in settings.at_most if name not in known]
         if wrong:
@@ -72,6 +78,43 @@ class Rules:
         """Is the list just the best candidates?"""
         chosen = self.settings
         return not (chosen.at_most or chosen.diversity or chosen.explore) and chosen.least_score is None
+
+    def limit(self, users: Users) -> Users:
+        """The batch, with no item listable but those that are allowed."""
+        return dataclasses.replace(users, listable=users.listable & self.allowed_I)
+
+    def ranked(self, stage: TwoStage, users: Users, k: int) -> tuple[Lists, Tensor, Chosen]:
+        """The lists of a batch under all rules: as `TwoStage.rank`, and how each place was filled.
+
+        Args:
+            stage: whose candidates the lists are made of.
+            users: limited to the allowed items (`limit`), all of the same day.
+            k: list length.
+
+        Raises:
+            ConfigError: diversity is asked of a model that has no item vectors.
+        """
+        if self.only_scores_count:
+            lists, scores_BKS = stage.rank(users, k)
+            places = torch.arange(k).expand(len(users), -1)
+            listed = lists.items != UNKNOWN
+            return lists, scores_BKS, Chosen(places, listed.float(), torch.zeros_like(listed))
+        model = stage.ranker.model
+        if self.settings.diversity and not model.factorised:
+            raise ConfigError(
+                f"score.rules.diversity={self.settings.diversity} needs the items' vectors, and a "
+                f"{model.settings.model} has none. Set it to 0, or train another deepfm.model."
+            )
+        candidates, scores_BCS = stage.rank(users, sum(quota for _, quota in stage.sources.values()))
+        vectors_ID = stage.ranker.catalogue(int(users.days[0])).sum
+        chosen = self.choose(candidates, k, users.indices, vectors_ID)
+        slot, listed = chosen.places.clamp(min=0), chosen.places >= 0
+        lists = Lists(
+            torch.where(listed, candidates.items.gather(1, slot), UNKNOWN),
+            torch.where(listed, candidates.scores.gather(1, slot), -torch.inf),
+        )
+        scores_BKS = scores_BCS[torch.arange(len(slot))[:, None], slot]
+        return lists, scores_BKS.masked_fill(~listed[..., None], -torch.inf), chosen
 
     def choose(self, candidates: Lists, k: int, users_B: Tensor, vectors_ID: Tensor) -> Chosen:
         """Fill the lists place by place.
@@ -170,18 +213,10 @@ def _values(items: Items, name: str, several: bool) -> Tensor:
     return torch.from_numpy(np.pad(values.astype(np.int64), ((1, 0), (0, 0))))
 
 
-def _lines(key: str, path: str) -> list[str]:
-    """The lines of a text file that a setting names, without empty ones."""
-    try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{key}={path} cannot be read ({error}). It has an id a line.") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
-
-
-def _indices(items: Items, key: str, path: str) -> Tensor:
-    """[I] bool: which items a file of raw ids names."""
-    wanted = set(_lines(f"score.rules.{key}", path))
+def _indices(items: Items, key: str, path: str) -> tuple[Tensor, dict[str, str]]:
+    """[I] bool: which items a file of raw ids names; and what tells whether it has changed."""
+    found, sha256 = read_ids(f"score.rules.{key}", path)
+    wanted = set(found)
     ids = items.table["item_id"].to_pylist()
     named = np.array([False, *(item in wanted for item in ids)])
     if wanted and not named.any():
@@ -190,4 +225,4 @@ def _indices(items: Items, key: str, path: str) -> Tensor:
             f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those "
             f"of the raw log, one a line."
         )
-    return torch.from_numpy(named)
+    return torch.from_numpy(named), {"path": path, "sha256": sha256}

@@ -14,7 +14,17 @@ from recsys_dist.scoring.partitions import LISTS, score_partitions
 from recsys_dist.scoring.publish import publish, version
 from recsys_dist.workspace import OpenRun
 
-SUMMED = ("users", "served", "full", "rows", "explained", "not_finite", "items_twice", "ranks_twice")
+SUMMED = (
+    "users",
+    "served",
+    "full",
+    "rows",
+    "explained",
+    "explored",
+    "not_finite",
+    "items_twice",
+    "ranks_twice",
+)
 """Of the partitions' figures."""
 
 
@@ -42,6 +52,7 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
     figures = {
         "date": date.isoformat(),
         **({"chosen": chosen.figures()} if chosen else {}),
+        "files": partitions[0]["files"],
         **{name: sum(part[name] for part in partitions) for name in SUMMED},
         "listed": _distinct_items(lists),
         "listable": max(part["listable"] for part in partitions),

@@ -66,6 +66,8 @@ def sample_users(table: str, date: dt.date, n: int) -> list[str]:
 
 def _reason(row: dict[str, Any], titles: dict[str, str]) -> str:
     found = "found by " + ", ".join(row["sources"])
+    if row["reason"]["kind"] == "explore":
+        return f"drawn with probability {row['propensity']:.3f}; {found}"
     if row["reason"]["kind"] != "history":
         return f"popular; {found}"
     because = [textwrap.shorten(titles[item], 24, placeholder="…") for item in row["reason"]["item_ids"][:2]]

@@ -5,6 +5,7 @@ import datetime as dt
 import numpy as np
 import pytest
 
+from recsys_dist.config import Rules
 from recsys_dist.deepfm.items import day_number
 from recsys_dist.scoring.partitions import PartitionScorer, partitions
 from recsys_dist.scoring.users import with_context
@@ -13,6 +14,7 @@ from tests.models import untrained_night
 from tests.synthetic import listable, synthetic_config
 
 GONE = 7
+OF_SEVEN = [f"u{user}" for user in range(1, 8)]
 
 
 @pytest.mark.parametrize("size", [1, 4, 7, 8, 100])
@@ -48,3 +50,39 @@ def test_lists_are_those_of_the_date_for_the_users_that_are_there(tmp_path):
     for user, items in zip(state["user_id"].to_pylist(), expected.items.tolist(), strict=True):
         found = [row["item_id"] for row in lists if row["user_id"] == user]
         assert found == [f"i{item}" for item in items if item]
+
+
+def test_published_lists_obey_the_rules(tmp_path):
+    (tmp_path / "deny").write_text("i3\ni11\n")
+    config = synthetic_config(tmp_path / "root")
+    runs = untrained_night(config, users=30)
+    rules = {"deny": str(tmp_path / "deny"), "at_most": {"genres": 3}, "explore": 2, "diversity": 0.3}
+    changed = config.score.model_copy(update={"rules": Rules(**rules), "k": 8})
+    config = config.model_copy(update={"score": changed})
+    features = runs["features"]
+    date = dt.date.fromisoformat(features.spec().date)
+    run = Workspace(config).new("score", {}, runs)
+    scorer = PartitionScorer(config, run, date)
+    users = features.table("users/as_of=date").sort_by("user")["user"].to_numpy()
+    figures = scorer.score(0, users)
+    again = PartitionScorer(config, run, date)
+    again.score(1, users[:7])  # among others, and alone, a user gets the same list
+    rows = run.commit(config, {}).table("lists").to_pylist()
+    lists = [row for row in rows if rows.index(row) < figures["rows"]]
+    assert [row for row in rows[len(lists) :]] == [row for row in lists if row["user_id"] in OF_SEVEN]
+    assert figures["explored"] == sum(row["reason"]["kind"] == "explore" for row in lists) > 30
+    assert figures["files"] == [{"path": str(tmp_path / "deny"), "sha256": figures["files"][0]["sha256"]}]
+    genres = dict(
+        zip(*(features.table("items")[name].to_pylist() for name in ("item_id", "genres")), strict=True)
+    )
+    for user in {row["user_id"] for row in lists}:
+        own = [row for row in lists if row["user_id"] == user]
+        assert [row["rank"] for row in own] == list(range(1, len(own) + 1))
+        assert not {"i3", "i11"} & {row["item_id"] for row in own}
+        counted = [genre for row in own for genre in genres[row["item_id"]]]
+        assert all(counted.count(genre) <= 3 for genre in counted)
+        for row in own:
+            drawn = row["rank"] > 6
+            assert (row["reason"]["kind"] == "explore") == drawn
+            assert 0 < row["propensity"] < 1 if drawn else row["propensity"] == 1
+            assert len(row["sources"]) == len(row["source_scores"]) > 0
