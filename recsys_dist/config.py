@@ -715,6 +715,7 @@ class Score(Section):
     gates: Gates = Gates()
     """Checked before the lists are published."""
     rules: Rules = Rules()
+    """What a list must obey besides its scores."""
 
     @model_validator(mode="after")
     def _explore(self) -> "Score":

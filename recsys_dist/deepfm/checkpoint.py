@@ -145,7 +145,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     refused: list[str] = []
     for _, _, path in reversed(listed[0]):
         problems: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(problems, _problem(path, dist.get_rank(), dist.get_world_size()))
+        dist.all_gather_object(problems, problem_of(path, dist.get_rank(), dist.get_world_size()))
         problem = next((problem for problem in problems if problem), None)
         if problem is None:
             return path, refused
@@ -153,11 +153,16 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, refused
 
 
-def _problem(path: Path, rank: int, world_size: int) -> str | None:
+def problem_of(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
     """What is wrong with a checkpoint, as far as a worker's share of its files shows."""
     if not (path / SEAL).exists():
         return "it was not finished"
-    sealed: dict[str, list[Any]] = json.loads((path / SEAL).read_text())
+    try:
+        sealed: dict[str, list[Any]] = json.loads((path / SEAL).read_text())
+    except ValueError:
+        return f"{SEAL} cannot be read"
+    if ".metadata" not in sealed:
+        return f"{SEAL} does not name all files"
     for name in sorted(sealed)[rank::world_size]:
         size, digest = sealed[name]
         if not (path / name).exists():

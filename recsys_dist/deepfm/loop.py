@@ -32,6 +32,7 @@ from recsys_dist.deepfm.reports import (
     WORKERS,
     lines,
     write_json,
+    write_text,
 )
 from recsys_dist.deepfm.sharding import shard
 from recsys_dist.deepfm.start_from import take_over
@@ -162,7 +163,7 @@ def _attempt(folder: Path) -> int:
     if dist.get_rank() == 0:
         file = folder / ATTEMPT
         answer = [int(file.read_text()) + 1 if file.exists() else 0]
-        file.write_text(str(answer[0]))
+        write_text(file, str(answer[0]))
     dist.broadcast_object_list(answer)
     return answer[0]
 
@@ -187,7 +188,7 @@ class _Log:
         if self.active and (task.folder / HISTORY).exists():
             # What came after the checkpoint is done, and told, again.
             kept = [line for line in lines(task.folder / HISTORY) if line["step"] <= resumed_from]
-            (task.folder / HISTORY).write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+            write_text(task.folder / HISTORY, "".join(f"{json.dumps(line)}\n" for line in kept))
 
     def _restart(self) -> None:
         self.steps, self.examples, self.seconds, self.losses = 0, 0, 0.0, 0.0

@@ -180,7 +180,9 @@ class DeepFM(nn.Module):
                 count = there.sum(1, keepdim=True)
                 age = count - 1 - torch.arange(there.shape[1], device=there.device)
                 embeddings = by_name[field.name].view(*there.shape, -1)[..., : self.dim + 1]
-                columns[field.name] = torch.einsum("nl,nld->nd", recency(age, field.decay or 1), embeddings)
+                with torch.autocast(age.device.type, enabled=False):
+                    weights = recency(age, field.decay or 1)
+                    columns[field.name] = torch.einsum("nl,nld->nd", weights, embeddings)
                 if field.name in self.attended:
                     ages.append(age)
                     histories.append(embeddings[..., : self.dim])
@@ -301,7 +303,8 @@ class DeepFM(nn.Module):
             elif field.type not in INDEXED:
                 assert weights is not None
                 stop = start + field.cardinality
-                columns[field.name] = batch.values[:, start:stop] @ weights[start:stop]
+                with torch.autocast(weights.device.type, enabled=False):
+                    columns[field.name] = batch.values[:, start:stop] @ weights[start:stop]
                 start = stop
         return columns
 

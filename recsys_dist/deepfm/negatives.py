@@ -54,8 +54,13 @@ class Negatives:
         if len(met) < 2:
             return self.catalogue.draw(left_out, number, generator)
         items, _ = Distribution(met, counts).draw(left_out, number, generator)
-        others = 1 - np.minimum(self.frequency[positives], 0.5)
-        return items, np.log(self.frequency[items] / others[:, None]).astype(np.float32)
+        left_out = np.sort(left_out, axis=1)
+        known = np.where((left_out >= 0) & (left_out < len(self.frequency)), left_out, 0)
+        gone = self.frequency[known]
+        gone[:, 1:][left_out[:, 1:] == left_out[:, :-1]] = 0
+        drawn = self.frequency[items]
+        others = np.maximum(1 - gone.sum(1), drawn.max(1))
+        return items, np.log(drawn / others[:, None]).astype(np.float32)
 
 
 class Distribution:

@@ -22,8 +22,13 @@ RESUMED, REFUSED = "resumed.json", "refused.json"
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file, whole or not at all."""
+    write_text(file, json.dumps(value))
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
     new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    new.write_text(json.dumps(value))
+    new.write_text(text)
     new.replace(file)
 
 

@@ -58,6 +58,13 @@ def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec
             f"embeddings of {width} factors, and this {settings.model} has {own}. Set "
             f"deepfm.embedding_dim={width}, or leave start_from out."
         )
+    before, kind = made.settings.table_optimizer, settings.table_optimizer
+    if kind not in (before, "sgd"):
+        raise ConfigError(
+            f"deepfm.start_from={settings.start_from}: the tables of {runs[0].uri} were moved by {before}, "
+            f"and {kind} cannot go on with what that has added up. Set deepfm.table_optimizer={before}, or "
+            f"leave start_from out."
+        )
     made.require_continued(spec)
     return runs[0]
 

@@ -66,7 +66,8 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         with local_or_cluster(most, least=least), Tracking(config, run) as tracking:
             fitted = _fit(config, run, folder, tracking)
         figures = _publish(config, run, fitted)
-    shutil.rmtree(folder, ignore_errors=True)
+    # Whole or not at all: what a kill left of it would be gone on with.
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.done")), ignore_errors=True)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -233,11 +234,14 @@ def _worker(task: dict[str, Any]) -> None:
 
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
-    from recsys_dist.deepfm.checkpoint import complete, load_weights
+    from recsys_dist.deepfm.checkpoint import complete, load_weights, problem_of
     from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 
     history, folder, line = fitted.history, fitted.folder, best(fitted.history)
     path = next(path for step, _, path in complete(folder) if step == fitted.step)
+    wrong = problem_of(path)
+    if wrong:
+        raise DataError(f"checkpoint {path} is refused: {wrong}. It is the best one: train again.")
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()
     load_weights(path, state)

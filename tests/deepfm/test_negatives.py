@@ -75,7 +75,12 @@ def test_in_a_batch_its_other_positives_are_drawn():
     of_two = items[positives == 2]
     assert (of_two == 4).mean() == pytest.approx(3 / 4, abs=0.01)
     # How often an item is met is how often it is positive in the whole train part: 5, 30 and 8 of 44.
-    expected = COUNTS[items - 1] / 44 / (1 - np.minimum(COUNTS[positives - 1] / 44, 0.5))[:, None]
+    expected = COUNTS[items - 1] / 44 / (1 - COUNTS[positives - 1] / 44)[:, None]
     np.testing.assert_allclose(np.exp(log_probability), expected, rtol=1e-5)
+    # Who has had item 4 draws from what is left without it.
+    history = np.where(positives == 2, 4, 0)[:, None]
+    items, log_probability = negatives.draw(positives, 4, np.random.default_rng(0), np.repeat(history, 2, 1))
+    assert set(items[positives == 2].ravel().tolist()) == {6}
+    np.testing.assert_allclose(np.exp(log_probability[positives == 2]), 8 / (44 - 5 - 30), rtol=1e-5)
     alone, _ = negatives.draw(np.full(9, 4), 50, np.random.default_rng(0))
     assert set(alone.ravel().tolist()) == {1, 2, 3, 5, 6}

@@ -16,6 +16,9 @@ from torch.distributed._shard.sharded_tensor import ShardedTensor
 def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> list[Any]:
     """Call `action(*arguments)` in `world_size` processes that form a gloo group; what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"group-{world_size}").unlink(
+        missing_ok=True
+    )  # of a folder that was copied: addresses of the dead
     # Forks of a process that has imported everything, and done nothing else.
     multiprocessing.set_forkserver_preload(["recsys_dist.deepfm.loop"])
     torch.multiprocessing.start_processes(

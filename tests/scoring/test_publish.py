@@ -23,6 +23,7 @@ def rows(date, items, run_id, user="u1"):
             "reason": {"kind": "history", "item_ids": ["x"], "contributions": [0.5]},
             "run_id": run_id,
             "source_scores": [0.25],
+            "propensity": 1.0,
         }
         for rank, item in enumerate(items, 1)
     ]
@@ -50,7 +51,7 @@ def test_columns_and_types_are_the_contract(tmp_path):
 
 def test_a_table_that_is_older_than_a_column_is_read_and_gets_it(tmp_path):
     table = str(tmp_path / "topk")
-    former = pa.table(rows(MONDAY, ["a"], "r1").read_all()).drop_columns(["source_scores"])
+    former = rows(MONDAY, ["a"], "r1").to_table().drop_columns(["source_scores"])
     write_deltalake(table, former, partition_by=["date"])
     assert read_user(table, "u1")[0]["source_scores"] is None
     publish(table, rows(TUESDAY, ["b"], "r2"), TUESDAY, "r2")

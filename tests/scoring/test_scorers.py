@@ -167,7 +167,7 @@ def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
     rows = rows.set_column(rows.column_names.index("latest"), "latest", latest)
     lists = scorer.top_k(with_context(models.items, rows, np.full(3, DAY + 4, np.int32), "none"), 4)
     assert lists.items.tolist() == [[7, 9, 0, 0], [3, 9, 7, 0], [0, 0, 0, 0]]
-    earlier = np.exp(-1)
+    earlier = float(np.exp(-1))
     torch.testing.assert_close(lists.scores[1, :3], torch.tensor([1, 0.5 + earlier / 4, earlier / 2]))
     nothing = Related(models.items.spec, RELATED.empty_table(), recency=1.0)
     assert not nothing.top_k(

@@ -130,7 +130,8 @@ def read_back(path):
         row["date"] = dt.date.fromisoformat(row["date"])
         if path.suffix == ".csv":
             row |= {"rank": int(row["rank"]), "score": float(row["score"])}
-            row |= {name: json.loads(row[name]) for name in ("sources", "reason")}
+            row |= {name: json.loads(row[name]) for name in ("sources", "reason", "source_scores")}
+            row["propensity"] = float(row["propensity"])
     return found
 
 
