@@ -22,9 +22,15 @@ from recsys_dist.workspace import OpenRun
 
 
 def make(config: Config, run: OpenRun) -> dict[str, Any]:
-    from recsys_dist.scoring.score import score  # after the arguments: torch takes seconds
+    from recsys_dist.scoring import score  # after the arguments: torch takes seconds
 
-    return score(config, run)
+    return score.score(config, run)
+
+
+def left_behind(run: OpenRun) -> bool:
+    from recsys_dist.scoring import score
+
+    return score.left_behind(run)
 
 
 def main() -> int:
@@ -33,7 +39,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if commands.asked(parser, arguments):
         return job.guard(lambda: print(commands.answer(arguments)))
-    return job.run_stage("score", arguments, make, is_published)
+    return job.run_stage("score", arguments, make, is_published, left_behind)
 
 
 if __name__ == "__main__":

@@ -147,10 +147,14 @@ class OpenRun:
         _write(self.filesystem, f"{self.path}/{name}", text)
 
     def write_table(self, name: str, table: pa.Table, part: int = 0) -> None:
-        """Write part of one of the run's tables."""
-        folder = f"{self.path}/{name}"
+        """Write part of one of the run's tables, whole or not at all."""
+        folder, file = f"{self.path}/{name}", f"part-{part:05d}.parquet"
         self.filesystem.create_dir(folder, recursive=True)
-        pq.write_table(table, f"{folder}/part-{part:05d}.parquet", filesystem=self.filesystem)
+        # Readers of the folder pass over it. The name is nobody else's: a worker that was given up may still
+        # be writing the same part.
+        unfinished = f"{folder}/.{file}.{secrets.token_hex(4)}.tmp"
+        pq.write_table(table, unfinished, filesystem=self.filesystem)
+        self.filesystem.move(unfinished, f"{folder}/{file}")
 
     def remove(self, name: str) -> None:
         """Remove a file or folder of the run, if it is there: what was needed only while the run was made."""

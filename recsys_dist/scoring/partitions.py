@@ -1,18 +1,24 @@
 """Scoring users in partitions, each a Ray task that reads its own users and writes its own file."""
 
 import datetime as dt
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.fs
+import pyarrow.parquet as pq
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 
+from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import day_number
+from recsys_dist.errors import RecsysError
 from recsys_dist.schema import REASON, TOPK, UNKNOWN
 from recsys_dist.scoring.gates import counts
 from recsys_dist.scoring.models import Models, load_models
@@ -24,13 +30,15 @@ from recsys_dist.workspace import OpenRun
 DAYS = 1_000_000
 """More than there are."""
 LISTS = "lists"
-"""The run's folder with the partitions' files."""
+"""The run's folder with the partitions' files, each with the partition's figures in its schema's metadata."""
+FIGURES = b"figures"
 
 
 def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndarray) -> list[dict[str, Any]]:
     """Write the lists of users to the run's lists/ and return each partition's figures.
 
-    A task takes `score.partition_users` users, so that its memory does not depend on their number.
+    A task takes `score.partition_users` users, so that its memory does not depend on their number. Partitions
+    that are there already, left by a driver that died, are taken as they are.
 
     Args:
         config: the settings.
@@ -38,11 +46,56 @@ def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndar
         date: that they are for.
         users: [U] int32, indices of those who get one.
     """
+    done = finished(run)
     parts = partitions(users, config.score.partition_users)
+    to_do = [part for part in parts if part[0] not in done]
+    if done:
+        print(f"score: {len(done)} of {len(parts)} partitions are there already", flush=True)
+    if to_do:
+        with local_or_cluster():
+            done |= dict(zip([number for number, _ in to_do], _scored(config, run, date, to_do), strict=True))
+    _remove_unfinished(run)
+    return list(done.values())
+
+
+def finished(run: OpenRun) -> dict[int, dict[str, Any]]:
+    """The partitions of a run that are written: number to figures."""
+    selector = pyarrow.fs.FileSelector(f"{run.path}/{LISTS}", allow_not_found=True)
+    files = [info.path for info in run.filesystem.get_file_info(selector) if info.extension == "parquet"]
+    numbers = [int(path.rpartition("part-")[2].removesuffix(".parquet")) for path in sorted(files)]
+    return {number: figures for number in numbers if (figures := _figures(run, number)) is not None}
+
+
+def _figures(run: OpenRun, part: int) -> dict[str, Any] | None:
+    """A partition's figures, as its file has them; None where it is not written."""
+    path = f"{run.path}/{LISTS}/part-{part:05d}.parquet"
+    if not run.filesystem.get_file_info(path).is_file:
+        return None
+    return dict(json.loads(pq.read_schema(path, filesystem=run.filesystem).metadata[FIGURES]))
+
+
+def _scored(
+    config: Config, run: OpenRun, date: dt.date, parts: list[tuple[int, np.ndarray]]
+) -> list[dict[str, Any]]:
+    """Score partitions by as many workers as there are CPUs."""
     workers = min(len(parts), int(ray.cluster_resources().get("CPU", 1)))
     actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(PartitionScorer)
     pool = ActorPool([actor.remote(config, run, date) for _ in range(workers)])
-    return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
+    try:
+        return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
+    except RayTaskError as error:
+        # Ray's own error has the cause's class, but not what it holds, such as errno.
+        if isinstance(error.cause, RecsysError | OSError):
+            raise error.cause from None
+        raise
+
+
+def _remove_unfinished(run: OpenRun) -> None:
+    """Remove what workers were writing when they died."""
+    selector = pyarrow.fs.FileSelector(f"{run.path}/{LISTS}", allow_not_found=True)
+    for info in run.filesystem.get_file_info(selector):
+        if info.extension == "tmp":
+            run.remove(f"{LISTS}/{info.base_name}")
 
 
 def partitions(users: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
@@ -73,6 +126,10 @@ class PartitionScorer:
             part: number of the partition.
             users: their indices, in order.
         """
+        # A worker may die when it has written its file, before it has told anyone.
+        written = _figures(self.run, part)
+        if written is not None:
+            return written
         settings = self.config.score
         # The range alone decides which parts of the files are read.
         between = (pc.field("user") >= int(users[0])) & (pc.field("user") <= int(users[-1]))
@@ -82,7 +139,7 @@ class PartitionScorer:
         table, figures = published_rows(
             self.models, self.rules, self.rules.limit(batch), settings.k, self.date, self.run.run_id
         )
-        self.run.write_table(LISTS, table, part)
+        self.run.write_table(LISTS, table.replace_schema_metadata({FIGURES: json.dumps(figures)}), part)
         return figures
 
 

@@ -105,6 +105,14 @@ def published_rows(table: str, date: dt.date, run_id: str) -> int:
     return int(dataset.count_rows(filter=of_date(date) & (pc.field("run_id") == run_id)))
 
 
+def version_of(table: str, date: dt.date, run_id: str, rows: int) -> int | None:
+    """The version that a run published all of its rows in; None where the table does not have them."""
+    if published_rows(table, date, run_id) != rows:
+        return None
+    commits = DeltaTable(table).history()
+    return next((int(found["version"]) for found in commits if found.get("run_id") == run_id), None)
+
+
 def of_date(date: dt.date) -> pc.Expression:
     """The filter for the rows of a date."""
     return pc.field("date") == pa.scalar(date, pa.date32())

@@ -11,6 +11,7 @@ import pytest
 from deltalake import DeltaTable
 
 from recsys_dist.config import REPOSITORY
+from recsys_dist.scoring.publish import is_published
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
 from tests.synthetic import synthetic_config
@@ -159,7 +160,7 @@ def test_gates_users_and_commands(night):
     assert len(exported) == len(after)
     assert "as version" in run_job("score.py", root, "--rollback", str(version))
     assert others(DeltaTable(root / "topk").to_pyarrow_table().to_pylist()) == others(everyone)
-    assert "done before" not in run_job("score.py", root, *some)
+    assert not is_published(Workspace(config).runs("score")[-1])
     assert "0 files removed" in run_job("score.py", root, "--vacuum", "2")
 
     both = run_job("score.py", root, "--versions", "--vacuum", "7", code=64)

@@ -1,0 +1,175 @@
+"""Scoring and publishing are killed, overtaken and out of disk: readers see the old lists or the new ones."""
+
+import contextlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+from deltalake import DeltaTable
+
+from recsys_dist.config import REPOSITORY
+from recsys_dist.workspace import Workspace
+from tests.models import untrained_night
+from tests.processes import DEADLINE_SECONDS, wait_for
+from tests.synthetic import synthetic_config
+
+USERS = 240
+SMALL = ("--set", "score.partition_users=1")
+"""A partition a user, so that there is time to kill something between two of them."""
+
+FAULTY = """
+import os, pathlib, resource, runpy, signal, sys, time
+from recsys_dist.scoring import score
+
+real, here = score.publish, pathlib.Path(sys.argv.pop(1))
+
+class Dies:
+    # The lists, whose reader is killed when it has read, and Delta is writing, all of them.
+    def __init__(self, lists):
+        self.count_rows, self.lists = lists.count_rows, lists
+
+    def to_batches(self):
+        yield from self.lists.to_batches()
+        (here / "fault").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def publish(table, lists, *arguments):
+    {fault}
+
+score.publish = publish
+runpy.run_path("jobs/score.py", run_name="__main__")
+"""
+FAULTS = {
+    "before": "real(table, Dies(lists), *arguments)",
+    "after": "real(table, lists, *arguments); (here / 'fault').touch(); os.kill(os.getpid(), signal.SIGKILL)",
+    "full": "(here / 'fault').touch(); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); "
+    "return real(table, lists, *arguments)",
+    "waits": """
+    (here / "fault").touch()
+    while not (here / "go").exists():
+        time.sleep(0.05)
+    return real(table, lists, *arguments)""",
+}
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    """A root with all that score.py reads."""
+    root = tmp_path_factory.mktemp("night")
+    config = synthetic_config(root)
+    inputs = untrained_night(config, users=USERS, events=6)
+    workspace = Workspace(config)
+    run = workspace.new("evaluation", workspace.key("evaluation", config, inputs), inputs)
+    run.commit(config, {"verdict": {"passed": True, "text": "as the test wants it"}})
+    return root
+
+
+@pytest.fixture
+def root(night, tmp_path):
+    """A copy of it, with the lists of an earlier run: half as long."""
+    root = shutil.copytree(night, tmp_path / "root")
+    finish(start(root, "--set", "score.k=5"))
+    assert lists(root)[1] == {(user, rank) for user in names() for rank in range(1, 6)}
+    return root
+
+
+def names():
+    return [f"u{user}" for user in range(1, USERS + 1)]
+
+
+@contextlib.contextmanager
+def stopped_at_the_end(process):
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
+
+
+def start(root, *arguments, fault=None):
+    """The job as a process, its output in <root>/../output."""
+    script = ["-c", FAULTY.format(fault=FAULTS[fault]), str(root.parent)] if fault else ["jobs/score.py"]
+    words = [sys.executable, *script, "--set", f"storage.root={root}", *arguments]
+    with (root.parent / "output").open("a") as stream:
+        return subprocess.Popen(words, stdout=stream, stderr=stream, cwd=REPOSITORY)
+
+
+def finish(process, root=None, code=0):
+    with stopped_at_the_end(process):
+        assert process.wait(timeout=DEADLINE_SECONDS) == code, (
+            (root.parent / "output").read_text() if root else ""
+        )
+
+
+def lists(root):
+    """The score runs whose lists the table has, and its users and ranks."""
+    rows = DeltaTable(root / "topk").to_pyarrow_table().to_pylist()
+    assert len(rows) == len({(row["user_id"], row["rank"]) for row in rows})
+    return {row["run_id"] for row in rows}, {(row["user_id"], row["rank"]) for row in rows}
+
+
+def content(root):
+    """The table without its run ids."""
+    rows = DeltaTable(root / "topk").to_pyarrow_table().drop_columns(["run_id"])
+    return rows.sort_by([("user_id", "ascending"), ("rank", "ascending")]).to_pylist()
+
+
+def written(root):
+    """The partitions of the newest score run: file to inode."""
+    folder = max(root.glob("score/*"))
+    return {file.name: file.stat().st_ino for file in folder.glob("lists/part-*.parquet")}
+
+
+def undisturbed(night, tmp_path, *arguments):
+    root = shutil.copytree(night, tmp_path / "undisturbed")
+    finish(start(root, *arguments), root)
+    return content(root)
+
+
+def complete(root, folders):
+    """The newest run is finished, its lists are the table's, and there are so many score runs."""
+    runs = Workspace(synthetic_config(root)).runs("score")
+    assert lists(root)[0] == {runs[-1].run_id}
+    assert len(list(root.glob("score/*"))) == folders
+    names = {file["path"] for file in runs[-1].manifest["files"]}
+    assert names == {"key.json", *(f"lists/{name}" for name in written(root))}
+
+
+@pytest.mark.parametrize(("fault", "code"), [("before", -9), ("after", -9), ("full", 75)])
+def test_a_fault_around_the_commit_shows_readers_the_old_or_the_new_lists(night, root, tmp_path, fault, code):
+    old, version = lists(root), DeltaTable(root / "topk").version()
+    finish(start(root, fault=fault), root, code)
+    assert (tmp_path / "fault").exists()
+    output = (tmp_path / "output").read_text()
+    assert ("File too large" in output) == (fault == "full"), output
+    between = lists(root)
+    if fault == "after":
+        assert between[0].isdisjoint(old[0])
+        assert between[1] == {(user, rank) for user in names() for rank in range(1, 11)}
+    else:
+        assert between == old
+    assert DeltaTable(root / "topk").version() == version + (fault == "after")
+    begun = written(root)
+    finish(start(root), root)
+    complete(root, folders=2)
+    assert written(root) == begun  # nothing was scored again
+    assert DeltaTable(root / "topk").version() == version + 1
+    assert "score: goes on with" in (tmp_path / "output").read_text()
+    assert content(root) == undisturbed(night, tmp_path)
+
+
+def test_of_two_runs_of_a_date_one_wins_and_the_other_exits_75(root, tmp_path):
+    late = start(root, fault="waits")
+    with stopped_at_the_end(late):
+        wait_for(lambda: (tmp_path / "fault").exists(), late, tmp_path / "output")
+        finish(start(root), root)
+        winner = lists(root)
+        (tmp_path / "go").touch()
+        finish(late, root, 75)
+    assert "another run published" in (tmp_path / "output").read_text()
+    assert lists(root) == winner
+    finish(start(root), root)
+    assert "score: done before" in (tmp_path / "output").read_text()
