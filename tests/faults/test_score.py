@@ -5,7 +5,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 from deltalake import DeltaTable
 
@@ -173,3 +175,58 @@ def test_of_two_runs_of_a_date_one_wins_and_the_other_exits_75(root, tmp_path):
     assert lists(root) == winner
     finish(start(root), root)
     assert "score: done before" in (tmp_path / "output").read_text()
+
+
+def workers(process):
+    """The processes that score."""
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [child] if "PartitionScorer" in " ".join(child.cmdline()) else []
+    return found
+
+
+def some_written(root, process, tmp_path):
+    """Wait until a part of the partitions is there."""
+    folder = wait_for(
+        lambda: [f for f in root.glob("score/*") if not (f / "manifest.json").exists()],
+        process,
+        tmp_path / "output",
+    )[0]
+    end = time.monotonic() + DEADLINE_SECONDS
+    while len(list(folder.glob("lists/part-*.parquet"))) < 5:
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("victim", ["worker", "driver"])
+def test_a_kill_costs_only_the_partitions_that_were_not_finished(night, root, tmp_path, victim):
+    process = start(root, *SMALL)
+    with stopped_at_the_end(process):
+        some_written(root, process, tmp_path)
+        family = workers(process)
+        assert family
+        (family[0] if victim == "worker" else process).kill()
+        begun = written(root)
+        assert 5 <= len(begun) < USERS
+        if victim == "worker":
+            finish(process, root)
+            assert "A worker died or was killed" in (tmp_path / "output").read_text()
+        else:
+            assert process.wait() == -signal.SIGKILL
+            gone, alive = psutil.wait_procs(family, timeout=60)
+            assert gone
+            assert not alive
+            begun = written(root)
+            assert len(begun) < USERS
+            finish(start(root, *SMALL), root)
+            assert (
+                f"score: {len(begun)} of {USERS} partitions are there already"
+                in (tmp_path / "output").read_text()
+            )
+    complete(root, folders=2)
+    after = written(root)
+    assert len(after) == USERS
+    assert begun.items() <= after.items()
+    assert content(root) == undisturbed(night, tmp_path, *SMALL)
