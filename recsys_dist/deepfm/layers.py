@@ -50,18 +50,22 @@ class BatchNorm(nn.Module):
 
     def _statistics(self, x: Tensor, counted: Tensor | None) -> tuple[Tensor, Tensor]:
         ones = x.new_ones(x.shape[:-1]) if counted is None else counted.to(x.dtype).expand(x.shape[:-1])
-        rows, weights = x.flatten(0, -2), ones.flatten()
+        # About the running mean, which all workers have: squares far from 0 would lose the variance.
+        pivot = self.mean.clone()
+        rows, weights = x.flatten(0, -2) - pivot, ones.flatten()
         sums = torch.cat([weights.sum().unsqueeze(0), weights @ rows, weights @ rows.square()])
         if dist.is_initialized() and dist.get_world_size() > 1:
             assert dist.group.WORLD
             sums = collectives.all_reduce(sums, "sum", dist.group.WORLD)
         count, total, squares = sums.split([1, x.shape[-1], x.shape[-1]])
+        moved = self.momentum * (count > 0)
         count = count.clamp(min=1)
-        mean = total / count
-        variance = (squares / count - mean.square()).clamp(min=0)
+        shift = total / count
+        variance = (squares / count - shift.square()).clamp(min=0)
+        mean = pivot + shift
         with torch.no_grad():
-            self.mean.lerp_(mean, self.momentum)
-            self.variance.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+            self.mean.lerp_(mean, moved)
+            self.variance.lerp_(variance * count / (count - 1).clamp(min=1), moved)
         return mean, variance
 
 

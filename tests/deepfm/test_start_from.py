@@ -148,6 +148,9 @@ def test_what_does_not_fit_is_refused(config, features, trained_fm):
     other = with_settings(config, start_from=run_id, embedding_dim=8).deepfm
     with pytest.raises(ConfigError, match=r"embeddings of 4 factors, and this deepfm has 8"):
         earlier_run(workspace, other, spec)
+    other = with_settings(config, start_from=run_id, table_optimizer="adagrad").deepfm
+    with pytest.raises(ConfigError, match="moved by rowwise_adagrad, and adagrad cannot go on with what"):
+        earlier_run(workspace, other, spec)
     stranger = spec.vocabularies["item"].model_copy(update={"fingerprint": "other"})
     changed = spec.model_copy(update={"vocabularies": spec.vocabularies | {"item": stranger}})
     with pytest.raises(ConfigError, match="vocabulary item of the features run does not continue"):

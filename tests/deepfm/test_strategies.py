@@ -144,6 +144,16 @@ def test_batch_norm_is_that_of_torch_over_the_rows_that_count():
     torch.testing.assert_close(mine.eval()(x[0]), theirs.eval()(x[0]))
 
 
+def test_batch_norm_far_from_0_and_without_a_counted_row():
+    layer = BatchNorm(1)
+    layer.mean.fill_(1000.0)
+    x = torch.randn(4096, 1, generator=torch.Generator().manual_seed(0)) + 1001
+    assert layer(x).std().item() == pytest.approx(1, rel=1e-3)
+    before = layer.mean.item(), layer.variance.item()
+    layer(x, torch.zeros(4096, dtype=torch.bool))
+    assert (layer.mean.item(), layer.variance.item()) == before
+
+
 def test_a_convolution_sees_neighbouring_fields():
     torch.manual_seed(0)
     layer, x = Convolution(5, 4, (2,), 3), torch.randn(6, 5, 4)

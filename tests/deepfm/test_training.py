@@ -18,8 +18,11 @@ from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.optimizer import rate_factor
+from recsys_dist.deepfm.reports import best, lines
+from recsys_dist.deepfm.train import _Fitted, _publish
 from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import one_step, planned, restored, run_workers, stepped, train_in, validated
 from tests.synthetic import (
     items_as_of,
@@ -298,11 +301,20 @@ def damage(checkpoint, how):
     if how == "missing":
         file.unlink()
         return f"{file.name} is missing"
-    (checkpoint / "sha256.json").unlink()  # as if killed while it was written
+    seal = checkpoint / "sha256.json"
+    if how == "sealed in vain":
+        seal.write_text("{}")
+        return "sha256.json does not name all files"
+    if how == "seal emptied":  # as after a power cut
+        seal.write_text("")
+        return "sha256.json cannot be read"
+    seal.unlink()  # as if killed while it was written
     return "it was not finished"
 
 
-@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "not finished"])
+@pytest.mark.parametrize(
+    "how", ["flipped", "truncated", "missing", "not finished", "sealed in vain", "seal emptied"]
+)
 def test_a_damaged_checkpoint_is_refused_by_name(whole_training, tmp_path, how):
     copy = shutil.copytree(whole_training[0], tmp_path / "copy")
     *_, (_, _, before), (_, _, last) = complete(copy)
@@ -319,6 +331,18 @@ def test_a_damaged_checkpoint_is_refused_by_name(whole_training, tmp_path, how):
         assert len(refused) >= 2
     finally:
         dist.destroy_process_group()
+
+
+def test_a_damaged_checkpoint_is_not_published(whole_training, config, features, tmp_path):
+    """The best one, though a newer one is whole."""
+    copy = shutil.copytree(whole_training[0], tmp_path / "copy")
+    history = lines(copy / "history.jsonl")
+    step = best(history)["step"]
+    (path,) = (path for found, _, path in complete(copy) if found == step)
+    damage(path, "flipped")
+    run = Workspace(config).new("deepfm", {}, {"features": features})
+    with pytest.raises(DataError, match=f"checkpoint .*{path.name} is refused: .* its sha256 differs"):
+        _publish(config, run, _Fitted(history, copy))
 
 
 @pytest.mark.parametrize("workers", [2, 1])
