@@ -1,6 +1,7 @@
 """What every job does around its stage: arguments, configuration, run, errors and exit code."""
 
 import argparse
+import signal
 import sys
 import time
 import traceback
@@ -45,6 +46,10 @@ def stage_parser(doc: str) -> argparse.ArgumentParser:
     return made
 
 
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code, as shells have it."""
+
+
 def guard(action: Callable[[], None]) -> int:
     """Run an action; print the error it ends with, if any, and return the exit code."""
     try:
@@ -52,6 +57,9 @@ def guard(action: Callable[[], None]) -> int:
     except RecsysError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what it has saved", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

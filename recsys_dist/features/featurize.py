@@ -188,6 +188,13 @@ def _featurize(
         for of_side in of_sides:
             fitted |= of_side.result()
     last = dt.datetime.fromtimestamp(look.last_micros // 10**6, dt.UTC).date()
+    today = dt.datetime.now(dt.UTC).date()
+    if config.score.date is None and last > today:
+        print(
+            f"  warning: the last event is of {last}, and today is {today} (UTC): fields that count days are "
+            f"as of then, and so are the lists. Give score.date, from which on events are set aside.",
+            flush=True,
+        )
     spec = FeatureSpec(
         fields=field_specs(config, vocabularies.specs, fitted),
         vocabularies=vocabularies.specs,

@@ -352,6 +352,12 @@ def test_events_on_and_after_the_lists_day_are_not_used(spark, tmp_path):
     assert len(user["seen"]) == 5
 
 
+def test_a_last_event_after_today_is_warned_of(spark, tmp_path, capsys):
+    lines = [f"u,{item},{n},5" for n, item in enumerate("abcdefgh")] + ["u,i,4102444800,5"]
+    featurized(log_config(tmp_path, lines))
+    assert "warning: the last event is of 2100-01-01, and today is 20" in capsys.readouterr().out
+
+
 def test_a_table_that_meets_no_event_is_refused(spark, tmp_path):
     (tmp_path / "users.csv").write_text("user\n001\n002\n")
     users = {"path": str(tmp_path / "users.csv"), "columns": {"user": "user"}}
