@@ -190,13 +190,15 @@ def _hex(fingerprint: int | None) -> str:
 
 
 def values(rows: DataFrame, column: str, delimiter: str | None) -> Column:
-    """A column's values as an array without empty ones; the column is text or an array of texts."""
+    """A column's values as an array without empty ones; the column is text or an array of texts. The parts of
+    a text are taken without the spaces around them.
+    """
     if dict(rows.dtypes)[column].startswith("array"):
         parts = F.col(f"`{column}`")
     elif delimiter is None:
         parts = F.array(F.col(f"`{column}`"))
     else:
-        parts = F.split(F.col(f"`{column}`"), literal(delimiter))
+        parts = F.transform(F.split(F.col(f"`{column}`"), literal(delimiter)), lambda x: F.trim(x))
     return F.filter(parts, lambda part: part.isNotNull() & (F.trim(part) != ""))
 
 

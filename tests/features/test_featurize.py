@@ -352,6 +352,20 @@ def test_events_on_and_after_the_lists_day_are_not_used(spark, tmp_path):
     assert len(user["seen"]) == 5
 
 
+def test_values_are_taken_without_the_spaces_around_them(spark, tmp_path):
+    (tmp_path / "items.csv").write_text('item,tags\na,"red, blue"\nb," blue ,,red"\n')
+    items = {"path": str(tmp_path / "items.csv"), "columns": {"item": "item"}}
+    data = log_config(tmp_path, GOOD).data.model_dump(mode="json") | {"items": items}
+    lines = [f"u,{item},{n},5" for n, item in enumerate("abab")]
+    tags = {"name": "tags", "kind": "categorical", "side": "item", "column": "tags", "delimiter": ","}
+    data["events"] = log_config(tmp_path, lines).data.events.model_dump(mode="json")
+    run = featurized(log_config(tmp_path, lines, data=data, fields=[tags]))
+    assert sorted(run.table("vocab/tags")["token"].to_pylist()) == ["blue", "red"]
+    found = dict(zip(*(run.table("items")[name].to_pylist() for name in ("item_id", "tags")), strict=True))
+    assert found["a"] == found["b"][::-1]
+    assert len(found["a"]) == 2
+
+
 def test_a_last_event_after_today_is_warned_of(spark, tmp_path, capsys):
     lines = [f"u,{item},{n},5" for n, item in enumerate("abcdefgh")] + ["u,i,4102444800,5"]
     featurized(log_config(tmp_path, lines))
