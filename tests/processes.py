@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,17 @@ def wait_for(found: Callable[[], Any], process: subprocess.Popen[Any], output: P
             return answer
         time.sleep(0.1)
     raise AssertionError(f"nothing within {DEADLINE_SECONDS} s: {output.read_text()}")
+
+
+@contextlib.contextmanager
+def stopped_at_the_end(process: subprocess.Popen[Any]) -> Iterator[subprocess.Popen[Any]]:
+    """The process, interrupted at the end where it is still there, so that what it started ends too."""
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+            process.wait(timeout=60)
 
 
 def kill_group(process: subprocess.Popen[str]) -> None:

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 from recsys_dist.config import REPOSITORY
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
-from tests.processes import DEADLINE_SECONDS, wait_for
+from tests.processes import DEADLINE_SECONDS, stopped_at_the_end, wait_for
 from tests.synthetic import synthetic_config
 
 USERS = 240
@@ -79,16 +79,6 @@ def root(night, tmp_path):
 
 def names():
     return [f"u{user}" for user in range(1, USERS + 1)]
-
-
-@contextlib.contextmanager
-def stopped_at_the_end(process):
-    try:
-        yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
 
 
 def start(root, *arguments, fault=None):

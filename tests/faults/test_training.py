@@ -16,7 +16,7 @@ from recsys_dist.deepfm.checkpoint import complete, load_weights
 from recsys_dist.deepfm.model import DeepFM, load
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import run_workers, train_in
-from tests.processes import DEADLINE_SECONDS, wait_for
+from tests.processes import DEADLINE_SECONDS, stopped_at_the_end, wait_for
 from tests.synthetic import synthetic_config, synthetic_features
 
 SETTINGS = {
@@ -52,12 +52,8 @@ def training(root, output, settings=(), variables=()):
     environment |= dict(variables)
     with output.open("a") as stream:
         process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment)
-    try:
+    with stopped_at_the_end(process):
         yield process
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGINT)
-            process.wait(timeout=60)
 
 
 def under_way(root, process, output):
