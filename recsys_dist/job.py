@@ -1,17 +1,29 @@
 """What every job does around its stage: arguments, configuration, run, errors and exit code."""
 
 import argparse
+import contextlib
+import fcntl
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from recsys_dist import java
 from recsys_dist.config import DEFAULT_CONF, Config, load
 from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
-from recsys_dist.workspace import EXPERIMENTS, STAGES, OpenRun, Run, Workspace
+from recsys_dist.workspace import (
+    EXPERIMENTS,
+    LOCK,
+    MANIFEST,
+    STAGES,
+    OpenRun,
+    Run,
+    Workspace,
+    here,
+    tidy,
+)
 
 EXIT_CODES = "exit codes: 0 done, 64 bad usage or config, 65 bad data or a missing input run, 75 try again"
 
@@ -73,12 +85,34 @@ def require_java() -> None:
 Make = Callable[[Config, OpenRun], dict[str, Any]]
 
 
+@contextlib.contextmanager
+def own(run: OpenRun) -> Iterator[None]:
+    """Hold a run for this process while it is made; the system lets go of it however the process ends.
+
+    Where the run's root is not local, only processes of this machine are kept out.
+
+    Raises:
+        RetryableError: another process holds it, or has finished it.
+    """
+    folder = here(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RetryableError(f"{run.uri} is in use: another process is making it. Run again.") from None
+        if run.filesystem.get_file_info(f"{run.path}/{MANIFEST}").is_file:
+            raise RetryableError(f"{run.uri} was finished by another process. Run again.")
+        yield
+
+
 def run_stage(
     stage: str,
     arguments: argparse.Namespace,
     make: Make,
     valid: Callable[[Run], bool] = lambda run: True,
-    left_behind: Callable[[OpenRun], bool] = lambda run: False,
+    left_behind: Callable[[OpenRun], bool] | None = None,
+    check: Callable[[Config, dict[str, Run]], None] = lambda config, inputs: None,
 ) -> int:
     """Make one run of a stage, unless an equal one exists, and return the exit code.
 
@@ -87,9 +121,11 @@ def run_stage(
         arguments: of `stage_parser`.
         make: writes the run's files and returns its figures.
         valid: does what an equal run did outside of its folder still stand?
-        left_behind: does `make` go on with what an equal run that was not finished has left?
+        left_behind: has an equal run that was not finished left something that `make` goes on with? None:
+            it never has. Two processes never make such a run at the same time.
+        check: raises where a run of these settings and inputs could not succeed, before one is begun.
     """
-    return guard(lambda: _run_stage(stage, arguments, make, valid, left_behind))
+    return guard(lambda: _run_stage(stage, arguments, make, valid, left_behind, check))
 
 
 def _run_stage(
@@ -97,7 +133,8 @@ def _run_stage(
     arguments: argparse.Namespace,
     make: Make,
     valid: Callable[[Run], bool],
-    left_behind: Callable[[OpenRun], bool],
+    left_behind: Callable[[OpenRun], bool] | None,
+    check: Callable[[Config, dict[str, Run]], None],
 ) -> None:
     config = load(arguments.conf, arguments.overrides)
     workspace = Workspace(config)
@@ -111,15 +148,31 @@ def _run_stage(
     done = None if arguments.force else workspace.find(stage, key)
     # An older run would not be the one that the next job reads.
     if done and (experiment or done.run_id == workspace.runs(stage)[-1].run_id) and valid(done):
+        tidy(done)
         print(f"{stage}: done before, {done.uri}")
         return
-    begun = None if arguments.force else workspace.unfinished(stage, key, inputs)
-    if begun and left_behind(begun):
-        print(f"{stage}: goes on with {begun.uri}")
-        run = begun
-        run.remove("error.json")
-    else:
-        run = workspace.new(stage, key, inputs)
+    check(config, inputs)
+    begun = None
+    if left_behind and not arguments.force:
+        begun = workspace.unfinished(stage, key, inputs)
+    with contextlib.ExitStack() as held:
+        run = None
+        if begun and left_behind and left_behind(begun):
+            with contextlib.suppress(RetryableError):  # another process makes it: this one makes its own
+                held.enter_context(own(begun))
+                run = begun
+        if run:
+            print(f"{stage}: goes on with {run.uri}", flush=True)
+            run.remove("error.json")
+        else:
+            run = workspace.new(stage, key, inputs)
+            if left_behind:
+                held.enter_context(own(run))
+        _commit(stage, config, run, make)
+
+
+def _commit(stage: str, config: Config, run: OpenRun, make: Make) -> None:
+    """Make the run and commit it, or leave an error.json in it."""
     start = time.perf_counter()
     try:
         committed = _make(config, run, make)
@@ -132,6 +185,7 @@ def _run_stage(
         except OSError:
             print(f"{stage}: error.json could not be written to {run.uri}", file=sys.stderr)
         raise
+    tidy(committed)  # not earlier: from it the same command goes on after a kill
     print(f"{stage}: {time.perf_counter() - start:.1f} s, {committed.uri}")
 
 

@@ -4,12 +4,15 @@ A folder without a manifest does not exist for any reader, so a stage that dies 
 could be taken for finished. Nothing is ever written into a committed run.
 """
 
+import contextlib
 import datetime as dt
 import functools
 import hashlib
 import json
 import re
 import secrets
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +30,8 @@ from recsys_dist.schema import FeatureSpec, read_spec
 MANIFEST = "manifest.json"
 RUN_ID = "%Y%m%dT%H%M%S.%f"
 """How a run id begins: when the run was started, so that ids sort by it."""
+TRAINING, LOCK = "training", "driver.lock"
+"""Beside a run's files until it is committed: OpenRun.training, and the lock of the process that makes it."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +143,12 @@ class OpenRun:
         """The same place for Spark and for people."""
         return f"{self.workspace.uri}/{self.stage}/{self.run_id}"
 
+    @property
+    def training(self) -> Path:
+        """Folder of what the same command goes on from until the run is committed, such as checkpoints; all
+        workers must see it."""
+        return here(self) / TRAINING
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a JSON file, whole or not at all."""
         self.write_text(name, json.dumps(value, indent=1) + "\n")
@@ -195,6 +206,8 @@ class OpenRun:
             if not info.is_file:
                 continue
             name = info.path[len(self.path) + 1 :]
+            if name.split("/")[0] in (TRAINING, LOCK):
+                continue
             entry: dict[str, Any] = {"path": name, "bytes": info.size}
             if name.endswith(".parquet"):
                 with self.filesystem.open_input_file(info.path) as file:
@@ -211,6 +224,23 @@ class OpenRun:
                 entry["sha256"] = digest.hexdigest()
             files.append(entry)
         return files, schemas
+
+
+def here(run: Run | OpenRun) -> Path:
+    """A run's folder; where its root is not local, one on this machine's disk that belongs to the run."""
+    if isinstance(run.filesystem, pyarrow.fs.LocalFileSystem):
+        return Path(run.path)
+    return Path(tempfile.gettempdir()) / f"recsys_dist-{run.run_id}"
+
+
+def tidy(run: Run) -> None:
+    """Remove what was needed only until this run was committed, also where a kill left it behind."""
+    folder = here(run)
+    shutil.rmtree(folder / TRAINING, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / LOCK).unlink()
+        if str(folder) != run.path:
+            folder.rmdir()
 
 
 class Workspace:

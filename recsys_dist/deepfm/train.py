@@ -1,16 +1,13 @@
 """A deepfm run: Ray Train starts the workers, watches them, and the best checkpoint is published."""
 
-import contextlib
-import fcntl
 import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +38,7 @@ from recsys_dist.deepfm.reports import (
 )
 from recsys_dist.deepfm.tracking import Tracking
 from recsys_dist.errors import DataError, RetryableError
-from recsys_dist.workspace import OpenRun, Run
+from recsys_dist.workspace import OpenRun, Run, Workspace
 
 RAY = "ray"
 """The folder in which Ray Train keeps its own state."""
@@ -54,61 +51,43 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         The run's figures.
 
     Raises:
-        ConfigError: the Ray cluster is too small, or MLflow is asked for and not installed.
+        ConfigError: see `earlier`; the Ray cluster is too small, or MLflow is asked for and not installed.
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
     require_enough(run.inputs["features"], config)
-    folder = working_folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with own(folder):
-        least, most = config.deepfm.workers
-        with local_or_cluster(most, least=least), Tracking(config, run) as tracking:
-            fitted = _fit(config, run, folder, tracking)
-        figures = _publish(config, run, fitted)
-    # Whole or not at all: what a kill left of it would be gone on with.
-    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.done")), ignore_errors=True)
+    before = earlier(config, run.inputs)
+    if before and not left_behind(run):
+        print(f"  starts from {before.uri}", flush=True)
+    run.training.mkdir(parents=True, exist_ok=True)
+    least, most = config.deepfm.workers
+    with local_or_cluster(most, least=least), Tracking(config, run) as tracking:
+        fitted = _fit(config, run, before, tracking)
+    figures = _publish(config, run, fitted)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
 
 
+def earlier(config: Config, inputs: Mapping[str, Run]) -> Run | None:
+    """The run that `deepfm.start_from` names, if any.
+
+    Raises:
+        ConfigError: see `earlier_run`; or a setting names a field that is not there.
+    """
+    from recsys_dist.deepfm.model import used_fields
+    from recsys_dist.deepfm.start_from import earlier_run
+
+    spec = used_fields(inputs["features"].spec(), config.deepfm)
+    return earlier_run(Workspace(config), config.deepfm, spec)
+
+
 def left_behind(run: OpenRun, sign: str = "**/step_*") -> bool:
-    """Has a driver that is no longer there left checkpoints of this run, from which to go on?
+    """Has a driver left checkpoints of this run, from which to go on?
 
     Args:
         run: that may be gone on with.
-        sign: glob of what it left in the run's working folder.
+        sign: glob of what it left in the run's training folder.
     """
-    folder = working_folder(run)
-    if not any(folder.glob(sign)):
-        return False
-    try:
-        with own(folder):
-            return True
-    except RetryableError:
-        return False
-
-
-def working_folder(run: OpenRun) -> Path:
-    """Where the checkpoints are while the run is made: all workers must see it."""
-    if isinstance(run.filesystem, pyarrow.fs.LocalFileSystem):
-        return Path(run.path) / "training"
-    # With another kind of root all workers must be on this machine.
-    return Path(tempfile.gettempdir()) / f"recsys_dist-{run.run_id}"
-
-
-@contextlib.contextmanager
-def own(folder: Path) -> Iterator[None]:
-    """Hold the folder for this process; the system lets go of it however the process ends.
-
-    Raises:
-        RetryableError: another process holds it.
-    """
-    with (folder / "driver.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RetryableError(f"{folder} is in use: another process is training there") from None
-        yield
+    return any(run.training.glob(sign))
 
 
 def require_enough(features: Run, config: Config) -> None:
@@ -142,16 +121,10 @@ class _Fitted:
         return int(best(lines(self.folder / HISTORY))["step"])
 
 
-def _fit(config: Config, run: OpenRun, folder: Path, tracking: Tracking) -> _Fitted:
+def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -> _Fitted:
     """Fit on train, and where it is asked for once more on train and valid."""
-    from recsys_dist.deepfm.model import used_fields
-    from recsys_dist.deepfm.start_from import earlier_run
-
-    features = run.inputs["features"]
-    before = earlier_run(run.workspace, config.deepfm, used_fields(features.spec(), config.deepfm))
-    if before:
-        print(f"  starts from {before.uri}")
-    task = {"config": config, "features": features, "start_from": before}
+    folder = run.training
+    task = {"config": config, "features": run.inputs["features"], "start_from": before}
     again = folder / "refit"
     if not again.exists():  # or a driver that died was there already
         _train(config, folder, task, tracking)
@@ -246,6 +219,7 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     state = DeepFM(spec, config.deepfm).state_dict()
     load_weights(path, state)
     publish(run, spec, config.deepfm, state)
+    run.remove("checkpoint")  # of a driver that was killed before the commit
     run.filesystem.create_dir(f"{run.path}/checkpoint")
     pyarrow.fs.copy_files(str(path), f"{run.path}/checkpoint", destination_filesystem=run.filesystem)
     with run.filesystem.open_output_stream(f"{run.path}/{HISTORY}") as stream:

@@ -68,13 +68,11 @@ def make(config: Config, run: OpenRun, asked: dict[str, Any]) -> dict[str, Any]:
 
     start = time.perf_counter()
     points = draw(config)
-    folder = train.working_folder(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with train.own(folder):
-        search = _prepare(config, run, points, folder)
-        if search.left:
-            with local_or_cluster(min(config.tune.concurrent, len(points)), "tune.concurrent"):
-                _run(search, config)
+    run.training.mkdir(parents=True, exist_ok=True)
+    search = _prepare(config, run, points, run.training)
+    if search.left:
+        with local_or_cluster(min(config.tune.concurrent, len(points)), "tune.concurrent"):
+            _run(search, config)
     rows = [search.row(number) for number in range(1, len(points) + 1)]
     succeeded = [row for row in rows if "error" not in row]
     if not succeeded:
@@ -88,7 +86,6 @@ def make(config: Config, run: OpenRun, asked: dict[str, Any]) -> dict[str, Any]:
     head = f"# The best of {len(rows)} trials: {told}.\n# Search {run.run_id}, features run {features}.\n"
     run.write_text(TRIALS, "".join(f"{json.dumps(row)}\n" for row in rows))
     run.write_text(BEST, head + text)
-    shutil.rmtree(folder, ignore_errors=True)
     print(f"  the best: {told}: {_words(first['settings'])}")
     print(f"  a conf file with these settings: {run.uri}/{BEST}")
     return {
@@ -105,7 +102,7 @@ def make(config: Config, run: OpenRun, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def left_behind(run: OpenRun) -> bool:
-    """Has a driver that is no longer there left trials of this run?"""
+    """Has a driver left trials of this run?"""
     return train.left_behind(run, "trial_*")
 
 

@@ -1,23 +1,18 @@
 """Models to the published table: every user's list for a date, checked, then committed at once."""
 
-import contextlib
 import datetime as dt
-import fcntl
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs
 
 from recsys_dist.config import Config
-from recsys_dist.errors import RetryableError
 from recsys_dist.schema import TOPK
 from recsys_dist.scoring import gates
 from recsys_dist.scoring.chosen import choose, told
 from recsys_dist.scoring.partitions import LISTS, finished, score_partitions
 from recsys_dist.scoring.publish import publish, version, version_of
-from recsys_dist.workspace import MANIFEST, OpenRun
+from recsys_dist.workspace import OpenRun
 
 SUMMED = (
     "users",
@@ -31,8 +26,6 @@ SUMMED = (
     "ranks_twice",
 )
 """Of the partitions' figures."""
-LOCK = "driver.lock"
-"""In the run's folder until it is finished."""
 
 
 def score(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -44,52 +37,6 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
         RetryableError: another run published first.
     """
     gates.require_passed(run.inputs["evaluation"])
-    with own(run):
-        figures = _score(config, run)
-    run.remove(LOCK)
-    return figures
-
-
-def left_behind(run: OpenRun) -> bool:
-    """Has a driver that is no longer there left partitions of this run, to go on with?
-
-    Not those of a run with a file of users or items: others may stand in it by now.
-    """
-    asked = run.key["config"]["score"]
-    files = (asked["users"], asked["rules"]["allow"], asked["rules"]["deny"])
-    if any(file is not None for file in files) or not finished(run):
-        return False
-    try:
-        with own(run):
-            return True
-    except RetryableError:
-        return False
-
-
-@contextlib.contextmanager
-def own(run: OpenRun) -> Iterator[None]:
-    """Hold a run for this process; the system lets go of it however the process ends.
-
-    Raises:
-        RetryableError: another process holds it, or has finished it, or might: on a root that is not local
-            nobody can tell.
-    """
-    if not isinstance(run.filesystem, pyarrow.fs.LocalFileSystem):
-        if finished(run):
-            raise RetryableError(f"{run.uri} may be in use: {run.workspace.uri} knows no locks. Run again.")
-        yield
-        return
-    with (Path(run.path) / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RetryableError(f"{run.uri} is in use: another process is making it. Run again.") from None
-        if (Path(run.path) / MANIFEST).exists():
-            raise RetryableError(f"{run.uri} was finished by another process. Run again.")
-        yield
-
-
-def _score(config: Config, run: OpenRun) -> dict[str, Any]:
     features = run.inputs["features"]
     date = dt.date.fromisoformat(features.spec().date)
     users = features.table("users/as_of=date", columns=["user", "user_id"])
@@ -119,6 +66,19 @@ def _score(config: Config, run: OpenRun) -> dict[str, Any]:
         ids = users["user_id"] if chosen else None
         published = publish(table, lists, date, run.run_id, since, ids)
     return {**figures, "table": table, "version": published}
+
+
+def left_behind(run: OpenRun) -> bool:
+    """Has a driver that is no longer there left partitions of this run, to go on with?
+
+    Not those of a run with a file of users or items: others may stand in it by now. Nor those on a root that
+    is not local, where nobody can tell whether the driver is still there.
+    """
+    if not isinstance(run.filesystem, pyarrow.fs.LocalFileSystem):
+        return False
+    asked = run.key["config"]["score"]
+    files = (asked["users"], asked["rules"]["allow"], asked["rules"]["deny"])
+    return all(file is None for file in files) and bool(finished(run))
 
 
 def _distinct_items(lists: pa.dataset.Dataset) -> int:

@@ -29,6 +29,18 @@ SETTINGS = {
 }
 
 
+DIES = """
+import os, runpy, signal, sys
+from recsys_dist import job, workspace
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+{at} = die
+runpy.run_path("jobs/train_deepfm.py", run_name="__main__")
+"""
+
+
 def gone(pid):
     """Whether the process is dead; a zombie is."""
     try:
@@ -44,14 +56,19 @@ def overrides(root, more=()):
 
 
 @contextlib.contextmanager
-def training(root, output, settings=(), variables=()):
-    """The job as a process; stopped at the end where it is still there."""
-    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py")]
+def training(root, output, settings=(), variables=(), dies_at=None):
+    """The job as a process; stopped at the end where it is still there.
+
+    Args:
+        dies_at: a function that kills the process instead of doing what it does.
+    """
+    script = ["-c", DIES.format(at=dies_at)] if dies_at else ["jobs/train_deepfm.py"]
+    words = [sys.executable, *script]
     words += [word for override in overrides(root, settings) for word in ("--set", override)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= dict(variables)
     with output.open("a") as stream:
-        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment)
+        process = subprocess.Popen(words, stdout=stream, stderr=stream, env=environment, cwd=REPOSITORY)
     with stopped_at_the_end(process):
         yield process
 
@@ -139,3 +156,28 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path):
     load_weights(next(path for step, _, path in complete(folder) if step == best), expected)
     found = load(run, features.spec()).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_driver_killed_before_or_after_the_commit_costs_no_step(tmp_path):
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    with training(tmp_path, output, dies_at="workspace.OpenRun.commit") as process:
+        assert process.wait(timeout=DEADLINE_SECONDS) == -signal.SIGKILL
+    (folder,) = tmp_path.glob("deepfm/*")
+    assert (folder / "model").exists()
+    assert Workspace(config).runs("deepfm") == []
+    output.unlink()
+    with training(tmp_path, output, dies_at="job.tidy") as process:
+        assert process.wait(timeout=DEADLINE_SECONDS) == -signal.SIGKILL
+    (run,) = Workspace(config).runs("deepfm")
+    assert run.path == str(folder)
+    assert f"deepfm: goes on with {run.uri}\n" in output.read_text()
+    history = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    assert [line["attempt"] for line in history] == [0] * SETTINGS["epochs"]
+    assert not any(file["path"].startswith("training/") for file in run.manifest["files"])
+    output.unlink()
+    with training(tmp_path, output) as process:
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    assert output.read_text() == f"deepfm: done before, {run.uri}\n"
+    assert not (folder / "training").exists()
+    load(run, features.spec())
