@@ -15,7 +15,7 @@ if (ROOT / "recsys_dist").is_dir():  # a checkout; an installed wheel is importa
 
 from recsys_dist.config import Config
 from recsys_dist.job import run_stage, stage_parser
-from recsys_dist.workspace import OpenRun
+from recsys_dist.workspace import OpenRun, Run
 
 
 def make(config: Config, run: OpenRun) -> dict[str, object]:
@@ -30,8 +30,15 @@ def left_behind(run: OpenRun) -> bool:
     return train.left_behind(run)
 
 
+def check(config: Config, inputs: dict[str, Run]) -> None:
+    from recsys_dist.deepfm import train
+
+    train.earlier(config, inputs)
+
+
 def main() -> int:
-    return run_stage("deepfm", stage_parser(__doc__).parse_args(), make, left_behind=left_behind)
+    arguments = stage_parser(__doc__).parse_args()
+    return run_stage("deepfm", arguments, make, left_behind=left_behind, check=check)
 
 
 if __name__ == "__main__":

@@ -199,6 +199,18 @@ def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(tmp_path):
     assert (folder / "training" / "attempt").read_text() == "0"
 
 
+def test_a_model_to_start_from_that_is_not_there_is_told_before_anything_is_begun(tmp_path):
+    synthetic_features(synthetic_config(tmp_path))
+    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
+    words += ["--set", "deepfm.start_from=none_such"]
+    # A Ray that nobody answers at, so that to start it would be another error.
+    nowhere = environment(RAY_ADDRESS="127.0.0.1:1")
+    done = subprocess.run(words, env=nowhere, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 64, done.stdout + done.stderr
+    assert done.stderr.startswith("error: deepfm.start_from=none_such: no finished deepfm run under ")
+    assert not (tmp_path / "deepfm").exists()
+
+
 def test_submitted_with_its_working_directory(head, tmp_path):
     config = synthetic_config(tmp_path)
     synthetic_features(config)
