@@ -96,6 +96,7 @@ class Examples:
         settings = config.deepfm
         self.run = run
         self.config = config
+        self.parts = parts
         self.catalogue = catalogue
         self.fields = catalogue.spec.side("user", "context")
         columns = catalogue.spec.examples_schema().names
@@ -160,6 +161,11 @@ class Examples:
     def rows(self, step: int) -> int:
         """Examples in a step of an epoch."""
         return self.order.size(step)
+
+    def told(self) -> str:
+        """How many they are, in a line."""
+        kind = "positive examples" if self.negatives else "examples"
+        return f"{' and '.join(self.parts)}: {self.total.rows:,} {kind}, {self.steps:,} steps an epoch"
 
     def batch(self, epoch: int, step: int, rank: int, world_size: int) -> Batch:
         """One worker's share of a step.

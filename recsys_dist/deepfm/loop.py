@@ -25,6 +25,7 @@ from recsys_dist.deepfm.not_finite import complaint, diverged
 from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
 from recsys_dist.deepfm.reports import (
     ATTEMPT,
+    DATA,
     HISTORY,
     NOW,
     PLAN,
@@ -94,6 +95,7 @@ def train(task: Task, device: torch.device) -> Progress:
         take_over(sharded.state_dict(), spec, task.start_from, optimizers.of_tables())
     last = (task.refit_epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples.steps, last)
+    log.write(DATA, {"told": [examples.told(), *([valid.told] if valid else [])]})
     log.write(PLAN, plan)
     remarks = [*refused]
     if settings.precision == "bfloat16" and not has_bfloat16(device):
@@ -185,7 +187,10 @@ class _Log:
         self.active = dist.get_rank() == 0
         self.told = time.monotonic()
         self._restart()
-        if self.active and (task.folder / HISTORY).exists():
+        if not self.active:
+            return
+        (task.folder / NOW).unlink(missing_ok=True)
+        if (task.folder / HISTORY).exists():
             # What came after the checkpoint is done, and told, again.
             kept = [line for line in lines(task.folder / HISTORY) if line["step"] <= resumed_from]
             write_text(task.folder / HISTORY, "".join(f"{json.dumps(line)}\n" for line in kept))

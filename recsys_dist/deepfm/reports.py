@@ -1,10 +1,10 @@
 """The files by which a training's workers tell its driver how they stand, in the folder of the checkpoints.
 
-Worker 0 writes `history.jsonl`, a line an evaluation; `plan.json`, how the tables are sharded; `now.json`,
-where it stands between evaluations; `workers.json`, host and process of each; `attempt`, the number of this
-start of the workers; `resumed.json`, from which step it goes on, on how many workers, and remarks, such as
-which checkpoints were refused. Any worker writes `refused.json`, what it found wrong with settings or data.
-Nothing here needs torch.
+Worker 0 writes `data.json`, what is learned from and measured with; `plan.json`, how the tables are sharded;
+`history.jsonl`, a line an evaluation; `now.json`, where it stands between evaluations; `workers.json`, host
+and process of each; `attempt`, the number of this start of the workers; `resumed.json`, from which step it
+goes on, on how many workers, and remarks, such as which checkpoints were refused. Any worker writes
+`refused.json`, what it found wrong with settings or data. Nothing here needs torch.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from typing import Any
 from recsys_dist.errors import RecsysError, named
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
-RESUMED, REFUSED = "resumed.json", "refused.json"
+DATA, RESUMED, REFUSED = "data.json", "resumed.json", "refused.json"
 
 
 def write_json(file: Path, value: Any) -> None:

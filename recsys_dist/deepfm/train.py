@@ -26,6 +26,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.reports import (
+    DATA,
     HISTORY,
     NOW,
     PLAN,
@@ -42,6 +43,15 @@ from recsys_dist.workspace import OpenRun, Run, Workspace
 
 RAY = "ray"
 """The folder in which Ray Train keeps its own state."""
+MEASURED = {
+    "ndcg@10": "NDCG@10",
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "logloss": "log loss",
+    "rmse": "RMSE",
+    "mse": "MSE",
+}
+"""Figures of the valid part, the deciding one of a kind first, to what is printed."""
 
 
 def make(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -241,15 +251,20 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
 
 
 def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> None:
-    """Print the plan, each evaluation and, between distant ones, where the training stands; tell MLflow."""
-    printed, planned, told = 0, False, -1
+    """Print data and plan, each evaluation and, between distant ones, where the training stands; tell MLflow.
+
+    What a driver that died has printed is not printed again.
+    """
+    printed = max((line["step"] for name in (HISTORY, NOW) for line in lines(folder / name)), default=0)
     before = lines(folder / RESUMED)
-    if before:
-        told = before[0]["attempt"]
+    told = before[0]["attempt"] if before else -1
+    planned = False
     while True:
         last = stop.wait(0.5)
         if not planned and (folder / PLAN).exists():
             planned = True
+            for line in lines(folder / DATA):
+                print("\n".join(f"  {text}" for text in line["told"]), flush=True)
             print(_plan_text(json.loads((folder / PLAN).read_text())), flush=True)
         for line in lines(folder / RESUMED):
             if line["attempt"] > told:
@@ -258,19 +273,11 @@ def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> 
                     print(f"  {remark}", flush=True)
                 if told:
                     printed = line["step"]
-                    print(f"  begun anew on {line['workers']} workers, from step {printed:,}", flush=True)
+                    how = f"goes on from step {printed:,}" if printed else "begins again"
+                    print(f"  {how} on {line['workers']} workers", flush=True)
         for line in lines(folder / HISTORY):
             if line["step"] > printed:
-                measured = ""
-                if "metric" in line:
-                    mark = " *" if line["best"] else ""
-                    measured = f"  valid {line['metric'].upper()} {line[line['metric']]:.4f}{mark}"
-                print(
-                    f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['examples_per_s']:>7,} examples/s  {line['pairs_per_s']:>9,} pairs/s{measured}  "
-                    f"left {_duration(line['seconds_left'])}",
-                    flush=True,
-                )
+                print(_evaluation_text(line), flush=True)
                 tracking.epoch(line)
                 printed = line["step"]
         for line in lines(folder / NOW):
@@ -283,6 +290,20 @@ def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> 
                 printed = line["step"]
         if last:
             return
+
+
+def _evaluation_text(line: Mapping[str, Any]) -> str:
+    """A line of the history."""
+    rates = f"{line['examples_per_s']:>7,} examples/s"
+    if line["pairs_per_s"] > line["examples_per_s"]:
+        rates += f"  {line['pairs_per_s']:>9,} pairs/s"
+    measured = [f"{title} {line[name]:.4f}" for name, title in MEASURED.items() if name in line]
+    if measured:
+        measured[0] = f"  valid {measured[0]}{' *' if line['best'] else ''}"
+    return (
+        f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
+        f"{rates}{'  '.join(measured)}  left {_duration(line['seconds_left'])}"
+    )
 
 
 def _duration(seconds: int) -> str:

@@ -37,6 +37,8 @@ class Validation(Protocol):
 
     metric: str
     """The figure that decides."""
+    told: str
+    """What it is measured with, in a line."""
 
     def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
         """Every figure by name; that which decides is NaN where a prediction is not finite. Collective: each
@@ -73,13 +75,20 @@ class Ranking:
         self.metric = config.deepfm.metric
         filter_seen = config.score.filter_seen
         state = run.table("users", filter=pc.field("as_of") == split)
-        events = without_seen(read_examples(run, spec, [split], config.deepfm), state, filter_seen)
+        positives = read_examples(run, spec, [split], config.deepfm)
+        events = without_seen(positives, state, filter_seen)
         if not len(events):
             raise DataError(
                 f"{run.uri}: every positive example in split={split} is of an item that the user has seen, "
                 f"and score.filter_seen={filter_seen} leaves those out. Try --set score.filter_seen=none."
             )
         users = np.unique(events["user"].to_numpy())
+        left_out = len(np.unique(positives["user"].to_numpy())) - len(users)
+        self.told = f"{split}: {min(len(users), config.deepfm.valid_users):,} users"
+        if len(users) > config.deepfm.valid_users:
+            self.told += f", drawn from {len(users):,}"
+        if left_out:
+            self.told += f"; {left_out:,} left out: all their positives were seen (filter_seen={filter_seen})"
         if len(users) > config.deepfm.valid_users:
             generator = np.random.default_rng([config.seed, 1])
             users = np.sort(generator.choice(users, config.deepfm.valid_users, replace=False))
@@ -181,6 +190,7 @@ class Predicting:
                 f"them: deepfm.negatives of 1 or more."
             )
         self.users = table["user"].to_numpy()
+        self.told = f"{split}: {len(table):,} examples of {len(np.unique(self.users)):,} users"
         self.user = side_batch(table, items.spec.side("user", "context"))
         self.items = torch.from_numpy(table["item"].to_numpy().astype(np.int64))
         self.days = torch.from_numpy(days_of(table["timestamp"]))

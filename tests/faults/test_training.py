@@ -96,7 +96,7 @@ def resumed(config, output, workers=2):
     assert 40 <= again[0]["resumed_from"] < again[0]["step"]
     assert [line["epoch"] for line in history] == list(range(1, SETTINGS["epochs"] + 1))
     assert run.manifest["figures"]["attempts"] == 2
-    assert f"begun anew on {workers} workers, from step {again[0]['resumed_from']}\n" in output.read_text()
+    assert f"  goes on from step {again[0]['resumed_from']} on {workers} workers\n" in output.read_text()
     assert not Path(run.path, "training").exists()
     return run
 
