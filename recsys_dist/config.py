@@ -456,7 +456,9 @@ class DeepFM(Section):
     """bfloat16: the MLP is computed in it where the processor or GPU has it, else in float32; weights, tables
     and the factorisation machine stay float32."""
     batch_size: int = Field(4096, ge=1)
-    """Positive examples a step, over all workers together."""
+    """Examples a step at most, over all workers together; positives, where items are drawn. Rounded down to a
+    multiple of `streams`, because a step takes equally many of each; below `streams` there are fewer streams.
+    An epoch's steps are of equal size, and so may have fewer."""
     streams: int = Field(12, ge=1)
     """Parts of an epoch that are read side by side, each shuffled on its own; a step takes the next rows of
     all. The workers share them, so there are at least as many, and what a step consists of does not depend on
