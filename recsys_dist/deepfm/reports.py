@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recsys_dist.errors import RecsysError, named
+from recsys_dist.errors import DataError, RecsysError, named
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
 DATA, RESUMED, REFUSED = "data.json", "resumed.json", "refused.json"
@@ -33,16 +33,31 @@ def write_text(file: Path, text: str) -> None:
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
-    """The lines of a file, as far as they are there and whole."""
+    """The lines of a file, as far as they are there and whole: one may be half written, or damaged."""
     try:
-        return [json.loads(line) for line in file.read_text().splitlines() if line.endswith("}")]
+        text = file.read_text(errors="replace")
     except OSError:
         return []
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict)]
 
 
 def best(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best epoch's line of a history."""
-    return [line for line in history if line["best"]][-1]
+    """The best epoch's line of a history.
+
+    Raises:
+        DataError: none is marked as the best.
+    """
+    marked = [line for line in history if line["best"]]
+    if not marked:
+        raise DataError(
+            f"Of the {len(history)} whole lines of {HISTORY} none is marked as the best epoch, and the first "
+            f"epoch always is. The file is damaged: train again, --force."
+        )
+    return marked[-1]
 
 
 @contextlib.contextmanager

@@ -221,10 +221,16 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     from recsys_dist.deepfm.model import DeepFM, publish, used_fields
 
     history, folder, line = fitted.history, fitted.folder, best(fitted.history)
-    path = next(path for step, _, path in complete(folder) if step == fitted.step)
+    found = {step: path for step, _, path in complete(folder)}
+    if fitted.step not in found:
+        raise DataError(
+            f"{folder} has no checkpoint of step {fitted.step}, the best one by {HISTORY}, but of "
+            f"{', '.join(map(str, found)) or 'none'}: train again, --force."
+        )
+    path = found[fitted.step]
     wrong = problem_of(path)
     if wrong:
-        raise DataError(f"checkpoint {path} is refused: {wrong}. It is the best one: train again.")
+        raise DataError(f"checkpoint {path} is refused: {wrong}. It is the best one: train again, --force.")
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()
     load_weights(path, state)

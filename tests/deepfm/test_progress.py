@@ -11,9 +11,11 @@ import pytest
 
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.reports import write_json
-from recsys_dist.deepfm.train import _evaluation_text, _print_progress
+from recsys_dist.deepfm.reports import best, lines, write_json
+from recsys_dist.deepfm.train import _evaluation_text, _Fitted, _print_progress, _publish
 from recsys_dist.deepfm.validation import validation
+from recsys_dist.errors import DataError
+from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features
 
 LINE = {"loss": 0.5, "best": True, "examples_per_s": 1000, "pairs_per_s": 5000, "seconds_left": 3}
@@ -152,3 +154,23 @@ def test_users_who_had_all_their_positives_before_are_counted(tmp_path):
     users = len(validation(features, items, config))
     expected = f"valid: {users - 1} users; 1 left out: all their positives were seen (filter_seen=all)"
     assert validation(copy, items, config).told == expected
+
+
+def test_a_damaged_line_is_passed_over(tmp_path):
+    file = tmp_path / "history.jsonl"
+    history = lines_of(30, 60, 90).encode().splitlines()
+    assert lines(file) == []
+    file.write_bytes(b"\n".join([history[0], b'"best": \xff true}', b"12", b"", history[2], history[1][:-9]]))
+    assert [line["step"] for line in lines(file)] == [30, 90]
+    assert best(lines(file))["step"] == 90
+    with pytest.raises(DataError, match=r"Of the 0 whole lines of history\.jsonl none is marked as the best"):
+        best([])
+
+
+def test_a_best_epoch_without_a_checkpoint_is_named(tmp_path):
+    config = synthetic_config(tmp_path)
+    run = Workspace(config).new("deepfm", {}, {"features": synthetic_features(config)})
+    run.training.mkdir()
+    (run.training / "history.jsonl").write_text(lines_of(30))
+    with pytest.raises(DataError, match=r"no checkpoint of step 30, the best one by history\.jsonl"):
+        _publish(config, run, _Fitted(lines(run.training / "history.jsonl"), run.training))
