@@ -58,7 +58,8 @@ class Task:
     refit_epochs: int | None = None
     """Fit on train and valid for so many epochs; None: on train, until valid no longer gets better."""
     on_epoch: Callable[[dict[str, Any]], None] | None = None
-    """Called by every worker with an epoch's line of the history, after its checkpoint."""
+    """Called by every worker with an epoch's line of the history, when its checkpoint is complete: nothing is
+    being written then, so that whoever ends the training in this call may remove what there is."""
 
 
 def train(task: Task, device: torch.device) -> Progress:
@@ -150,6 +151,7 @@ def train(task: Task, device: torch.device) -> Progress:
             _require_current(task.folder, attempt)
             checkpoints.save(sharded, optimizers, progress)
         if epoch_ends and task.on_epoch:
+            checkpoints.wait()
             task.on_epoch(line)
     checkpoints.wait()
     return progress

@@ -6,7 +6,7 @@ import pytest
 from torch.multiprocessing import ProcessRaisedException
 
 from recsys_dist.deepfm.checkpoint import complete
-from tests.deepfm.workers import run_workers, train_in
+from tests.deepfm.workers import run_workers, told_of_epochs, train_in
 from tests.synthetic import synthetic_config, synthetic_features
 
 
@@ -46,3 +46,9 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_training(config, features
     with pytest.raises(ProcessRaisedException, match=r"(?s)OSError: checkpoint .*/step_2-0 could not be"):
         run_workers(2, train_in, tmp_path, changed, features, tmp_path)
     assert not complete(tmp_path)
+
+
+def test_nothing_is_being_written_when_an_epoch_is_told(config, features, tmp_path):
+    """So that who ends the training there, as a search does, may remove its checkpoints."""
+    changed = with_settings(config, checkpoint_every_steps=3)
+    assert run_workers(1, told_of_epochs, tmp_path, changed, features, tmp_path) == [[[], []]]
