@@ -31,7 +31,7 @@ def main() -> int:
     def make(config: Config, run: OpenRun) -> dict[str, object]:
         from recsys_dist.deepfm import tune
 
-        return tune.make(config, run, asked(arguments.conf, arguments.overrides))
+        return tune.make(config, run, asked(arguments.conf, ()), arguments.overrides)
 
     return run_stage("tune", arguments, make, left_behind=left_behind)
 

@@ -11,8 +11,10 @@ import json
 import logging
 import math
 import os
+import shlex
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,13 +51,19 @@ DRAWS = 100
 """A trial's settings are drawn at most so often where all before had been drawn already."""
 
 
-def make(config: Config, run: OpenRun, asked: dict[str, Any]) -> dict[str, Any]:
+def make(
+    config: Config, run: OpenRun, asked: dict[str, Any], overrides: Sequence[str] = ()
+) -> dict[str, Any]:
     """Search, and write best.yaml, a conf file, and trials.jsonl, a row a trial.
+
+    best.yaml is the user's conf file with the chosen settings over it, and nothing else: what `--set` said,
+    such as another root or fewer epochs, held for the search alone, and is only named there, in a comment.
 
     Args:
         config: what it is all about.
         run: reads the features run.
-        asked: what the user's conf file says; best.yaml is that with the best settings over it.
+        asked: what the user's conf file says.
+        overrides: what `--set` said.
 
     Returns:
         The run's figures.
@@ -84,6 +92,9 @@ def make(config: Config, run: OpenRun, asked: dict[str, Any]) -> dict[str, Any]:
     text = yaml.safe_dump(conf, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
     features = run.inputs["features"].run_id
     head = f"# The best of {len(rows)} trials: {told}.\n# Search {run.run_id}, features run {features}.\n"
+    if overrides:
+        words = " ".join(f"--set {shlex.quote(override)}" for override in overrides)
+        head += f"# Searched with the following, which is not in here: {' '.join(words.split())}\n"
     run.write_text(TRIALS, "".join(f"{json.dumps(row)}\n" for row in rows))
     run.write_text(BEST, head + text)
     print(f"  the best: {told}: {_words(first['settings'])}")
@@ -176,9 +187,11 @@ class _Search:
             row |= {"class": type(error).__name__, "error": str(error)}
             what = "failed"
         write_json(place / ENDED, row)
-        if not isinstance(error, RetryableError):  # which another try may go on from
+        # The trial's process has ended its training, or waits in on_epoch: it writes none of these. After a
+        # RetryableError another try may go on from them.
+        if not isinstance(error, RetryableError):
             for path in place.glob("step_*"):
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)  # what stays goes with the folder
         print(f"  trial {number:>3}  {what}  {_words(point)}", flush=True)
         if error is not None:
             print(f"    {error}", flush=True)

@@ -40,8 +40,11 @@ def conf(folder, root, **search):
     return path, settings
 
 
-def job(path, stream, *arguments):
-    words = [sys.executable, str(REPOSITORY / "jobs/tune.py"), "--conf", str(path), *arguments]
+OVERRIDE = "deepfm.weight_decay=[0.001, 0]"
+
+
+def job(path, stream):
+    words = [sys.executable, str(REPOSITORY / "jobs/tune.py"), "--conf", str(path), "--set", OVERRIDE]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, env=environment)
 
@@ -96,7 +99,8 @@ def test_the_best_conf_is_that_of_the_trial_with_the_best_metric(searched):
     assert learned["ndcg@10"] == learned["history"][learned["epoch"] - 1]
     assert run.manifest["figures"]["best_trial"] == 1
     best = Path(run.path, "best.yaml")
-    assert load(best) == load(path).with_deepfm(learned["settings"])
+    assert load(best) == load(path).with_deepfm(learned["settings"])  # without what --set said
+    assert f"\n# Searched with the following, which is not in here: --set '{OVERRIDE}'\n" in best.read_text()
     told = f"trial 1, NDCG@10 {learned['ndcg@10']:.4f} on valid in epoch {learned['epoch']}"
     assert best.read_text().startswith(
         f"# The best of 3 trials: {told}.\n# Search {run.run_id}, features run "
