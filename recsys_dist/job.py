@@ -92,15 +92,18 @@ def own(run: OpenRun) -> Iterator[None]:
     Where the run's root is not local, only processes of this machine are kept out.
 
     Raises:
-        RetryableError: another process holds it, or has finished it.
+        RetryableError: another process holds it, or has finished it; or its folder knows no locks.
     """
-    folder = here(run)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as lock:
+    file = here(run) / LOCK
+    with contextlib.ExitStack() as held:
         try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(file.open("w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RetryableError(f"{run.uri} is in use: another process is making it. Run again.") from None
+        except OSError as error:
+            raise RetryableError(f"{file} cannot be locked: {error}. Give a root on another disk.") from error
         if run.filesystem.get_file_info(f"{run.path}/{MANIFEST}").is_file:
             raise RetryableError(f"{run.uri} was finished by another process. Run again.")
         yield

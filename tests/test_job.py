@@ -85,6 +85,13 @@ def test_a_run_is_made_by_one_process_at_a_time(workspace, capsys):
     assert workspace.runs("deepfm")[-1].run_id > run.run_id
 
 
+def test_a_folder_without_locks_is_named(workspace):
+    run = workspace.new("deepfm", {}, {})
+    Path(run.path, "driver.lock").mkdir()
+    with pytest.raises(RetryableError, match=r"driver\.lock cannot be locked: "), job.own(run):
+        pass
+
+
 def test_what_could_not_succeed_is_not_begun(workspace, capsys):
     def check(config, inputs):
         assert list(inputs) == ["features"]
