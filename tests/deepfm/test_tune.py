@@ -229,3 +229,23 @@ def test_where_every_trial_fails_the_first_cause_is_the_error(root, capsys):
     ):
         search(root, space=space, trials=3)
     assert capsys.readouterr().out.count("failed") == 3
+
+
+def test_what_was_set_for_the_search_alone_is_named_in_the_best_conf_and_not_in_force(root, tmp_path):
+    """Where all trials have ended and the driver was killed before its commit: no Ray is needed."""
+    path, asked = conf(tmp_path, root, space={"dropout": {"uniform": [0, 0.5]}}, trials=2)
+    overrides = [OVERRIDE, "deepfm.epochs=1"]
+    config = load(path, overrides)
+    workspace = Workspace(config)
+    inputs = workspace.inputs("tune")
+    run = Workspace(config, "tune.root").new("tune", workspace.key("tune", config, inputs), inputs)
+    for number, point in enumerate(tune.draw(config), start=1):
+        place = run.training / f"trial_{number}"
+        place.mkdir(parents=True)
+        row = {"trial": number, "settings": point, "ndcg@10": number / 10, "epoch": 1, "epochs": 1}
+        (place / "ended.json").write_text(json.dumps(row | {"stopped_early": False}))
+    figures = tune.make(config, run, asked, overrides)
+    best = Path(run.path, "best.yaml")
+    assert load(best) == load(path).with_deepfm(figures["settings"])
+    words = f"--set '{OVERRIDE}' --set deepfm.epochs=1"
+    assert f"\n# Searched with the following, which is not in here: {words}\n" in best.read_text()
