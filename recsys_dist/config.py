@@ -395,6 +395,10 @@ class Recall(Section):
     """neighbors: as next_items_recency."""
     n: int = Field(200, ge=1)
     """So many others are stored of each item, those with the greatest weight."""
+    late: float = Field(0.0, ge=0, lt=1)
+    """The last share of a user's train events (split.kind=global_time: of all train events) of which second
+    tables know nothing. With these the ranking model learns its pair fields (deepfm.pair) on the late events.
+    0: there are none."""
 
     @model_validator(mode="after")
     def _measures(self) -> "Recall":
@@ -421,6 +425,32 @@ ScheduledShare = Annotated[float | tuple[float, ...], AfterValidator(lambda valu
 def in_epoch(setting: Scheduled, epoch: int) -> float:
     """The number of an epoch, from 0."""
     return setting[min(epoch, len(setting) - 1)] if isinstance(setting, tuple) else setting
+
+
+class Pair(Section):
+    """What a user's history says of an item: a number for each candidate, computed where it is needed."""
+
+    name: Name
+    """Of the model's field."""
+    measure: Literal["next_items", "neighbors", "since", "share"]
+    """next_items, neighbors: log(1 + the source's score / the mean weight of its table). since: how recent
+    the last item is that next_items has the item after, 1 / (1 + number of later ones), 0 where there is
+    none. share: the share of the history's items that have the item's value of `attribute`, of several
+    values the mean."""
+    recency: float | None = Field(None, gt=0)
+    """next_items, neighbors: an item of the history counts exp(-age / recency). Default: as in recall."""
+    attribute: str | None = None
+    """share only: a categorical field of the items, by name."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Pair":
+        if (self.measure == "share") != (self.attribute is not None):
+            raise ValueError(f"pair {self.name}: measure share, and no other, needs an attribute")
+        if self.recency and self.measure not in ("next_items", "neighbors"):
+            raise ValueError(
+                f"pair {self.name}: recency is for next_items and neighbors, found {self.measure}"
+            )
+        return self
 
 
 class DeepFM(Section):
@@ -452,6 +482,10 @@ class DeepFM(Section):
     a history of an attribute with several values, the values take the items' place."""
     attention: dict[str, Annotated[float, Field(gt=0)]] = {}
     """The same of histories of items, which the MLP also reads weighted by the candidate item."""
+    pair: tuple[Pair, ...] = ()
+    """What the user's longest history of liked items says of the item, by the tables of a recall run
+    (`recall.late` above 0). They add their own weight and their part of the first layer. Learned on late
+    train events by tables of what came before these, so that no event speaks for itself."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: the MLP is computed in it where the processor or GPU has it, else in float32; weights, tables
     and the factorisation machine stay float32."""
@@ -639,7 +673,7 @@ class Tune(Section):
 
     @model_validator(mode="after")
     def _space(self) -> "Tune":
-        fixed = {"fit_on", "valid_users", "sharding", "num_workers", "max_failures", "streams"}
+        fixed = {"pair", "fit_on", "valid_users", "sharding", "num_workers", "max_failures", "streams"}
         fixed |= {"checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_kept", "cache_megabytes"}
         searched = set(DeepFM.model_fields) - fixed
         wrong = []
@@ -885,6 +919,7 @@ class Config(Section):
                 wrong.append("label.kind=column, and no other, needs data.events.columns.label")
             if (self.split.kind == "column") != ("split" in columns):
                 wrong.append("split.kind=column, and no other, needs data.events.columns.split")
+        wrong += self._pairs(attributes)
         if self.deepfm.model == "dnn" and "fm" in self.score.candidates:
             wrong.append(
                 "deepfm.model=dnn has no FM part to recall with: leave fm out of score.candidates, "
@@ -895,6 +930,34 @@ class Config(Section):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
+
+    def _pairs(self, attributes: set[str]) -> list[str]:
+        """What is wrong with deepfm.pair."""
+        wrong = []
+        pairs = self.deepfm.pair
+        names = [field.name for field in (*self.fields, *pairs)]
+        twice = sorted(
+            {pair.name for pair in pairs if names.count(pair.name) > 1 or pair.name in ("user", "item")}
+        )
+        if twice:
+            wrong.append(f"deepfm.pair: names used twice: {', '.join(twice)}")
+        wrong += [
+            f"deepfm.pair {pair.name}: {pair.attribute!r} is no categorical field of side item"
+            f"{nearest(pair.attribute, attributes) if attributes else ''}"
+            for pair in pairs
+            if pair.attribute is not None and pair.attribute not in attributes
+        ]
+        if pairs and self.deepfm.model == "mf":
+            wrong.append("deepfm.pair: model mf has no histories that the pairs could be of")
+        if pairs and not self.recall.late:
+            wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")
+        liked = [f for f in self.fields if isinstance(f, History) and f.of == "item" and f.when == "positive"]
+        if pairs and not liked:
+            wrong.append(
+                "deepfm.pair needs a history of liked items: add {name: recent, kind: history, of: item, "
+                "when: positive, last: 20} to fields"
+            )
+        return wrong
 
     def section(self, path: str) -> Any:
         """The resolved value at a dotted path, as JSON types."""

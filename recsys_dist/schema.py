@@ -33,11 +33,11 @@ class FieldSpec(BaseModel):
 
     name: str
     """Also the column's name in examples/, users/, items/ or item_days/."""
-    kind: Literal["id", "categorical", "numeric", "time", "history", "aggregate"]
+    kind: Literal["id", "categorical", "numeric", "time", "history", "aggregate", "pair"]
     """What it was made from; `id` for the user and item themselves."""
-    side: Literal["user", "item", "context"]
+    side: Literal["user", "item", "context", "pair"]
     """user: as of the event (examples/, users/); item: in items/, or item_days/; context: of the event
-    (examples/)."""
+    (examples/); pair: in no table, the model's own (deepfm.pair)."""
     daily: bool = False
     """Side item only: in item_days/, where it changes from day to day, and not in items/."""
     type: Literal["index", "indices", "value", "vector"]
@@ -55,13 +55,15 @@ class FieldSpec(BaseModel):
     number of later ones; attention: that, and in the MLP also weighted by the candidate item. The features'
     run says mean or sum, the others are the model's."""
     decay: float | None = None
-    """See pooling."""
+    """See pooling; pair: an item of the history counts exp(-age / decay)."""
     last: int | None = None
     """history: the greatest number of events; the most recent comes last."""
     when: str | None = None
     """history and aggregate: which events: positive, any, or an event type."""
     of: str | None = None
-    """history: item, or the item field whose values are remembered; aggregate: the measure."""
+    """history: item, or the item field whose values are remembered; aggregate and pair: the measure."""
+    attribute: str | None = None
+    """pair: the item field that the measure `share` is of."""
     days: int | None = None
     """aggregate of the item: of the last so many days."""
     part: Literal["hour", "weekday", "recency"] | None = None
@@ -155,14 +157,19 @@ class FeatureSpec(BaseModel):
         return tuple(field for field in self.fields if field.daily)
 
     @property
-    def shown_history(self) -> str:
-        """The column of users/ that shows people what a user liked: the longest history of positives."""
+    def liked_history(self) -> FieldSpec | None:
+        """The longest history of items of positive events."""
         histories = [
             field
             for field in self.fields
             if field.kind == "history" and field.when == "positive" and field.of == "item"
         ]
-        return max(histories, key=lambda field: field.last or 0).name if histories else "liked"
+        return max(histories, key=lambda field: field.last or 0, default=None)
+
+    @property
+    def shown_history(self) -> str:
+        """The column of users/ that shows people what a user liked."""
+        return self.liked_history.name if self.liked_history else "liked"
 
     def context(self, weekday: np.ndarray) -> dict[str, pa.Array]:
         """The context columns of lists made ahead of time: the given weekdays, the log's most frequent hour.
@@ -281,6 +288,14 @@ FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
 RELATED = pa.schema([("item", pa.int32()), ("other", pa.int32()), ("weight", pa.float32())])
 """recall/next_items/ and recall/neighbors/measure=<name>/: of each item the others that it speaks for most,
 ascending by item, then the greatest weight first, of equal ones the lesser other; all weights are above 0."""
+
+LATE = "before=late"
+"""Folder of a recall run with the same two tables, counted from earlier events only, and late/."""
+BEFORE_VALID = "before=valid"
+"""The same, counted from the train part, where the run itself counts valid too."""
+
+LATE_FROM = pa.schema([("user", pa.int32()), ("late_from", TIMESTAMP)])
+"""recall/before=late/late_from/: of each user with train events the moment from which they are late."""
 
 FUTURE = "future timestamp"
 """The reason of rows from score.date on, which a back-dated night has many of."""

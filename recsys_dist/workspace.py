@@ -44,13 +44,17 @@ class Stage:
     """Stages whose runs it reads, in the order of the pipeline."""
     sections: tuple[str, ...]
     """Parts of the configuration that its result depends on."""
+    pairs_read: tuple[str, ...] = ()
+    """Stages that it reads as well where the model has pair fields (deepfm.pair)."""
 
 
 STAGES = {
     "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
     "als": Stage("train_als.py", ("features",), ("seed", "als")),
     "recall": Stage("recall.py", ("features",), ("seed", "recall")),
-    "deepfm": Stage("train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen")),
+    "deepfm": Stage(
+        "train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen"), pairs_read=("recall",)
+    ),
     "evaluation": Stage(
         "evaluate.py",
         ("features", "als", "recall", "deepfm"),
@@ -67,6 +71,7 @@ EXPERIMENTS = {
             *("seed", "deepfm", "score.filter_seen"),
             *("tune.space", "tune.trials", "tune.grace_epochs", "tune.reduction_factor"),
         ),
+        pairs_read=("recall",),
     )
 }
 """No part of a night. Their runs live under `tune.root`, and none is read by a later stage."""
@@ -265,6 +270,7 @@ class Workspace:
             )
         self.uri = absolute(root).rstrip("/")
         self.pins: dict[str, str] = dict(config.storage.pin.items())
+        self.pairs = bool(config.deepfm.pair)
         try:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         except (OSError, pa.ArrowInvalid) as error:
@@ -295,7 +301,8 @@ class Workspace:
             DataError: there is none; names the job to run first.
         """
         chosen: dict[str, Run] = {}
-        reads = (STAGES | EXPERIMENTS)[stage].reads
+        wanting = (STAGES | EXPERIMENTS)[stage]
+        reads = (*wanting.reads, *(wanting.pairs_read if self.pairs else ()))
         for name in reversed(reads):
             known = {up: run_id for run in chosen.values() for up, run_id in run.inputs.items()}
             known |= {other: run.run_id for other, run in chosen.items()}

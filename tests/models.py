@@ -1,14 +1,16 @@
 """Runs of every model stage over a synthetic features run, made without Spark and without training."""
 
+import datetime as dt
 import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.model import DeepFM, publish, used_fields
-from recsys_dist.schema import FACTORS, RELATED
+from recsys_dist.schema import FACTORS, LATE, LATE_FROM, RELATED
 from recsys_dist.workspace import Run, Workspace
 from tests.synthetic import synthetic_features
 
@@ -28,18 +30,7 @@ def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
         vectors = generator.standard_normal((size, 3)).astype(np.float32).tolist()
         als.write_table(name, pa.table({"index": range(1, size + 1), "vector": vectors}, schema=FACTORS))
 
-    key = workspace.key("recall", config, {"features": features})
-    recall = workspace.new("recall", key, {"features": features})
-    items = np.arange(1, spec.n_items + 1)
-    for name in ("next_items", *(f"neighbors/measure={measure}" for measure in config.recall.measures)):
-        weights = generator.integers(1, 9, spec.n_items**2) / 8
-        columns = {
-            "item": items.repeat(spec.n_items),
-            "other": np.tile(items, spec.n_items),
-            "weight": weights,
-        }
-        recall.write_table(name, pa.table(columns).cast(RELATED))
-
+    recall = random_recall(config, features)
     key = workspace.key("deepfm", config, {"features": features})
     deepfm = workspace.new("deepfm", key, {"features": features})
     settings = config.deepfm.model_copy(update={"init_scale": 0.5})
@@ -50,6 +41,35 @@ def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
     return {
         "features": features,
         "als": als.commit(config, {}),
-        "recall": recall.commit(config, {}),
+        "recall": recall,
         "deepfm": deepfm.commit(config, {}),
     }
+
+
+def random_recall(config: Config, features: Run) -> Run:
+    """A recall run with random tables, of late events others, of which it tells the truth about the late
+    events: the last fifth of each user's positive train events.
+    """
+    workspace, n = Workspace(config), features.spec().n_items
+    generator = np.random.default_rng(2)
+    key = workspace.key("recall", config, {"features": features})
+    recall = workspace.new("recall", key, {"features": features})
+    items = np.arange(1, n + 1)
+    for folder in ("", f"{LATE}/") if config.recall.late else ("",):
+        for name in ("next_items", *(f"neighbors/measure={measure}" for measure in config.recall.measures)):
+            weights = generator.integers(1, 9, n**2) / 8
+            columns = {"item": items.repeat(n), "other": np.tile(items, n), "weight": weights}
+            recall.write_table(f"{folder}{name}", pa.table(columns).cast(RELATED))
+    train = features.table("examples", filter=(pc.field("split") == "train") & (pc.field("label") > 0))
+    moments: dict[int, list[Any]] = {}
+    for row in train.sort_by("timestamp").select(["user", "timestamp"]).to_pylist():
+        moments.setdefault(row["user"], []).append(row["timestamp"])
+    late = {
+        user: min(m for p, m in enumerate(of) if (p + 0.5) / len(of) >= 0.8)
+        for user, of in moments.items()
+        if len(of) > 2
+    }
+    columns = {"user": list(late), "late_from": list(late.values())}
+    recall.write_table(f"{LATE}/late_from", pa.table(columns).cast(LATE_FROM))
+    known = sum(m < late.get(user, m + dt.timedelta(1)) for user, of in moments.items() for m in of)
+    return recall.commit(config, {"late": {"known": known}})

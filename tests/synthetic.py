@@ -32,6 +32,7 @@ def synthetic_config(root: Any, **deepfm: Any) -> Config:
     small |= {"sharding": ROW_WISE}
     small |= {"objective": "logistic", "negatives": 4}
     overrides = [f"deepfm.{key}={value}" for key, value in (small | deepfm).items()]
+    overrides += ["recall.late=0.2"] if "pair" in deepfm else []
     return load(None, [f"storage.root={root}", *overrides])
 
 

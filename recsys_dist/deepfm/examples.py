@@ -22,6 +22,7 @@ from recsys_dist.deepfm.batches import Batch, side_batch
 from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
+from recsys_dist.deepfm.pairs import LearnedPairs
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import FeatureSpec, padded
 from recsys_dist.workspace import Run
@@ -87,12 +88,21 @@ class Examples:
         catalogue: its items.
         config: seed, batch size and how items are drawn.
         parts: whose examples they are.
+        recall: the run with the tables of the pair fields, where the model has any.
 
     Raises:
-        DataError: there is none, a target is not finite, or values are asked to be weights and are not.
+        DataError: there is none, a target is not finite, values are asked to be weights and are not, or the
+            recall run's tables know events that are not earlier.
     """
 
-    def __init__(self, run: Run, catalogue: Items, config: Config, parts: Sequence[str] = ("train",)) -> None:
+    def __init__(
+        self,
+        run: Run,
+        catalogue: Items,
+        config: Config,
+        parts: Sequence[str] = ("train",),
+        recall: Run | None = None,
+    ) -> None:
         settings = config.deepfm
         self.run = run
         self.config = config
@@ -100,6 +110,14 @@ class Examples:
         self.catalogue = catalogue
         self.fields = catalogue.spec.side("user", "context")
         columns = catalogue.spec.examples_schema().names
+        self.pairs = None
+        pair_fields = catalogue.spec.side("pair")
+        if pair_fields:
+            assert recall is not None
+            self.pairs = LearnedPairs(pair_fields, catalogue, recall, "valid" in parts)
+            train = RowGroups(run.dataset("examples"), [], pc.field("split") == "train", 0)
+            self.pairs.require_earlier(sum(train.each(self.pairs.earlier, ["user", "timestamp", "label"])))
+            columns = [*columns, "split"]
         room = settings.cache_megabytes << 20
         groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room)
         counted = groups.each(functools.partial(_count, settings=settings), ["label", "value"])
@@ -206,6 +224,7 @@ class Examples:
             log_probability=torch.from_numpy(log_probability),
             weight=torch.from_numpy(weight.astype(np.float32)),
             label=torch.from_numpy(targets(table, settings)),
+            pair=self.pairs.of(table, torch.from_numpy(items)) if self.pairs else None,
         )
 
     def numbers(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:

@@ -13,7 +13,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from recsys_dist.deepfm.batches import INDEXED, SideBatch, side_batch
 from recsys_dist.errors import DataError
-from recsys_dist.schema import DAY, TIMESTAMP, FeatureSpec, FieldSpec
+from recsys_dist.schema import DAY, TIMESTAMP, FeatureSpec, FieldSpec, padded
 from recsys_dist.workspace import Run
 
 EPOCH = dt.date(1970, 1, 1)
@@ -68,6 +68,18 @@ class Items:
     def __len__(self) -> int:
         """Number of items, the unknown one not counted."""
         return self.spec.n_items
+
+    def values(self, name: str) -> Tensor:
+        """[I, V] int64: the indices of the items' values of a categorical field, the unknown item first, 0
+        where there is none.
+        """
+        column = self.table[name]
+        if self.spec.field(name).type == "indices":
+            width = max((len(values) for values in column.to_pylist()), default=0)
+            values = padded(column, max(width, 1))
+        else:
+            values = column.to_numpy()[:, None]
+        return torch.from_numpy(np.pad(values.astype(np.int64), ((1, 0), (0, 0))))
 
     def at(self, items: Tensor, days: Tensor) -> SideBatch:
         """The item fields as of the start of days: N rows, in the spec's order.

@@ -53,6 +53,8 @@ class Task:
     features: Run
     folder: Path
     """Where checkpoints and progress go; all workers see it."""
+    recall: Run | None = None
+    """With the tables of the pair fields, where the model has any."""
     start_from: Run | None = None
     """Whose model the first attempt starts from."""
     refit_epochs: int | None = None
@@ -83,8 +85,9 @@ def train(task: Task, device: torch.device) -> Progress:
     spec = used_fields(task.features.spec(), settings)
     items = Items(task.features, spec)
     refit = task.refit_epochs is not None
-    examples = Examples(task.features, items, task.config, ("train", "valid") if refit else ("train",))
-    valid = None if refit else validation(task.features, items, task.config)
+    parts = ("train", "valid") if refit else ("train",)
+    examples = Examples(task.features, items, task.config, parts, task.recall)
+    valid = None if refit else validation(task.features, items, task.config, recall=task.recall)
     model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)
     model.start_at(examples.average)
     assert dist.group.WORLD

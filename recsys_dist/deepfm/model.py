@@ -32,6 +32,7 @@ from recsys_dist import config
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
 from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, recency
+from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec, VocabularySpec
 from recsys_dist.workspace import OpenRun, Run
@@ -101,6 +102,7 @@ class DeepFM(nn.Module):
         self.spec = spec
         self.user_fields = spec.side("user", "context")
         self.item_fields = spec.side("item")
+        self.pair_fields = spec.side("pair")
         self.linear = settings.model != "dnn"
         self.factorised = settings.model in ("fm", "mf", "deepfm")
         self.deep = settings.model in ("dnn", "deepfm")
@@ -115,6 +117,8 @@ class DeepFM(nn.Module):
         self.item_values = _value_weights(self.item_fields, dim, device)
         if self.linear:
             self.bias = nn.Parameter(torch.zeros((), device=device))
+            if self.pair_fields:
+                self.pair_first = nn.Parameter(torch.zeros(1 + len(self.pair_fields), device=device))
         # None without an MLP, to which it belongs.
         self.user_convolution = self._convolution(len(self.user_fields), device)
         self.item_convolution = self._convolution(len(self.item_fields), device)
@@ -131,6 +135,8 @@ class DeepFM(nn.Module):
                 layers += [BatchNorm(width, device)] if settings.batch_norm else []
                 layers += [nn.ReLU(), nn.Dropout(in_epoch(settings.dropout, 0))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
+            if self.pair_fields:
+                self.pair_hidden = nn.Linear(1 + len(self.pair_fields), widths[0], bias=False, device=device)
             if self.attended:
                 decays = [settings.attention[name] for name in self.attended]
                 self.attention = Attention(decays, dim, widths[0], device)
@@ -213,33 +219,59 @@ class DeepFM(nn.Module):
             across = torch.einsum("...d,...d->...", user.sum, item.sum)
         return first + user.pair + item.pair + across
 
-    def mlp(self, user: Side, item: Side, counted: Tensor | None = None) -> Tensor:
+    def mlp(
+        self, user: Side, item: Side, counted: Tensor | None = None, pair: Tensor | None = None
+    ) -> Tensor:
         """The deep part; leading shapes broadcast.
 
         Args:
             user: users.
             item: items.
             counted: bool: which rows batch normalisation learns from; None: all.
+            pair: [..., 1 + P] the pair fields, of a model that has them.
         """
         x = user.hidden + item.hidden
+        if pair is not None:
+            x = x + self.pair_hidden(pair)
         if self.attended:
             x = x + self.attention(user.history, user.age, item.query)
         for layer in self.layers:
             x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
         return x.squeeze(-1).float()
 
-    def logits(self, user: Side, item: Side, counted: Tensor | None = None) -> Tensor:
-        """The whole model; leading shapes broadcast: [U, 1] users and [1, I] items make [U, I]."""
+    def logits(
+        self, user: Side, item: Side, counted: Tensor | None = None, pair: Tensor | None = None
+    ) -> Tensor:
+        """The whole model; leading shapes broadcast: [U, 1] users and [1, I] items make [U, I].
+
+        Args:
+            user: users.
+            item: items.
+            counted: see `mlp`.
+            pair: [..., 1 + P] the pair fields, of a model that has them.
+        """
+        if (pair is None) == bool(self.pair_fields):
+            raise ValueError(
+                f"{len(self.pair_fields)} pair fields, and {'no ' * (pair is None)}values of them"
+            )
         if not self.deep:
+            return self._linear(user, item, pair)
+        deep = self.mlp(user, item, counted, pair)
+        return self._linear(user, item, pair) + deep if self.linear else deep
+
+    def _linear(self, user: Side, item: Side, pair: Tensor | None) -> Tensor:
+        """The FM with the first order of the pair fields."""
+        if pair is None:
             return self.fm(user, item)
-        deep = self.mlp(user, item, counted)
-        return self.fm(user, item) + deep if self.linear else deep
+        with torch.autocast(pair.device.type, enabled=False):
+            return self.fm(user, item) + pair @ self.pair_first
 
     @property
     def width(self) -> int:
         """Numbers of the widest array that `logits` makes of a pair."""
         history = sum(field.last or 1 for field in self.user_fields if field.name in self.attended)
-        return max(1, self.user_hidden.out_features if self.deep else 0, history + 4 * self.dim)
+        hidden = self.user_hidden.out_features if self.deep else 0
+        return max(1, hidden, history + 4 * self.dim, 1 + len(self.pair_fields))
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, summed with the batch's weights, and the logits [B, 1 + J], the example's own first."""
@@ -341,6 +373,12 @@ class DeepFM(nn.Module):
                     layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
                     if layer.bias is not None:
                         layer.bias.zero_()
+        if self.deep and self.pair_fields:
+            # He et al. 2015, as if these were all inputs: they matter more than any other.
+            deviation = (2 / self.pair_hidden.in_features) ** 0.5
+            self.pair_hidden.weight.copy_(
+                torch.randn(self.pair_hidden.weight.shape, generator=generator) * deviation
+            )
         for values in (self.user_values, self.item_values):
             if values is not None:
                 values.copy_(torch.randn(values.shape, generator=generator) * scale)
@@ -360,12 +398,13 @@ def after_lookup(
     """The rest of the forward pass, into which torch.fx does not look."""
     user = model._user_side(batch.user, users, sequences).leading(-1, 1)
     item = model._item_side(batch.item, items).leading(len(batch.user), -1)
-    logits = model.logits(user, item, (batch.weight > 0).unsqueeze(1))
+    logits = model.logits(user, item, (batch.weight > 0).unsqueeze(1), batch.pair)
     return (model.loss(logits, batch) * batch.weight).sum(), logits
 
 
 def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
-    """The fields that the model has: all, or user and item in `mf`; and how it pools the histories.
+    """The fields that the model has: all, or user and item in `mf`, and the pairs'; and how it pools the
+    histories.
 
     Raises:
         ConfigError: recency or attention of a field that is not such a history, sharding of one without a
@@ -392,6 +431,7 @@ def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
     fields = [field.model_copy(update=changes.get(field.name, {})) for field in spec.fields]
     if settings.model == "mf":
         fields = [field for field in fields if field.name in ("user", "item")]
+    fields += pair_specs(settings)
     return spec.model_copy(update={"fields": tuple(fields)})
 
 

@@ -134,7 +134,9 @@ class _Fitted:
 def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -> _Fitted:
     """Fit on train, and where it is asked for once more on train and valid."""
     folder = run.training
-    task = {"config": config, "features": run.inputs["features"], "start_from": before}
+    inputs = run.inputs
+    read = {"features": inputs["features"], "recall": inputs.get("recall")}
+    task = {"config": config, **read, "start_from": before}
     again = folder / "refit"
     if not again.exists():  # or a driver that died was there already
         _train(config, folder, task, tracking)

@@ -211,7 +211,8 @@ def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder:
             # What YAML takes for a text, such as 1e-4, is a number from here on.
             points[number - 1] = own.deepfm.model_dump(mode="json", include=set(point))
             before = earlier_run(Workspace(config), own.deepfm, used_fields(features.spec(), own.deepfm))
-            tasks[number] = Task(own, features, folder / f"trial_{number}", start_from=before)
+            recall = run.inputs.get("recall")
+            tasks[number] = Task(own, features, folder / f"trial_{number}", recall, start_from=before)
         except ConfigError as error:
             wrong[number] = error
     metrics = sorted({task.config.deepfm.metric for task in tasks.values()})

@@ -19,6 +19,7 @@ from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.examples import read_examples, targets
 from recsys_dist.deepfm.items import Items, days_of, weekdays
 from recsys_dist.deepfm.model import DeepFM, Side
+from recsys_dist.deepfm.pairs import Pairs, before_valid
 from recsys_dist.errors import DataError
 from recsys_dist.evaluation.metrics import auc, grouped_auc, logloss
 from recsys_dist.schema import SEEN_COLUMN, UNKNOWN, pairs, without_seen
@@ -50,10 +51,16 @@ class Validation(Protocol):
 LOWER_IS_BETTER = ("rmse",)
 
 
-def validation(run: Run, items: Items, config: Config, split: str = "valid") -> Validation:
-    """How a model with these settings is measured on a part."""
+def validation(
+    run: Run, items: Items, config: Config, split: str = "valid", recall: Run | None = None
+) -> Validation:
+    """How a model with these settings is measured on a part; `recall` has the tables of its pair fields."""
     kind = Ranking if config.deepfm.negatives else Predicting
-    return kind(run, items, config, split)
+    fields, paired = items.spec.side("pair"), None
+    if fields:
+        assert recall is not None
+        paired = Pairs(fields, items, recall, before_valid(recall) if split == "valid" else "")
+    return kind(run, items, config, split, paired)
 
 
 class Ranking:
@@ -68,9 +75,12 @@ class Ranking:
         items: its items.
         config: seed and size of the sample.
         split: `valid` or `test`.
+        paired: the model's pair fields, where it has any.
     """
 
-    def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
+    def __init__(
+        self, run: Run, items: Items, config: Config, split: str = "valid", paired: Pairs | None = None
+    ) -> None:
         spec = items.spec
         self.metric = config.deepfm.metric
         filter_seen = config.score.filter_seen
@@ -104,6 +114,7 @@ class Ranking:
         columns |= spec.context(weekdays(days[order]))
         self.user = side_batch(columns, spec.side("user", "context"))
         self.items = items
+        self.paired = (paired, state[paired.history]) if paired else None
         # Users of equal item fields: of a day where they change from day to day, else all.
         starts = np.unique(self.days, return_index=True)[1] if spec.daily else np.array([0])
         self.groups = list(itertools.pairwise([*starts.tolist(), len(days)]))
@@ -140,7 +151,12 @@ class Ranking:
             stop = min(start + per_worker, last)
             for chunk in range(start, stop, size):
                 end = min(chunk + size, stop)
-                logits = model.logits(users.rows(chunk, end).leading(-1, 1), items.leading(1, -1))
+                pair = None
+                if self.paired:
+                    fields, history = self.paired
+                    pair = fields.of_all(history.slice(chunk, end - chunk))[:, 1:].to(device)
+                sides = users.rows(chunk, end).leading(-1, 1), items.leading(1, -1)
+                logits = model.logits(*sides, pair=pair)
                 total += self._ndcg(logits, chunk, end).sum()
         dist.all_reduce(total)
         model.train(training)
@@ -174,12 +190,15 @@ class Predicting:
         items: its items.
         config: the objective decides what is measured.
         split: `valid` or `test`.
+        paired: the model's pair fields, where it has any.
 
     Raises:
         DataError: all labels are equal, so that nothing can be told apart.
     """
 
-    def __init__(self, run: Run, items: Items, config: Config, split: str = "valid") -> None:
+    def __init__(
+        self, run: Run, items: Items, config: Config, split: str = "valid", paired: Pairs | None = None
+    ) -> None:
         table = read_examples(run, items.spec, [split], config.deepfm)
         self.metric = config.deepfm.metric
         self.targets = targets(table, config.deepfm)
@@ -191,6 +210,7 @@ class Predicting:
             )
         self.users = table["user"].to_numpy()
         self.told = f"{split}: {len(table):,} examples of {len(np.unique(self.users)):,} users"
+        self.paired = (paired, table[paired.history]) if paired else None
         self.user = side_batch(table, items.spec.side("user", "context"))
         self.items = torch.from_numpy(table["item"].to_numpy().astype(np.int64))
         self.days = torch.from_numpy(days_of(table["timestamp"]))
@@ -221,7 +241,12 @@ class Predicting:
         for rows in mine.split(ROWS_AT_ONCE):
             user = model.user_side(self.user.take(rows).to(device))
             item = model.item_side(self.catalogue.at(self.items[rows], self.days[rows]).to(device))
-            found.append(model.logits(user, item))
+            pair = None
+            if self.paired:
+                fields, history = self.paired
+                of_rows = history.take(pa.array(rows.numpy()))
+                pair = fields.of(of_rows, self.items[rows, None])[:, 0].to(device)
+            found.append(model.logits(user, item, pair=pair))
         logits = torch.cat(found)
         if dist.get_world_size() > 1:
             whole = logits.new_empty(len(logits) * dist.get_world_size())

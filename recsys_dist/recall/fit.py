@@ -4,19 +4,33 @@ from typing import Any
 
 import pyarrow.dataset
 import pyspark
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from recsys_dist.config import Config
+from recsys_dist.config import Config, Recall
 from recsys_dist.errors import DataError
-from recsys_dist.features.session import Steps, remove_checksums, spark_uri, start
+from recsys_dist.features.session import Steps, read_table, remove_checksums, spark_uri, start, write
 from recsys_dist.recall.neighbors import baskets, mirrored, similarity, together
 from recsys_dist.recall.next_items import following, weight
-from recsys_dist.recall.pairs import FIT_ON, PAIR_BYTES, known_events, save_best, with_counts
+from recsys_dist.recall.pairs import (
+    FIT_ON,
+    PAIR_BYTES,
+    counted_events,
+    earlier_events,
+    in_order,
+    late_from,
+    save_best,
+    with_counts,
+)
+from recsys_dist.schema import BEFORE_VALID, LATE, LATE_FROM
 from recsys_dist.workspace import OpenRun
 
 
 def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
     """Count what is fitted on and write next_items/ and neighbors/measure=<name>/.
+
+    With `recall.late` the same of the events before the late ones, and of the train part where that is not
+    what is fitted on, so that what learns from the tables never meets an event that they know.
 
     Returns:
         the run's figures: events and users that were counted, rows, seconds a step.
@@ -34,48 +48,89 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
         session = start("recall", config, events * settings.window * PAIR_BYTES)
         spark = session.__enter__()
     try:
-        with steps.measure("read"):
-            known = known_events(spark.read.parquet(spark_uri(f"{features.uri}/examples")), settings).cache()
-            counted = known.agg(F.count(F.lit(1)).alias("n"), F.countDistinct("user").alias("users")).first()
+        tables = _Tables(settings, run, spec.n_items, steps)
+        examples = spark.read.parquet(spark_uri(f"{features.uri}/examples"))
+        parts = FIT_ON[settings.fit_on]
+        figures = tables.count(counted_events(examples, settings, parts), "", " and ".join(parts))
+        if settings.late:
+            train = counted_events(examples, settings, ("train",))
+            in_time = features.manifest["config"]["split"]["kind"] == "global_time"
+            uri = f"{run.uri}/{LATE}/late_from"
+            with steps.measure("late"):
+                write(late_from(train, settings.late, in_time), uri, LATE_FROM)
+            early = earlier_events(train, read_table(spark, uri, LATE_FROM))
+            figures["late"] = tables.count(early, f"{LATE}/", f"the first {1 - settings.late:g} of train")
+            if "valid" in parts:
+                figures["before_valid"] = tables.count(train, f"{BEFORE_VALID}/", "train")
+        remove_checksums(run.filesystem, run.path)
+    finally:
+        session.__exit__(None, None, None)
+    return {**figures, "spark": pyspark.__version__, "seconds": steps.seconds}
+
+
+class _Tables:
+    """Counts tables and writes them into folders of the run."""
+
+    def __init__(self, settings: Recall, run: OpenRun, n_items: int, steps: Steps) -> None:
+        self.settings, self.run, self.n_items, self.steps = settings, run, n_items, steps
+
+    def count(self, events: DataFrame, folder: str, what: str) -> dict[str, Any]:
+        """Write both tables of some events (`counted_events`) and return the figures.
+
+        Args:
+            events: `user`, `item`, `timestamp`.
+            folder: of the run, with a slash at its end where it is not the run's own.
+            what: names the events in an error.
+        """
+        settings, run = self.settings, self.run
+        with self.steps.measure(f"{folder}read"):
+            placed = in_order(events).cache()
+            known = placed.where(F.col("place") <= settings.max_events)
+            counted = placed.agg(
+                F.count(F.lit(1)).alias("known"),
+                F.count_if(F.col("place") <= settings.max_events).alias("n"),
+                F.countDistinct("user").alias("users"),
+            ).first()
         assert counted is not None
         if not counted["n"]:
             raise DataError(
-                f"{features.uri}/examples: {' and '.join(FIT_ON[settings.fit_on])} have no event that "
-                f"recall.events={settings.events} counts. Check label.positive_when and split."
+                f"{run.inputs['features'].uri}/examples: {what} has no event that "
+                f"recall.events={settings.events} counts. Check label.positive_when, split and recall.late."
             )
-        with steps.measure("next_items"):
+        with self.steps.measure(f"{folder}next_items"):
             counts = known.groupBy("item").agg(F.count(F.lit(1)).alias("n"))
-            pairs = with_counts(following(known, settings), counts, spec.n_items)
-            save_best(pairs, weight(settings), settings.n, spec.n_items, f"{run.uri}/next_items")
-        with steps.measure("neighbors"):
+            pairs = with_counts(following(known, settings), counts, self.n_items)
+            self._save(pairs, weight(settings), f"{folder}next_items")
+        with self.steps.measure(f"{folder}neighbors"):
             of_users = baskets(known, settings.neighbors_max_events).cache()
             counts = (
                 of_users.select(F.explode("items").alias("item"))
                 .groupBy("item")
                 .agg(F.count(F.lit(1)).alias("n"))
             )
-            pairs = with_counts(together(of_users, settings.neighbors_max_events), counts, spec.n_items)
-            if len(settings.measures) > 1:
+            pairs = with_counts(together(of_users, settings.neighbors_max_events), counts, self.n_items)
+            # For training one is enough.
+            measures = settings.measures[:1] if folder else settings.measures
+            if len(measures) > 1:
                 pairs = pairs.cache()
-            for measure in settings.measures:
+            for measure in measures:
                 found = similarity(measure, settings.shrinkage, counted["users"])
-                uri = f"{run.uri}/neighbors/measure={measure}"
-                save_best(mirrored(pairs), found, settings.n, spec.n_items, uri)
-        remove_checksums(run.filesystem, run.path)
-        for frame in (known, of_users, pairs):
+                self._save(mirrored(pairs), found, f"{folder}neighbors/measure={measure}")
+        for frame in (placed, of_users, pairs):
             frame.unpersist()
-    finally:
-        session.__exit__(None, None, None)
-    return {
-        "events": counted["n"],
-        "users": counted["users"],
-        "next_items": _rows(run, "next_items"),
-        "neighbors": {measure: _rows(run, f"neighbors/measure={measure}") for measure in settings.measures},
-        "spark": pyspark.__version__,
-        "seconds": steps.seconds,
-    }
+        return {
+            "known": counted["known"],
+            "events": counted["n"],
+            "users": counted["users"],
+            "next_items": self._rows(f"{folder}next_items"),
+            "neighbors": {name: self._rows(f"{folder}neighbors/measure={name}") for name in measures},
+        }
 
+    def _save(self, pairs: DataFrame, weight: Column, name: str) -> None:
+        save_best(pairs, weight, self.settings.n, self.n_items, f"{self.run.uri}/{name}")
 
-def _rows(run: OpenRun, name: str) -> int:
-    folder = f"{run.path}/{name}"
-    return int(pyarrow.dataset.dataset(folder, filesystem=run.filesystem, format="parquet").count_rows())
+    def _rows(self, name: str) -> int:
+        folder = f"{self.run.path}/{name}"
+        return int(
+            pyarrow.dataset.dataset(folder, filesystem=self.run.filesystem, format="parquet").count_rows()
+        )

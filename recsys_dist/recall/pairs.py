@@ -4,6 +4,8 @@ Pairs are counted by both items, so that no task has all that a heavy item has, 
 before they are moved. All that is added up are whole numbers: the same in any order.
 """
 
+from collections.abc import Sequence
+
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -19,25 +21,65 @@ SENT = 500_000
 """A number for each of so many items is sent to every task in place of moving the pairs to it."""
 
 
-def known_events(examples: DataFrame, settings: Recall) -> DataFrame:
-    """The last `max_events` events of every user that pairs are made of.
-
-    Args:
-        examples: of a features run.
-        settings: of the configuration.
-
-    Returns:
-        `user`, `item` and `place`: from 1, the most recent first. Events of one moment are in order of their
-        items.
-    """
-    counted = F.col("split").isin(*FIT_ON[settings.fit_on])
+def counted_events(examples: DataFrame, settings: Recall, parts: Sequence[str]) -> DataFrame:
+    """The events of some parts of examples/ that tables are counted from: `user`, `item`, `timestamp`."""
+    counted = F.col("split").isin(*parts)
     if settings.events == "positive":
         counted &= F.col("label") > 0
+    return examples.where(counted).select("user", "item", "timestamp")
+
+
+def in_order(events: DataFrame) -> DataFrame:
+    """`user`, `item` and `place`: from 1, the most recent of the user's first. Events of one moment are in
+    order of their items.
+    """
     latest_first = Window.partitionBy("user").orderBy(F.col("timestamp").desc(), F.col("item").desc())
-    numbered = examples.where(counted).select(
-        "user", "item", F.row_number().over(latest_first).alias("place")
-    )
-    return numbered.where(F.col("place") <= settings.max_events)
+    return events.select("user", "item", F.row_number().over(latest_first).alias("place"))
+
+
+def late_from(events: DataFrame, late: float, in_time: bool) -> DataFrame:
+    """From when on a user's events are late (schema LATE_FROM).
+
+    Event p of a user's n (from 0, in time order, ties by item) is late where (p + 0.5) / n is 1 - late or
+    more; with `in_time` all of the last days, with about that share of all events, are.
+
+    Args:
+        events: of `counted_events`.
+        late: the share.
+        in_time: the same moment for all users.
+    """
+    if in_time:
+        days = events.groupBy(F.to_date("timestamp").alias("day")).agg(F.count(F.lit(1)).alias("n"))
+        counts = sorted((row.day, row.n) for row in days.collect())
+        total, before = sum(n for _, n in counts), 0
+        moment = None
+        for day, n in counts:
+            moment = day
+            if before + n > (1 - late) * total and before:
+                break
+            before += n
+        users = events.select("user").distinct()
+        return users.select("user", F.lit(moment).cast("timestamp").alias("late_from"))
+    of_user = Window.partitionBy("user")
+    first_first = of_user.orderBy("timestamp", "item")
+    placed = events.select(
+        "user", "timestamp",
+        ((F.row_number().over(first_first) - 0.5) / F.count(F.lit(1)).over(of_user)).alias("share"),
+    )  # fmt: skip
+    late_ones = placed.where(F.col("share") >= 1 - late)
+    return late_ones.groupBy("user").agg(F.min("timestamp").alias("late_from"))
+
+
+def earlier_events(events: DataFrame, moments: DataFrame) -> DataFrame:
+    """The events before their users' late ones.
+
+    Args:
+        events: of `counted_events`.
+        moments: of `late_from`.
+    """
+    joined = events.join(moments, "user", "left")
+    early = F.col("late_from").isNull() | (F.col("timestamp") < F.col("late_from"))
+    return joined.where(early).select("user", "item", "timestamp")
 
 
 def with_counts(pairs: DataFrame, counts: DataFrame, n_items: int) -> DataFrame:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from recsys_dist import config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import load
+from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.errors import ConfigError
 from recsys_dist.scoring.scorers import (
     FM,
@@ -54,7 +55,8 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     spec = features.spec()
     items = Items(features, spec)
     model = load(inputs["deepfm"], spec)
-    ranker = Ranker(model, items if model.spec.fields == spec.fields else Items(features, model.spec))
+    pairs = Pairs(model.pair_fields, items, inputs["recall"]) if model.pair_fields else None
+    ranker = Ranker(model, items if model.spec.fields == spec.fields else Items(features, model.spec), pairs)
     sources: dict[str, Scorer] = {
         "als": Factors(spec, inputs["als"].table("user_factors"), inputs["als"].table("item_factors")),
         "next_items": NextItems(spec, inputs["recall"]),

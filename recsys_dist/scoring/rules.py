@@ -16,7 +16,7 @@ from recsys_dist import config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.recall.inner_product import Lists
-from recsys_dist.schema import UNKNOWN, padded
+from recsys_dist.schema import UNKNOWN
 from recsys_dist.scoring.chosen import read_ids
 from recsys_dist.scoring.scorers import TwoStage
 from recsys_dist.scoring.users import Users
@@ -69,9 +69,7 @@ class Rules:
                 f"score.rules.at_most: {', '.join(wrong)} is no categorical field of the items; there are "
                 f"{', '.join(known) or 'none'}"
             )
-        self.values_IV = {
-            name: _values(items, name, several=known[name].type == "indices") for name in settings.at_most
-        }
+        self.values_IV = {name: items.values(name) for name in settings.at_most}
 
     @property
     def only_scores_count(self) -> bool:
@@ -200,17 +198,6 @@ def _between_0_and_1(scores_BC: Tensor) -> Tensor:
     high = scores_BC.amax(1, keepdim=True)
     low = scores_BC.masked_fill(~known, torch.inf).amin(1, keepdim=True)
     return ((scores_BC - low) / (high - low).clamp(min=1e-12)).masked_fill(~known, 0.0)
-
-
-def _values(items: Items, name: str, several: bool) -> Tensor:
-    """[I, V] the indices of the items' values, 0 where there is none."""
-    column = items.table[name]
-    if several:
-        width = max((len(values) for values in column.to_pylist()), default=0)
-        values = padded(column, max(width, 1))
-    else:
-        values = column.to_numpy()[:, None]
-    return torch.from_numpy(np.pad(values.astype(np.int64), ((1, 0), (0, 0))))
 
 
 def _indices(items: Items, key: str, path: str) -> tuple[Tensor, dict[str, str]]:

@@ -19,8 +19,10 @@ from recsys_dist.config import Recall
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, Side
+from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
-from recsys_dist.schema import LATEST, UNKNOWN, FeatureSpec, padded
+from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
+from recsys_dist.schema import UNKNOWN, FeatureSpec
 from recsys_dist.scoring.users import Users
 from recsys_dist.workspace import Run
 
@@ -67,22 +69,13 @@ class Related:
 
         An item of the history counts exp(-age / recency), where age is the number of later ones.
         """
-        self.others_IN, self.weights_IN = _ragged(related, spec.n_items)
-        self.shares = torch.exp(-torch.arange(LATEST) / recency)
+        self.related, self.recency, self.n = RelatedItems(related, spec.n_items), recency, spec.n_items
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
-        column = users.table["latest"]
-        length_B = torch.tensor(pa.compute.list_value_length(column).to_numpy())
-        history_BH = torch.from_numpy(padded(column, int(length_B.max()) if len(length_B) else 0))
-        scores_BI = torch.zeros(len(users), len(self.others_IN))
-        # Place by place, most recent last: a tensor of all of them would be H times as large.
-        for place in range(history_BH.shape[1]):
-            item_B = history_BH[:, place]
-            share_B = self.shares[(length_B - 1 - place).clamp(min=0)]
-            scores_BI.scatter_add_(
-                1, self.others_IN[item_B].long(), self.weights_IN[item_B] * share_B[:, None]
-            )
+        history_BH, age_BH = latest_of(users.table["latest"])
+        scores_BI = torch.zeros(len(users), self.n + 1)
+        self.related.add(scores_BI, history_BH, recent_share(age_BH, self.recency))
         scores_BI.masked_fill_(scores_BI <= 0, -torch.inf)
         return top_k(scores_BI, k, users.excluded, users.listable)
 
@@ -108,11 +101,12 @@ class Neighbors(Related):
 class Ranker:
     """A DeepFM with the item side of the whole catalogue, computed once, or once a day with daily fields."""
 
-    def __init__(self, model: DeepFM, items: Items) -> None:
-        """Take a published model and the items of the features run it was trained on."""
+    def __init__(self, model: DeepFM, items: Items, pairs: Pairs | None = None) -> None:
+        """Take a published model, the items of the features run it was trained on, and its pair fields."""
         self.spec = items.spec
         self.model = model
         self.items = items
+        self.pairs = pairs
         # The users of a batch are taken day by day, so no more than the last day is worth keeping.
         self._side = functools.lru_cache(maxsize=1)(self._item_side)
 
@@ -134,8 +128,12 @@ class Ranker:
         """[B, C] logits of the given items for each user."""
         user = self.users(users)
         logits_BC = torch.empty(items_BC.shape)
+        pair_BCP = self.pairs.of(users.table[self.pairs.history], items_BC) if self.pairs else None
         for rows, items in self.by_day(users):
-            logits_BC[rows] = self.model.logits(user.take(rows[:, None]), items.take(items_BC[rows]))
+            pair = None if pair_BCP is None else pair_BCP[rows]
+            logits_BC[rows] = self.model.logits(
+                user.take(rows[:, None]), items.take(items_BC[rows]), pair=pair
+            )
         return logits_BC
 
     def _item_side(self, day: int) -> Side:
@@ -147,7 +145,7 @@ class FM:
     """The FM part of a DeepFM alone, as an exact inner-product search.
 
     For one user the FM logit is a constant plus <sum_u, sum_i> + first_i + pair_i. The constant does not
-    change the order.
+    change the order. What pair fields would add is left out.
     """
 
     def __init__(self, ranker: Ranker) -> None:
@@ -182,7 +180,11 @@ class Exhaustive:
         scores_BI = torch.empty(len(users), len(self.ranker.items) + 1)
         for rows, items in self.ranker.by_day(users):
             for some in rows.split(self.USERS_AT_ONCE):
-                scores_BI[some] = self.ranker.model.logits(user.take(some[:, None]), items.leading(1, -1))
+                pairs, pair = self.ranker.pairs, None
+                if pairs:
+                    pair = pairs.of_all(users.table[pairs.history].take(pa.array(some.numpy())))
+                sides = user.take(some[:, None]), items.leading(1, -1)
+                scores_BI[some] = self.ranker.model.logits(*sides, pair=pair)
         return top_k(scores_BI, k, users.excluded, users.listable)
 
 
@@ -242,17 +244,6 @@ class TwoStage:
 
 def _settings(recall: Run) -> Recall:
     return Recall.model_validate(recall.manifest["config"]["recall"])
-
-
-def _ragged(related: pa.Table, n: int) -> tuple[Tensor, Tensor]:
-    """What each item says for others, [n + 1, N] int32 items and float32 weights, 0 where there are fewer."""
-    related = related.sort_by([("item", "ascending"), ("other", "ascending")])
-    item, other, weight = (related[name].to_numpy() for name in ("item", "other", "weight"))
-    place = np.arange(len(item)) - np.searchsorted(item, item)
-    others = np.zeros((n + 1, place.max(initial=0) + 1), np.int32)
-    weights = np.zeros(others.shape, np.float32)
-    others[item, place], weights[item, place] = other, weight
-    return torch.from_numpy(others), torch.from_numpy(weights)
 
 
 def _dense(factors: pa.Table, n: int) -> tuple[Tensor, Tensor]:

@@ -170,11 +170,14 @@ def validated(config: Any, features: Any) -> float:
     return Ranking(features, items, config).ndcg(model, torch.device("cpu"))
 
 
-def train_in(config: Any, features: Any, folder: Path, refit_epochs: int | None = None) -> dict[str, Any]:
+def train_in(
+    config: Any, features: Any, folder: Path, refit_epochs: int | None = None, recall: Any = None
+) -> dict[str, Any]:
     """The whole loop."""
     from recsys_dist.deepfm.loop import Task, train
 
-    task = Task(config, features, folder, refit_epochs=refit_epochs)
+    folder.mkdir(exist_ok=True)
+    task = Task(config, features, folder, recall, refit_epochs=refit_epochs)
     return asdict(train(task, torch.device("cpu")))
 
 

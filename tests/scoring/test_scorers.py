@@ -20,7 +20,14 @@ GONE = 7
 SCORERS = ["popularity", "als", "next_items", "neighbors", "fm", "deepfm", "two_stage"]
 
 
-@pytest.fixture(scope="module", params=[{}, {"attention": "{recent: 3}", "recency": "{genres_seen: 2}"}])
+PAIR = "[{name: next, measure: next_items}, {name: near, measure: neighbors, recency: 9}]"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"attention": "{recent: 3}", "recency": "{genres_seen: 2}"}, {"pair": PAIR}],
+    ids=["plain", "sequences", "pair"],
+)
 def night(request, tmp_path_factory):
     config = synthetic_config(tmp_path_factory.mktemp("root"), **request.param)
     return config, untrained_night(config, gone=GONE)
@@ -108,10 +115,12 @@ def test_lists_longer_than_the_catalogue_end_in_unknown(models, users, name):
 @torch.inference_mode()
 def test_deepfm_ranks_by_its_logits_as_of_each_list_s_day(models, users, catalogues):
     ranker = models.ranker
-    user = ranker.users(users)
+    user, pair = ranker.users(users), [None] * len(users)
+    if ranker.pairs:
+        pair = list(ranker.pairs.of_all(users.table["recent"]))
     logits = torch.cat(
         [
-            ranker.model.logits(user.rows(row, row + 1), catalogues[day])[None]
+            ranker.model.logits(user.rows(row, row + 1), catalogues[day], pair=pair[row])[None]
             for row, day in enumerate(users.days.tolist())
         ]
     )

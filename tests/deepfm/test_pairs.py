@@ -1,0 +1,218 @@
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+import torch
+
+from recsys_dist.config import DeepFM as Settings
+from recsys_dist.config import load
+from recsys_dist.deepfm import pairs as module
+from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.model import DeepFM, used_fields
+from recsys_dist.deepfm.pairs import Pairs, pair_specs
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.schema import LATE, RELATED
+from recsys_dist.workspace import Workspace
+from tests.deepfm.workers import run_workers, train_in
+from tests.models import random_recall
+from tests.synthetic import GROUPS, synthetic_config, synthetic_features
+
+PAIR = (
+    "[{name: next, measure: next_items, recency: 2}, {name: near, measure: neighbors}, "
+    "{name: since, measure: since}]"
+)
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    config = synthetic_config(tmp_path_factory.mktemp("root"), pair=PAIR)
+    features = synthetic_features(config)
+    return config, features, random_recall(config, features)
+
+
+@pytest.fixture(scope="module")
+def items(night):
+    config, features, _ = night
+    return Items(features, used_fields(features.spec(), config.deepfm))
+
+
+def small_recall(config, features):
+    """Item 1 speaks for 3 (weight 2) and 4 (weight 1), item 2 for 4 (weight 3); neighbours: 2 for 3."""
+    run = Workspace(config).new("recall", {"small": 1}, {"features": features})
+    tables = {
+        "next_items": [(1, 3, 2.0), (1, 4, 1.0), (2, 4, 3.0)],
+        "neighbors/measure=pearson": [(2, 3, 0.5)],
+    }
+    for name, rows in tables.items():
+        columns = dict(zip(RELATED.names, zip(*rows, strict=True), strict=True))
+        run.write_table(name, pa.table(columns).cast(RELATED))
+    return run.commit(config, {})
+
+
+def test_values_by_hand(night, items):
+    config, features, _ = night
+    share = {"name": "alike", "measure": "share", "attribute": "genres"}
+    asked = [*config.deepfm.model_dump()["pair"], share]
+    fields = pair_specs(Settings(pair=asked))
+    pairs = Pairs(fields, items, small_recall(config, features))
+    history = pa.chunked_array([pa.array([[1, 2], [2, 1], [], [7, 1]], pa.list_(pa.int32()))])
+    asked_items = torch.tensor([[3, 4, 5]]).expand(4, -1)
+    known, following, near, since, alike = pairs.of(history, asked_items).unbind(2)
+    assert (known == 1).all()
+    old = math.exp(-1 / 2)
+    log1p = math.log1p
+    expected = [
+        [log1p(2 * old / 2), log1p((old + 3) / 2), 0],
+        [log1p(2 / 2), log1p((1 + 3 * old) / 2), 0],
+        [0, 0, 0],
+        [log1p(2 / 2), log1p(1 / 2), 0],
+    ]
+    torch.testing.assert_close(following, torch.tensor(expected))
+    recency = config.recall.neighbors_recency
+    torch.testing.assert_close(near[:2, 0], torch.log1p(torch.tensor([1, math.exp(-1 / recency)])))
+    assert near[2:].eq(0).all()
+    # 3 is after item 1, 4 after both, 5 after none.
+    assert since.tolist() == [[0.5, 1, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]]
+    # The group of an item is its first genre; every third item has one more.
+    genres = {item: {item % GROUPS} | ({"third"} if item % 3 == 0 else set()) for item in range(1, 8)}
+    for row, liked in enumerate(history.to_pylist()):
+        for column, item in enumerate((3, 4, 5)):
+            shares = [sum(genre in genres[of] for of in liked) / max(1, len(liked)) for genre in genres[item]]
+            assert alike[row, column].item() == pytest.approx(np.mean(shares))
+
+
+def test_some_items_have_the_values_that_they_have_among_all(night, items, monkeypatch):
+    _, features, recall = night
+    pairs = Pairs(items.spec.side("pair"), items, recall)
+    history = features.table("users/as_of=test")["recent"]
+    every = pairs.of_all(history)
+    assert every.shape == (len(history), len(items) + 1, 4)
+    assert every[:, 0, 1:].eq(0).all()
+    chosen = torch.randint(0, len(items) + 1, (len(history), 9), generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(module, "ROOM", 3 * len(items))
+    found = pairs.of(history, chosen)
+    assert torch.equal(found, every[torch.arange(len(history))[:, None], chosen])
+    assert len(set(found.flatten().tolist())) > 500
+
+
+def test_examples_learn_from_tables_of_what_is_earlier(night, items):
+    config, features, recall = night
+    examples = Examples(features, items, config, ("train", "valid"), recall)
+    late, main = (Pairs(items.spec.side("pair"), items, recall, folder) for folder in (f"{LATE}/", ""))
+    moments = {row["user"]: row["late_from"] for row in recall.table(f"{LATE}/late_from").to_pylist()}
+    kinds = {"early": 0, "late": 0, "valid": 0}
+    for step in range(examples.steps):
+        batch = examples.batch(0, step, 0, 1)
+        table = features.table("examples", filter=pc.field("label") == 1)
+        by_number = table.filter(pc.field("split") != "test")
+        taken = batch.item.indices["item"].values().view(len(batch.user), -1).long()
+        users = batch.user.indices["user"].values().tolist()
+        for row in range(len(batch.user)):
+            if not batch.weight[row]:
+                continue
+            item = int(taken[row, 0])
+            of = by_number.filter((pc.field("user") == users[row]) & (pc.field("item") == item)).to_pylist()[
+                0
+            ]
+            is_late = users[row] in moments and of["timestamp"] >= moments[users[row]]
+            kind = "valid" if of["split"] == "valid" else "late" if is_late else "early"
+            kinds[kind] += 1
+            history = pa.chunked_array([pa.array([of["recent"]], pa.list_(pa.int32()))])
+            if kind == "early":
+                assert batch.pair[row].eq(0).all()
+            else:
+                expected = (main if kind == "valid" else late).of(history, taken[row : row + 1])[0]
+                assert torch.equal(batch.pair[row], expected)
+    assert min(kinds.values()) > 20, kinds
+
+
+def test_a_table_that_knows_late_events_is_refused(night, items):
+    """The planted leak: tables counted from the whole train part in the place of the earlier ones."""
+    config, features, recall = night
+    leaking = recall.__class__(
+        recall.filesystem,
+        recall.path,
+        recall.uri,
+        recall.manifest | {"figures": {"late": {"known": features.spec().positives["train"]}}},
+    )
+    with pytest.raises(DataError, match=r"was counted from .* earlier than its users' late ones"):
+        Examples(features, items, config, ("train",), leaking)
+
+
+def test_a_recall_run_without_them_is_refused(night, items):
+    config, features, _ = night
+    recall = small_recall(config, features)
+    with pytest.raises(ConfigError, match=r"before=late/neighbors.*recall\.late above 0"):
+        Examples(features, items, config, ("train",), recall)
+
+
+@pytest.mark.parametrize("kind", ["lr", "fm", "dnn", "deepfm"])
+def test_the_logit_gains_their_weights_and_their_part_of_the_first_layer(night, items, kind):
+    config, features, recall = night
+    settings = config.deepfm.model_copy(update={"model": kind, "init_scale": 0.5})
+    spec = used_fields(features.spec(), settings)
+    model = DeepFM(spec, settings, seed=5).requires_grad_(False)
+    plain = settings.model_copy(update={"pair": ()})
+    without = DeepFM(used_fields(features.spec(), plain), plain, seed=5).requires_grad_(False)
+    without.load_state_dict(
+        {name: w for name, w in model.state_dict().items() if not name.startswith("pair_")}
+    )
+    batch = Examples(features, items, config, ("train",), recall).batch(0, 0, 0, 1)
+    user = model.user_side(batch.user).leading(-1, 1)
+    item = model.item_side(batch.item).leading(len(batch.user), -1)
+    if kind != "dnn":
+        model.pair_first.copy_(torch.tensor([0.3, -1.0, 0.5, 2.0]))
+    expected = without.fm(user, item) + batch.pair @ model.pair_first if kind != "dnn" else 0.0
+    if kind in ("dnn", "deepfm"):
+        shifted = user._replace(
+            hidden=user.hidden + torch.zeros_like(item.hidden) + batch.pair @ model.pair_hidden.weight.T
+        )
+        expected = expected + without.mlp(shifted, item)
+    torch.testing.assert_close(model.logits(user, item, pair=batch.pair), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="3 pair fields, and no values"):
+        model.logits(user, item)
+
+
+def test_training_with_them_is_the_same_on_two_workers(night, tmp_path):
+    config, features, recall = night
+    done = [
+        run_workers(
+            workers,
+            train_in,
+            tmp_path / str(workers),
+            config,
+            features,
+            tmp_path / f"f{workers}",
+            None,
+            recall,
+        )[0]
+        for workers in (1, 2)
+    ]
+    assert done[0]["step"] == done[1]["step"] > 0
+    assert done[0]["best"] == pytest.approx(done[1]["best"], abs=1e-3)
+
+
+LATE_SET = "recall.late=0.1"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["deepfm.pair=[{name: a, measure: share}]"], "measure share, and no other, needs an attribute"),
+        (["deepfm.pair=[{name: a, measure: since, recency: 1}]"], "recency is for next_items and neighbors"),
+        (["deepfm.pair=[{name: a, measure: since}]"], r"recall\.late=0\.2"),
+        (["deepfm.pair=[{name: recent, measure: since}]", LATE_SET], "names used twice: recent"),
+        (
+            ["deepfm.pair=[{name: a, measure: share, attribute: genre}]", LATE_SET],
+            "'genre' is no categorical field of side item",
+        ),
+        (["deepfm.pair=[{name: a, measure: since}]", LATE_SET, "fields=[]"], "history of liked items"),
+        (["deepfm.pair=[{name: a, measure: since}]", LATE_SET, "deepfm.model=mf"], "mf has no histories"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(None, overrides)
