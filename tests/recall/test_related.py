@@ -11,7 +11,7 @@ import pytest
 
 from recsys_dist.config import Recall
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.schema import RELATED
+from recsys_dist.schema import BEFORE_VALID, LATE, RELATED
 from recsys_dist.workspace import Workspace
 from tests.logs import log_config
 from tests.synthetic import synthetic_features
@@ -28,7 +28,7 @@ def related(spark, tmp_path):
     features = synthetic_features(config)
     numbers = itertools.count()
 
-    def run(rows, settings, partitions=2):
+    def run(rows, settings, partitions=2, split_kind="per_user_time"):
         from recsys_dist.recall.fit import fit_recall
 
         folder = tmp_path / f"features{next(numbers)}"
@@ -46,7 +46,8 @@ def related(spark, tmp_path):
             (folder / f"examples/split={split}").mkdir(parents=True)
             table = pa.Table.from_pylist(part, schema=EXAMPLES)
             pa.parquet.write_table(table, folder / f"examples/split={split}/part.parquet")
-        log = features.__class__(features.filesystem, str(folder), str(folder), features.manifest)
+        manifest = features.manifest | {"config": {"split": {"kind": split_kind}}}
+        log = features.__class__(features.filesystem, str(folder), str(folder), manifest)
         (folder / "features.json").write_text(features.spec().model_dump_json())
         properties = {"spark.sql.shuffle.partitions": str(partitions)}
         spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
@@ -180,7 +181,7 @@ def test_one_user(related):
 
 
 def test_nothing_to_count_is_told(related):
-    with pytest.raises(DataError, match="train have no event that"):
+    with pytest.raises(DataError, match="train has no event that"):
         related([(1, 1, 0, 0, "train"), (1, 2, 1, 1, "valid")], PLAIN)
 
 
@@ -265,3 +266,61 @@ def test_tables_are_those_of_plain_python_and_of_any_number_of_partitions(relate
             assert [other for other, _ in found[item]] == [b for _, b in best], (name, item)
             values = [-value for value, _ in best]
             assert [weight for _, weight in found[item]] == pytest.approx(values, abs=3e-6)
+
+
+LATE_TABLES = ("next_items", "neighbors/measure=pearson")
+
+
+def late_from(run):
+    """{user: hours after START from which events are late}"""
+    rows = run.table(f"{LATE}/late_from").to_pylist()
+    return {row["user"]: (row["late_from"] - START) / dt.timedelta(hours=1) for row in rows}
+
+
+def test_late_events_are_each_user_s_last_ones(related):
+    rows = log([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1], [4, 3, 2, 1])
+    # Two events of one moment, of which the split by places would cut one off.
+    rows += [(5, item, at, 1, "train") for item, at in ((1, 0), (2, 1), (3, 2), (4, 2))]
+    # Neither what is not liked nor what is not train counts.
+    rows += [(1, 9, 90, 0, "train"), (1, 9, 99, 1, "valid")]
+    run = related(rows, PLAIN | {"late": 0.25, "window": 2})
+    assert late_from(run) == {1: 4, 2: 7, 4: 3, 5: 2}
+    figures = run.manifest["figures"]
+    assert figures["late"]["known"] == 4 + 7 + 1 + 3 + 2
+    assert figures["known"] == 5 + 10 + 1 + 4 + 4
+    assert "before_valid" not in figures
+    early = log([1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7], [1], [4, 3, 2], [1, 2])
+    expected = related(early, PLAIN | {"window": 2})
+    for name in LATE_TABLES:
+        assert stored(run, f"{LATE}/{name}") == stored(expected, name)
+        assert stored(run, name) != stored(expected, name)
+
+
+def test_with_a_split_by_time_all_events_of_the_last_days_are_late(related):
+    rows = [(user, item, 24 * item + user, 1, "train") for user in range(1, 4) for item in range(10)]
+    run = related(rows, PLAIN | {"late": 0.2}, split_kind="global_time")
+    assert late_from(run) == dict.fromkeys(range(1, 4), 24 * 8)
+    assert run.manifest["figures"]["late"]["known"] == 24
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_nothing_late_changes_the_tables_of_what_is_earlier(related, seed):
+    """Late events are of other items: what the ranking model learns by stays."""
+    rows = random_rows(seed)
+    settings = {"late": 0.3, "fit_on": "train_valid"}
+    run = related(rows, settings)
+    moments = late_from(run)
+    early = [row for row in rows if row[4] == "train" and row[2] < moments.get(row[0], math.inf)]
+    late = [row for row in rows if row[4] == "train" and row[2] >= moments.get(row[0], math.inf)]
+    assert len(late) > len(early) / 5
+    generator = np.random.default_rng(seed)
+    others = [(user, int(generator.integers(1, 16)), at, label, split) for user, _, at, label, split in late]
+    changed = related(early + others, settings)
+    for name in LATE_TABLES:
+        before, after = (of.table(f"{LATE}/{name}").select(RELATED.names) for of in (run, changed))
+        assert before.equals(after)
+        assert len(before) > 0
+    # And what precedes valid knows nothing of it.
+    train = related([row for row in rows if row[4] == "train"], {})
+    for name in LATE_TABLES:
+        assert stored(run, f"{BEFORE_VALID}/{name}") == stored(train, name)
