@@ -173,6 +173,10 @@ class Label(Section):
     """Spark SQL condition on `value`, `event`, `user`, `item` and `timestamp`; default: every event is
     positive. Not with `column`."""
 
+    others: Literal["keep", "drop"] = "keep"
+    """drop: events that are not positive are left out, as if they had not happened: no field and no split
+    counts them, and no list leaves out their items."""
+
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Event type to the value of such an event: {view: 1, cart: 3, purchase: 5}. Other types are set aside.
     Empty: the value is the `value` column, or 1."""
@@ -507,9 +511,10 @@ class DeepFM(Section):
     its own label (objective logistic) or value (squared)."""
     negatives_power: float = Field(0.0, ge=0, le=1)
     """Items are drawn with probability proportional to (1 + train positives)^power; 0 is uniform."""
-    negatives_from: Literal["catalogue", "batch"] = "catalogue"
+    negatives_from: Literal["catalogue", "batch", "next_items"] = "catalogue"
     """batch: the items drawn for a positive are other positives of its stream in the same step, whatever
-    `negatives_power` says."""
+    `negatives_power` says. next_items: one half of them are from the catalogue, one half what next items
+    proposes for the example's history, which is what the model has to tell apart (with `pair` only)."""
     negatives_outside_history: bool = False
     """No item is drawn for an example that is in its longest history of items."""
     objective: Literal["logistic", "softmax", "bpr", "squared"] = "softmax"
@@ -947,6 +952,11 @@ class Config(Section):
             for pair in pairs
             if pair.attribute is not None and pair.attribute not in attributes
         ]
+        if self.deepfm.negatives_from == "next_items" and not pairs:
+            wrong.append(
+                "deepfm.negatives_from=next_items needs the tables that deepfm.pair is of, for example "
+                "deepfm.pair=[{name: next, measure: next_items}]"
+            )
         if pairs and self.deepfm.model == "mf":
             wrong.append("deepfm.pair: model mf has no histories that the pairs could be of")
         if pairs and not self.recall.late:

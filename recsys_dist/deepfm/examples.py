@@ -23,7 +23,9 @@ from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
 from recsys_dist.deepfm.pairs import LearnedPairs
+from recsys_dist.deepfm.proposed import Proposed
 from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.recall.related import latest_of
 from recsys_dist.schema import FeatureSpec, padded
 from recsys_dist.workspace import Run
 
@@ -148,6 +150,10 @@ class Examples:
                 settings.negatives_power,
                 settings.negatives_from == "batch",
             )
+        self.proposed = None
+        if self.negatives and settings.negatives_from == "next_items":
+            assert self.pairs is not None, "checked with the configuration"
+            self.proposed = Proposed(self.negatives.catalogue, *self.pairs.late.next_items())
         self.history = None
         if settings.negatives_outside_history:
             histories = [f for f in catalogue.spec.fields if f.kind == "history" and f.of == "item"]
@@ -250,7 +256,12 @@ class Examples:
         """Negatives.draw for a stream's rows."""
         history = padded(rows[self.history.name], self.history.last or 1) if self.history else None
         positives, number = rows["item"].to_numpy(), self.config.deepfm.negatives
-        return negatives.draw(positives, number, np.random.default_rng(seed), history)
+        generator = np.random.default_rng(seed)
+        if self.proposed is not None and self.pairs is not None:
+            left_out = positives[:, None] if history is None else np.column_stack([positives, history])
+            liked = latest_of(rows[self.pairs.history])
+            return self.proposed.draw(left_out, number, generator, *liked)
+        return negatives.draw(positives, number, generator, history)
 
 
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:

@@ -54,19 +54,15 @@ class Pairs:
         self.n = len(items)
         places = {"next_items": "next_items", "neighbors": f"neighbors/measure={self.settings.measures[0]}"}
         wanted = {"next_items" if field.of == "since" else str(field.of) for field in fields} & set(places)
-        self.tables: dict[str, RelatedItems] = {}
-        for name in sorted(wanted):
-            try:
-                table = recall.table(f"{folder}{places[name]}")
-            except FileNotFoundError:
-                raise ConfigError(
-                    f"{recall.uri} has no {folder}{places[name]}, which the model's pair fields need. Run "
-                    f"jobs/recall.py with recall.late above 0, for example 0.2."
-                ) from None
-            self.tables[name] = RelatedItems(table, self.n)
+        self._read = lambda name: _related(recall, f"{folder}{places[name]}", self.n)
+        self.tables = {name: self._read(name) for name in sorted(wanted)}
         self.values_IV = {
             field.attribute: items.values(field.attribute) for field in fields if field.attribute
         }
+
+    def next_items(self) -> tuple[RelatedItems, float]:
+        """The table of next items, and how fast older items of a history count less."""
+        return self.tables.get("next_items") or self._read("next_items"), self.settings.next_items_recency
 
     @property
     def width(self) -> int:
@@ -132,6 +128,16 @@ class Pairs:
         for values_I in values_IV.T:
             found += shares_BG.gather(1, values_I[items_BC])
         return found / (values_IV != UNKNOWN).sum(1).clamp(min=1)[items_BC]
+
+
+def _related(recall: Run, name: str, n: int) -> RelatedItems:
+    try:
+        return RelatedItems(recall.table(name), n)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{recall.uri} has no {name}, which the model's pair fields need. Run jobs/recall.py with "
+            f"recall.late above 0, for example 0.2."
+        ) from None
 
 
 class LearnedPairs:

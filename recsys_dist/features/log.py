@@ -43,6 +43,8 @@ class Inputs:
         date = self.config.score.date
         rows = self._kept(read(self.spark, self.opened["events"], self.scratch))
         checked = check_events(rows, self.config, midnight(date) if date else None)
+        if self.config.label.others == "drop":
+            checked = checked.where(F.col("positive") | F.col("_reason").isNotNull())
         # What is stored is what everything is computed from.
         checked = checked.withColumn("value", F.col("value").cast("float").cast("double"))
         return ids.with_numbers(checked, self.config.fields, "context")

@@ -3,6 +3,8 @@
 Legend: B users, I items (index 0 is unknown), N others of an item, H history positions.
 """
 
+import copy
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -30,6 +32,12 @@ class RelatedItems:
         """int32, 0 where there are fewer."""
         self.weights_IN = torch.from_numpy(weights)
         self.mean_weight = float(weight.mean(dtype=np.float64)) if len(weight) else 1.0
+
+    def with_weights(self, weights_IN: Tensor) -> "RelatedItems":
+        """The same items with other weights."""
+        other = copy.copy(self)
+        other.weights_IN = weights_IN
+        return other
 
     def add(self, scores_BI: Tensor, history_BH: Tensor, share_BH: Tensor) -> None:
         """Add to the scores what the items of a history say, each with its share."""

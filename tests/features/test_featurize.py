@@ -379,3 +379,17 @@ def test_a_table_that_meets_no_event_is_refused(spark, tmp_path):
     data = log_config(tmp_path, lines).data.model_dump(mode="json") | {"users": users}
     with pytest.raises(DataError, match=r"no user of it occurs in the events.*'001'.*'1'"):
         featurized(log_config(tmp_path, lines, data=data))
+
+
+def test_events_that_are_not_positive_can_be_left_out(spark, tmp_path):
+    """As if they were not in the log: splits, histories and lists go by the positive ones."""
+    rows = [f"u{n % 3},i{n % 7},{n * HOUR},{1 + n % 5}" for n in range(60)]
+    only = [row for row in rows if row[-1] in "45"]
+    dropped = log_config(tmp_path, rows, label={"others": "drop"}, storage={"root": str(tmp_path / "a")})
+    found, run = featurized(dropped), events_of(dropped)
+    alone = log_config(tmp_path, only, storage={"root": str(tmp_path / "b")})
+    expected = featurized(alone)
+    assert run == events_of(alone)
+    assert len(run) == len(only) < len(rows)
+    for table in ("users", "items", "vocab/item"):
+        assert found.table(table).equals(expected.table(table))
