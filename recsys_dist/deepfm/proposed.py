@@ -15,6 +15,8 @@ from recsys_dist.deepfm.negatives import Distribution
 from recsys_dist.recall.related import RelatedItems, recent_share
 
 HALF = 0.5
+FULL = 1 - 1e-4
+"""Where so much of the probability is of items that are left out, next to nothing would be left."""
 ROOM = 1 << 22
 """Numbers of the array [B, I] that odds are looked up in: a few examples at a time where I is large."""
 
@@ -62,34 +64,57 @@ class Proposed:
             history_BH: the examples' histories, of `latest_of`.
             age_BH: likewise.
         """
-        if not len(left_out):
-            return np.zeros((0, number), np.int64), np.zeros((0, number), np.float32)
         share_BH = recent_share(age_BH, self.recency) * self.speaks_I[history_BH]
         total_B1 = share_BH.sum(1, keepdim=True)
         half_B = HALF * (total_B1[:, 0] > 0)
         share_BH = share_BH / total_B1.clamp(min=1e-30)
-        first = torch.from_numpy(left_out.astype(np.int64))
-        out_BL = first.sort(1).values
+        out_BL = torch.from_numpy(left_out.astype(np.int64))
+        size = max(1, ROOM // (self.n + 1))
+        parts = []
+        for start in range(0, len(out_BL), size):
+            rows = slice(start, start + size)
+            liked = history_BH[rows], share_BH[rows], half_B[rows]
+            parts.append(self._draw(out_BL[rows], *liked, number, generator))
+        items_BJ = torch.cat([torch.empty(0, number, dtype=torch.int64), *(items for items, _ in parts)])
+        odds_BJ = torch.cat([torch.empty(0, number), *(odds for _, odds in parts)])
+        return items_BJ.numpy(), odds_BJ.log().numpy()
+
+    def _draw(
+        self,
+        first_BL: Tensor,
+        history_BH: Tensor,
+        share_BH: Tensor,
+        half_B: Tensor,
+        number: int,
+        generator: np.random.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        """Items and their probability, [B, J] each."""
+        odds_BI = torch.zeros(len(first_BL), self.n + 1)
+        self.related.add(odds_BI, history_BH, share_BH)
+        odds_BI[:, 0] = 0
+
+        def odds(items_BC: Tensor) -> Tensor:
+            half_B1 = half_B[:, None]
+            return half_B1 * odds_BI.gather(1, items_BC) + (1 - half_B1) * self.catalogue_I[items_BC]
+
+        out_BL = first_BL.sort(1).values
         out_BL[:, 1:][out_BL[:, 1:] == out_BL[:, :-1]] = 0
-        gone_B = self._odds(out_BL, history_BH, share_BH, half_B).sum(1)
-        # Nothing, or rounding, would be left.
-        full_B = gone_B > 1 - 1e-4
+        gone_B = odds(out_BL).sum(1)
+        full_B = gone_B > FULL
         if full_B.any():
             out_BL[full_B] = 0
-            out_BL[full_B, 0] = first[full_B, 0]
-            gone_B = self._odds(out_BL, history_BH, share_BH, half_B).sum(1)
+            out_BL[full_B, 0] = first_BL[full_B, 0]
+            gone_B = odds(out_BL).sum(1)
         items_BJ = torch.zeros(len(out_BL), number, dtype=torch.int64)
-        rows, columns = (
-            part.flatten() for part in torch.meshgrid(*map(torch.arange, items_BJ.shape), indexing="ij")
-        )
+        rows = torch.arange(len(out_BL)).repeat_interleave(number)
+        columns = torch.arange(number).repeat(len(out_BL))
         while len(rows):
             chance = torch.from_numpy(generator.random((3, len(rows))))
             found = self._one_each(chance, history_BH[rows], share_BH[rows], half_B[rows])
             items_BJ[rows, columns] = found
             again = (found[:, None] == out_BL[rows]).any(1)
             rows, columns = rows[again], columns[again]
-        odds_BJ = self._odds(items_BJ, history_BH, share_BH, half_B) / (1 - gone_B)[:, None]
-        return items_BJ.numpy(), odds_BJ.log().numpy()
+        return items_BJ, odds(items_BJ) / (1 - gone_B)[:, None]
 
     def _one_each(self, chance: Tensor, history_MH: Tensor, share_MH: Tensor, half_M: Tensor) -> Tensor:
         """[M] an item for each of M rows, by three numbers [3, M] between 0 and 1 of each."""
@@ -103,15 +128,3 @@ class Proposed:
         other = (cumulative.double() <= point[proposed, None]).sum(1).clamp(max=cumulative.shape[1] - 1)
         found[proposed] = self.related.others_IN[speaker, other].long()
         return found.clamp(max=self.n)
-
-    def _odds(self, items_BC: Tensor, history_BH: Tensor, share_BH: Tensor, half_B: Tensor) -> Tensor:
-        """[B, C] the probability of each item, before anything is left out; 0 of item 0."""
-        found = self.catalogue_I[items_BC] * (1 - half_B)[:, None]
-        size = max(1, ROOM // (self.n + 1))
-        for start in range(0, len(items_BC), size):
-            rows = slice(start, start + size)
-            odds_BI = torch.zeros(len(items_BC[rows]), self.n + 1)
-            self.related.add(odds_BI, history_BH[rows], share_BH[rows])
-            odds_BI[:, 0] = 0
-            found[rows] += half_B[rows, None] * odds_BI.gather(1, items_BC[rows])
-        return found
