@@ -48,8 +48,8 @@ def check_events(rows: DataFrame, config: Config, date_micros: int | None) -> Da
     unusable = F.col("value").isNull() | F.isnan(single) | (F.abs(single) == float("inf"))
     reasons = [
         F.col("_broken"),
-        F.when(_missing("user"), "missing user"),
-        F.when(_missing("item"), "missing item"),
+        F.when(F.col("user").isNull(), "missing user"),
+        F.when(F.col("item").isNull(), "missing item"),
         F.when(F.col("micros").isNull(), "unparseable timestamp"),
     ]
     if date_micros is not None:
@@ -72,13 +72,12 @@ def check_events(rows: DataFrame, config: Config, date_micros: int | None) -> Da
     else:
         rows = rows.withColumn("value", F.lit(1.0))
     if label.kind == "column":
-        text = F.lower(F.trim("label"))
+        text = F.lower("label")
         positive = F.coalesce(text.isin(*YES), F.lit(False))
         reasons.append(F.when(~F.coalesce(text.isin(*YES, *NO), F.lit(False)), "label is not 0 or 1"))
     else:
         positive = positive_condition(rows.sparkSession, label.positive_when, "event" in has)
     if "split" in has:
-        rows = rows.withColumn("split", F.trim("split"))
         reasons.append(F.when(~F.coalesce(F.col("split").isin(*SPLITS), F.lit(False)), "unknown split"))
     rows = rows.withColumn("_reason", F.coalesce(*reasons)).withColumn(
         "timestamp", F.timestamp_micros("micros")
@@ -101,13 +100,13 @@ def check_table(rows: DataFrame, key: str, source: Source) -> DataFrame:
         the columns of `rows`, `active_from` and `active_to` as timestamps (null: no limit), and `_reason` in
         place of `_broken`.
     """
-    reasons = [F.col("_broken"), F.when(_missing(key), f"missing {key}")]
+    reasons = [F.col("_broken"), F.when(F.col(key).isNull(), f"missing {key}")]
     for column in ("active_from", "active_to"):
         if column in rows.columns:
             # Parsed under another name: the text says whether there is a time at all.
             rows = rows.withColumn(f"_{column}", F.timestamp_micros(_microseconds(rows, column, source)))
-            given = F.trim(F.col(column).cast("string")) != ""
-            reasons.append(F.when(given & F.col(f"_{column}").isNull(), f"unparseable {column}"))
+            wrong = F.col(column).isNotNull() & F.col(f"_{column}").isNull()
+            reasons.append(F.when(wrong, f"unparseable {column}"))
     rows = rows.withColumn("_reason", F.coalesce(*reasons))
     for column in ("active_from", "active_to"):
         if column in rows.columns:
@@ -225,7 +224,7 @@ def require_pattern(spark: SparkSession, name: str, source: Source) -> None:
 
 def _microseconds(rows: DataFrame, column: str, source: Source) -> Column:
     """Microseconds since 1970 of a column of times; null where it is none."""
-    pattern, zone, text = source.timestamp_format, source.timezone, F.trim(column)
+    pattern, zone, text = source.timestamp_format, source.timezone, F.col(column)
     if isinstance(rows.schema[column].dataType, TimestampType):
         exact = F.unix_micros(column)
     elif pattern in ("seconds", "milliseconds"):
@@ -238,7 +237,7 @@ def _microseconds(rows: DataFrame, column: str, source: Source) -> Column:
             whole.isNull(), (number * F.lit(10**scale)).cast("bigint")
         )
     elif pattern == "iso":
-        time = F.expr(f"try_cast(trim({column}) AS timestamp)")
+        time = F.expr(f"try_cast({column} AS timestamp)")
         # The cast also takes a time alone, which it completes with today's date.
         exact = F.when(text.rlike(r"^\d{4}-\d{2}-\d{2}"), F.unix_micros(time))
         if zone != "UTC":
@@ -259,10 +258,6 @@ def _of_zone(micros: Column, zone: str) -> Column:
 def _letters(pattern: str) -> str:
     """A datetime pattern without its quoted text."""
     return re.sub("'[^']*'", "", pattern)
-
-
-def _missing(column: str) -> Column:
-    return F.col(column).isNull() | (F.trim(column) == "")
 
 
 def _first_line(error: PySparkException) -> str:

@@ -190,16 +190,17 @@ def _hex(fingerprint: int | None) -> str:
 
 
 def values(rows: DataFrame, column: str, delimiter: str | None) -> Column:
-    """A column's values as an array without empty ones; the column is text or an array of texts. The parts of
-    a text are taken without the spaces around them.
+    """A column's values as an array without empty ones; the column is text of `read` or an array of texts.
+
+    The parts of a text and the elements of an array are taken without the spaces around them.
     """
     if dict(rows.dtypes)[column].startswith("array"):
         parts = F.col(f"`{column}`")
     elif delimiter is None:
-        parts = F.array(F.col(f"`{column}`"))
+        return F.filter(F.array(F.col(f"`{column}`")), lambda part: part.isNotNull())
     else:
-        parts = F.transform(F.split(F.col(f"`{column}`"), literal(delimiter)), lambda x: F.trim(x))
-    return F.filter(parts, lambda part: part.isNotNull() & (F.trim(part) != ""))
+        parts = F.split(F.col(f"`{column}`"), literal(delimiter))
+    return F.filter(F.transform(parts, lambda part: F.trim(part)), lambda part: part != "")
 
 
 def bucket(token: Column, buckets: int) -> Column:
@@ -258,8 +259,7 @@ def tokens_of(
     numbers = [counts.get(name, F.lit(0)).cast("bigint").alias(name) for name in COUNTS]
     if delimiter is None and not dict(rows.dtypes)[column].startswith("array"):
         token = F.col(f"`{column}`")
-        # Most begin with a visible character: they are not blank, whatever follows.
-        rows = rows.where((token >= "!") | (F.trim(token) != ""))
+        rows = rows.where(token.isNotNull())
     else:
         token = F.explode(values(rows, column, delimiter))
     return rows.select(F.lit(field).alias("field"), token.alias("token"), *numbers)

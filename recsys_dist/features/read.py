@@ -59,11 +59,11 @@ def read(spark: SparkSession, opened: Opened, scratch: str) -> DataFrame:
             They must stay there until the rows are no longer used.
 
     Returns:
-        the columns by our names, as strings, or as array<string> where they hold lists; null for an empty
-        value. Times of Parquet files are timestamps. Further columns: `_hash` (bigint, of the row and its
-        file: equal for equal texts in one file), `_source` (path of the file), `_raw` (the row's text; may
-        hold bytes that are not UTF-8: see `readable`) and `_broken` (why the row has no columns, else null).
-        `_source` and `_raw` take time only where they are used.
+        the columns by our names, as strings without the spaces around them, or as array<string> where they
+        hold lists; null for an empty or blank value. Times of Parquet files are timestamps. Further columns:
+        `_hash` (bigint, of the row and its file: equal for equal texts in one file), `_source` (path of the
+        file), `_raw` (the row's text; may hold bytes that are not UTF-8: see `readable`) and `_broken` (why
+        the row has no columns, else null). `_source` and `_raw` take time only where they are used.
 
     Raises:
         ConfigError: Java does not know the encoding.
@@ -99,6 +99,12 @@ def unreadable(error: Exception | str, opened: Iterable[Opened] = ()) -> str | N
                 except (OSError, pa.ArrowInvalid):
                     return path
     return None
+
+
+def trimmed(text: Column) -> Column:
+    """A text without the spaces around it; null where nothing is left."""
+    # Most begin with a visible character: they are not blank, whatever follows.
+    return F.when((text >= "!") | (F.trim(text) != ""), F.trim(text))
 
 
 def readable(column: str) -> Column:
@@ -188,8 +194,7 @@ def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) 
         if group.head.of_folder(name):
             value = _of_folder(group.head.keys[name])
         else:
-            value = F.col(places[names.index(name)])
-            value = F.when(value != "", value)
+            value = trimmed(F.col(places[names.index(name)]))
             suspect = suspect | F.coalesce(value.contains("\ufffd"), F.lit(False))
         columns.append((_values(value) if ours in opened.several else value).alias(ours))
     return rows.select(
@@ -282,7 +287,7 @@ def _of_folder(key: str) -> Column:
     value = F.regexp_extract(_path(), f".*/{literal(key)}=([^/]*)/", 1)
     encoded = value.contains("%") & value.rlike("^([^%]|%[0-9A-Fa-f]{2})*$")
     value = F.when(encoded, F.url_decode(F.replace(value, F.lit("+"), F.lit("%2B")))).otherwise(value)
-    return F.when(~value.isin("", "__HIVE_DEFAULT_PARTITION__"), value)
+    return F.when(value != "__HIVE_DEFAULT_PARTITION__", trimmed(value))
 
 
 def _read_parquet(spark: SparkSession, opened: Opened, group: Group, scratch: str) -> DataFrame:
@@ -310,7 +315,7 @@ def _read_parquet(spark: SparkSession, opened: Opened, group: Group, scratch: st
 
 
 def _text(rows: DataFrame, column: str, ours: str) -> Column:
-    text = F.col(_quoted(column)).cast("string")
+    text = trimmed(F.col(_quoted(column)).cast("string"))
     if ours != "value" and isinstance(rows.schema[column].dataType, DoubleType | FloatType):
         # Integers that pandas made floats of, for one missing value: 7.0 is the id 7.
         whole = F.expr(f"try_cast({_quoted(column)} AS decimal(38,0))")

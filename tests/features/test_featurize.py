@@ -366,6 +366,23 @@ def test_values_are_taken_without_the_spaces_around_them(spark, tmp_path):
     assert len(found["a"]) == 2
 
 
+def test_ids_and_words_are_taken_without_the_spaces_around_them(spark, tmp_path):
+    lines = [f"{user},{item},{n},5,{word}" for n in range(4) for user, item, word in [("12", "a", "red")]]
+    lines += [" 12,a ,1,5,red ", " 12 , b,9,5, red", '" 13",b,1,5,']
+    fields = [{"name": "word", "kind": "categorical", "side": "context", "column": "word"}]
+    fields += [{"name": "tags", "kind": "categorical", "side": "item", "column": "tags", "list": True}]
+    (tmp_path / "items.jsonl").write_text('{"item": " a", "tags": [" x", "x ", " "]}\n')
+    items = {"path": str(tmp_path / "items.jsonl"), "format": "jsonl", "columns": {"item": "item"}}
+    data = log_config(tmp_path, []).data.model_dump(mode="json") | {"items": items, "max_bad_rows": 0.2}
+    config = log_config(tmp_path, lines, header="user,item,timestamp,value,word", fields=fields, data=data)
+    run = featurized(config)
+    tokens = {name: run.table(f"vocab/{name}")["token"].to_pylist() for name in run.spec().vocabularies}
+    assert tokens == {"user": ["12", "13"], "item": ["a", "b"], "word": ["red"], "tags": ["x"]}
+    aside = run.table("quarantine").to_pylist()
+    assert [row["reason"] for row in aside] == ["duplicate"]  # of "12,a,1,5"
+    assert run.table("items")["tags"].to_pylist() == [[1, 1], []]
+
+
 def test_a_last_event_after_today_is_warned_of(spark, tmp_path, capsys):
     lines = [f"u,{item},{n},5" for n, item in enumerate("abcdefgh")] + ["u,i,4102444800,5"]
     featurized(log_config(tmp_path, lines))

@@ -101,6 +101,20 @@ def test_quotes(tmp_path, found, aside):
     ]
 
 
+@pytest.mark.parametrize("format_", ["csv", "jsonl", "parquet"])
+def test_spaces_around_a_value(tmp_path, found, format_):
+    rows = [(" ann", "a b ", " 1 "), ("bob  ", "   ", "2"), ("zoe", " c", "3")]
+    table = pa.table(dict(zip(("user", "item", "time"), zip(*rows, strict=True), strict=True)))
+    if format_ == "csv":
+        quoted = ",".join(f'"{part}"' for part in rows[0])
+        write(tmp_path, [LINES[0], quoted, *map(",".join, rows[1:])])
+    elif format_ == "jsonl":
+        write(tmp_path, map(json.dumps, table.to_pylist()))
+    else:
+        pq.write_table(table, tmp_path / "log.csv")
+    assert found(format=format_) == [("ann", "a b", "1"), ("bob", None, "2"), ("zoe", "c", "3")]
+
+
 def test_no_header(tmp_path, found):
     write(tmp_path, LINES[1:])
     assert found(header=["user", "item", "time"]) == ROWS
