@@ -74,6 +74,9 @@ class Source(Section):
     encoding: str = "utf-8"
     """Of the text, by a name that Java and Python know, such as `latin-1`, `cp1252` or `utf-16-le`."""
 
+    decimal: Literal[".", ","] = "."
+    """csv and tsv only: the decimal sign of numbers, which are `value` and the columns of numeric fields."""
+
     timestamp_format: str = "seconds"
     """`seconds` or `milliseconds` since 1970, `iso` (2024-05-01T12:30:00Z, with or without a zone), or a
     Spark datetime pattern such as `dd/MM/yyyy HH:mm:ss`."""
@@ -98,6 +101,8 @@ class Source(Section):
             raise ValueError(
                 f"encoding {self.encoding!r} is unknown, expected a name such as latin-1"
             ) from None
+        if self.decimal != "." and self.format not in ("csv", "tsv"):
+            raise ValueError(f"decimal {self.decimal!r} is for csv and tsv, found format {self.format}")
         low, high = self.value_range
         if low is not None and high is not None and low > high:
             raise ValueError(f"value_range {list(self.value_range)} is empty: the first is above the second")

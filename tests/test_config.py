@@ -46,6 +46,7 @@ def test_every_error_is_named_at_once_with_the_nearest_key():
         (["storage.pin.featurs=abc"], "storage.pin.featurs"),
         (["evaluation.k=[5]"], "allows ndcg@5"),
         (["data.events={path: a, columns: {user: u, itm: i}}"], "nearest valid key: item"),
+        (["data.users={path: a, format: jsonl, decimal: ',', columns: {user: u}}"], "is for csv and tsv"),
     ],
 )
 def test_bad_values_are_refused(overrides, expected):

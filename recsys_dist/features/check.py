@@ -11,7 +11,7 @@ from pyspark.sql.types import TimestampType
 
 from recsys_dist.config import Config, Source
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.features.numeric import LIMIT
+from recsys_dist.features.numeric import LIMIT, parsed
 from recsys_dist.features.read import readable
 from recsys_dist.schema import FUTURE
 
@@ -59,9 +59,7 @@ def check_events(rows: DataFrame, config: Config, date_micros: int | None) -> Da
         rows = rows.withColumn("value", F.coalesce(*weights))
         reasons.append(F.when(F.col("value").isNull(), "unknown event type"))
     elif "value" in has:
-        # Java's numbers may end in the letter of their type.
-        is_number = F.expr("right(rtrim(value), 1) < 'A'")
-        rows = rows.withColumn("value", F.when(is_number, F.expr("try_cast(value AS double)")))
+        rows = rows.withColumn("value", parsed("value", source.decimal))
         reasons.append(F.when(unusable, "unparseable value"))
         low, high = source.value_range
         # Sums of such values would not be exact.

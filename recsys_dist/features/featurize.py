@@ -27,7 +27,15 @@ from recsys_dist.features.drift import columns_of
 from recsys_dist.features.encode import Vocabularies, tokens_of
 from recsys_dist.features.item_days import day_values, fit_days
 from recsys_dist.features.lineage import new_columns, parents, run_before
-from recsys_dist.features.log import Inputs, Look, look_over, reasons_of, require_known, require_usable
+from recsys_dist.features.log import (
+    Inputs,
+    Look,
+    look_over,
+    look_over_tables,
+    require_known,
+    require_numbers,
+    require_usable,
+)
 from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
 from recsys_dist.features.session import AT_ONCE, Steps, exit_code, remove_checksums, start
@@ -75,7 +83,8 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
         rebuild: begin the vocabularies anew in place of continuing those of the run before.
 
     Returns:
-        the run's figures: rows, rows set aside by reason, users, items, examples, seconds a step.
+        the run's figures: rows, rows set aside by reason, texts that are no number by
+        field, users, items, examples, seconds a step.
 
     Raises:
         ConfigError: a condition, format or field that Spark refuses; no Java.
@@ -152,15 +161,17 @@ def _featurize(
             figures["k_core"] = {"events_dropped": dropped, "rounds": rounds}
         placed = look_back(gathered, summed_whens(config.fields), counted_whens(config.fields)).cache()
         events = assign(placed, config.split).select("*", "_bad.*").drop("_bad")
-        looking = beside.submit(look_over, events)
+        looking = beside.submit(look_over, events, config.fields)
         # What comes next is planned while Spark reads.
-        usable = events.where(F.col("_reason").isNull()).drop("_reason", "_raw", "_source", "_hash")
+        read = events.where(F.col("_reason").isNull())
+        usable = read.drop("_reason", "_raw", "_source", "_hash", ids.UNREAD)
         train = usable.where(F.col("split") == "train")
         known = {name: frame.where(F.col("_reason").isNull()) for name, frame in tables.items()}
         counts = counts_at_cuts(usable, config.fields).cache()
         tokens = _tokens(config, usable, counts, known)
-        reasons = reasons_of(tables)
+        reasons, numbers = look_over_tables(tables, config.fields)
         look = looking.result()
+        numbers |= look.numbers
         reasons["events"] = look.reasons
         most = config.data.max_bad_rows
         require_few("events", reasons["events"], events, most, lambda: duplicates(events, inputs.events()))
@@ -169,6 +180,7 @@ def _featurize(
         for name, counted in reasons.items():
             _tell(name, counted)
         require_usable(config, look)
+        require_numbers(config, opened, known | {"events": read}, numbers)
         for side, key in (("items", "item"), ("users", "user")):
             if side in known:
                 require_known(side, key, opened, known[side], usable)
@@ -178,8 +190,8 @@ def _featurize(
         continued = parents(config, before, usable)
         least = {field.name: field.min_count for field in ids.vocabulary_fields(config.fields)}
         vocabularies = Vocabularies(tokens, {"user": 0, "item": 0} | least, continued, run)
-        people = ids.table_of("user", vocabularies, known.get("users"), config.fields)
-        catalogue = ids.table_of("item", vocabularies, known.get("items"), config.fields)
+        people = ids.table_of("user", vocabularies, known.get("users"))
+        catalogue = ids.table_of("item", vocabularies, known.get("items"))
         of_sides = [
             beside.submit(_fit_side, rows.where(F.col("count") > 0), config, side)
             for side, rows in (("user", people), ("item", catalogue))
@@ -224,6 +236,7 @@ def _featurize(
             name: {reason: n for reason, n in sorted(counted.items()) if reason}
             for name, counted in reasons.items()
         },
+        "unreadable_numbers": {name: found.unread for name, found in sorted(numbers.items())},
         **figures,
         "users": spec.n_users,
         "items": spec.n_items,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from pyspark.sql import DataFrame
+from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
 from recsys_dist.config import AnyField, Categorical, Numeric
@@ -11,8 +11,12 @@ from recsys_dist.features.numeric import Fitted, Moments, Value, fit, number, nu
 
 SOURCES = {"context": "events", "item": "items", "user": "users"}
 """Side of a field to the source that has its column."""
-Column = Categorical | Numeric
+ColumnField = Categorical | Numeric
 """The fields that are read from a column of a source."""
+
+
+UNREAD = "_unread"
+"""The column with a row's texts that are no number, by numeric field in order; null where all can be read."""
 
 
 def raw(field: str) -> str:
@@ -25,9 +29,9 @@ def stored(field: str) -> str:
     return f"field:{field}"
 
 
-def column_fields(fields: Sequence[AnyField], side: str) -> list[Column]:
+def column_fields(fields: Sequence[AnyField], side: str) -> list[ColumnField]:
     """The fields of a side that are read from a column of its source."""
-    return [field for field in fields if isinstance(field, Column) and field.side == side]
+    return [field for field in fields if isinstance(field, ColumnField) and field.side == side]
 
 
 def vocabulary_fields(fields: Sequence[AnyField]) -> list[Categorical]:
@@ -45,17 +49,47 @@ def list_columns(fields: Sequence[AnyField], side: str) -> set[str]:
     return {raw(f.name) for f in column_fields(fields, side) if isinstance(f, Categorical) and f.list}
 
 
-def with_numbers(rows: DataFrame, fields: Sequence[AnyField], side: str) -> DataFrame:
-    """Numeric fields' columns as numbers; null where the text is none."""
-    numbers = {
-        raw(f.name): number(raw(f.name)) for f in column_fields(fields, side) if isinstance(f, Numeric)
-    }
-    return rows.withColumns(numbers) if numbers else rows
+def numeric_fields(fields: Sequence[AnyField], side: str) -> list[Numeric]:
+    """The numeric fields of a side."""
+    return [field for field in column_fields(fields, side) if isinstance(field, Numeric)]
+
+
+def with_numbers(rows: DataFrame, fields: Sequence[AnyField], side: str, decimal: str) -> DataFrame:
+    """Numeric fields' columns as numbers, null where the text is none; adds UNREAD if there are such fields.
+
+    Args:
+        rows: of `read`, checked.
+        fields: of the configuration.
+        side: whose source the rows are of.
+        decimal: `Source.decimal`.
+    """
+    columns = [raw(field.name) for field in numeric_fields(fields, side)]
+    if not columns:
+        return rows
+    # Under another name first: a text is parsed once, and there while its number is looked at.
+    rows = rows.withColumns({f"number:{column}": number(column, decimal) for column in columns})
+    unread = []
+    for column in columns:
+        text = F.col(f"`{column}`")
+        # How many tools write that there is no value.
+        told = text.isNotNull() & (F.lower(text) != "nan")
+        unread.append(F.when(F.col(f"`number:{column}`").isNull() & told, text))
+    rows = rows.withColumn(UNREAD, F.when(F.coalesce(*unread).isNotNull(), F.array(*unread)))
+    return rows.drop(*columns).withColumnsRenamed({f"number:{column}": column for column in columns})
+
+
+def number_flags(fields: Sequence[AnyField], side: str) -> dict[str, Column]:
+    """`read:<field>`, `unread:<field>`: has a row of `with_numbers` a number, has it a text that is none?"""
+    flags = {}
+    for place, field in enumerate(numeric_fields(fields, side)):
+        flags[f"read:{field.name}"] = F.col(f"`{raw(field.name)}`").isNotNull()
+        flags[f"unread:{field.name}"] = F.get(UNREAD, F.lit(place)).isNotNull()
+    return flags
 
 
 def side_values(fields: Sequence[AnyField], side: str) -> dict[str, Value]:
     """What the numeric fields of a side are fitted on."""
-    numeric = _numeric(fields, side)
+    numeric = numeric_fields(fields, side)
     return numeric_values(numeric, {field.name: raw(field.name) for field in numeric})
 
 
@@ -63,12 +97,8 @@ def fit_numeric(
     train: DataFrame, fields: Sequence[AnyField], side: str, found: Mapping[str, Moments]
 ) -> dict[str, Fitted]:
     """Fit the numeric fields of a side on rows of the train part and the moments of their `side_values`."""
-    numeric = _numeric(fields, side)
+    numeric = numeric_fields(fields, side)
     return fit(train, numeric, {field.name: raw(field.name) for field in numeric}, found)
-
-
-def _numeric(fields: Sequence[AnyField], side: str) -> list[Numeric]:
-    return [field for field in column_fields(fields, side) if isinstance(field, Numeric)]
 
 
 def encode_fields(
@@ -95,12 +125,7 @@ def encode_fields(
     return rows
 
 
-def table_of(
-    key: str,
-    vocabularies: Vocabularies,
-    table: DataFrame | None,
-    fields: Sequence[AnyField],
-) -> DataFrame:
+def table_of(key: str, vocabularies: Vocabularies, table: DataFrame | None) -> DataFrame:
     """All users or items with their table's columns, not yet encoded.
 
     Returns:
@@ -108,8 +133,8 @@ def table_of(
     """
     rows = vocabularies.of(key)
     if table is not None:
-        table = table.drop("_source", "_raw", "_reason", "_hash").withColumnRenamed(key, "token")
-        rows = rows.join(with_numbers(table, fields, key), "token", "left")
+        table = table.drop("_source", "_raw", "_reason", "_hash", UNREAD).withColumnRenamed(key, "token")
+        rows = rows.join(table, "token", "left")
     if key == "item":
         title = F.coalesce("title", "token") if "title" in rows.columns else F.col("token")
         rows = rows.withColumn("title", title)

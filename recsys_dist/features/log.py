@@ -1,16 +1,18 @@
 """The log and its tables, checked: what can be used, what is set aside, and what one look over it tells."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
-from pyspark.sql import DataFrame, SparkSession
+from pyspark.sql import Column, DataFrame, Row, SparkSession
 from pyspark.sql import functions as F
 
-from recsys_dist.config import Config, KCore, absolute
+from recsys_dist.config import AnyField, Config, KCore, absolute
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.features import ids
 from recsys_dist.features.check import SPLITS, check_events, check_table, require_pattern
+from recsys_dist.features.numeric import LIMIT
 from recsys_dist.features.read import read
 from recsys_dist.features.session import spark_uri
 from recsys_dist.features.source import Opened
@@ -47,16 +49,18 @@ class Inputs:
             checked = checked.where(F.col("positive") | F.col("_reason").isNotNull())
         # What is stored is what everything is computed from.
         checked = checked.withColumn("value", F.col("value").cast("float").cast("double"))
-        return ids.with_numbers(checked, self.config.fields, "context")
+        return ids.with_numbers(checked, self.config.fields, "context", self.opened["events"].source.decimal)
 
     def tables(self) -> dict[str, DataFrame]:
-        """The rows of the items and users tables that there are, of `check_table`."""
+        """The rows of the items and users tables, of `check_table`, numeric columns as numbers."""
         tables = {}
         for name, key in (("items", "item"), ("users", "user")):
             if name in self.opened:
                 rows = read(self.spark, self.opened[name], self.scratch)
                 rows = self._kept(rows) if name == "users" else rows
-                tables[name] = check_table(rows, key, self.opened[name].source)
+                source = self.opened[name].source
+                checked = check_table(rows, key, source)
+                tables[name] = ids.with_numbers(checked, self.config.fields, key, source.decimal)
         return tables
 
     def _kept(self, rows: DataFrame) -> DataFrame:
@@ -80,6 +84,15 @@ class Inputs:
 
 
 @dataclass(frozen=True)
+class Numbers:
+    """How many values a numeric field's column has, in usable rows."""
+
+    read: int
+    unread: int
+    """Texts that are no number."""
+
+
+@dataclass(frozen=True)
 class Look:
     """What one look over the split events tells."""
 
@@ -95,10 +108,13 @@ class Look:
     last_micros: int
     values: dict[str, tuple[float, float]]
     """Least and greatest value of the train part's events, by `when`: any and positive."""
+    numbers: dict[str, Numbers]
+    """Of each numeric field of side context, by name."""
 
 
-def look_over(events: DataFrame) -> Look:
+def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
     """Count the events of `split.assign`."""
+    flags = ids.number_flags(fields, "context")
     hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
     counted = (
         events.groupBy("_reason", "split", "positive", hour.alias("hour"))
@@ -108,6 +124,7 @@ def look_over(events: DataFrame) -> Look:
             F.max("micros").alias("last"),
             F.min("value").alias("low"),
             F.max("value").alias("high"),
+            *_true(flags),
         )
         .collect()
     )
@@ -129,7 +146,7 @@ def look_over(events: DataFrame) -> Look:
     first = min((row["first"] for row in usable), default=0)
     last = max((row["last"] for row in usable), default=0)
     bounds = {when: (min(found), max(found)) for when, found in values.items() if found}
-    return Look(reasons, rows, positives, most, first, last, bounds)
+    return Look(reasons, rows, positives, most, first, last, bounds, _numbers(usable, flags))
 
 
 def require_usable(config: Config, look: Look) -> None:
@@ -165,11 +182,78 @@ def require_known(
     )
 
 
-def reasons_of(tables: dict[str, DataFrame]) -> dict[str, Counter[str]]:
-    """Rows of each table by the reason for which they are set aside; usable rows under the empty reason."""
-    found: dict[str, Counter[str]] = {name: Counter() for name in tables}
-    each = [frame.select(F.lit(name).alias("table"), "_reason") for name, frame in tables.items()]
-    if each:
-        for row in reduce(DataFrame.union, each).groupBy("table", "_reason").count().collect():
-            found[row["table"]][row["_reason"] or ""] += row["count"]
-    return found
+def look_over_tables(
+    tables: dict[str, DataFrame], fields: Sequence[AnyField]
+) -> tuple[dict[str, Counter[str]], dict[str, Numbers]]:
+    """Of each table the rows by the reason for which they are set aside (usable ones under the empty reason);
+    of each numeric field of theirs, by name, what is read.
+    """
+    reasons: dict[str, Counter[str]] = {name: Counter() for name in tables}
+    of_tables = {ids.SOURCES[side]: ids.number_flags(fields, side) for side in ("item", "user")}
+    flags = {flag: column for of_table in of_tables.values() for flag, column in of_table.items()}
+    each = []
+    for name, frame in tables.items():
+        own = [of_tables[name].get(flag, F.lit(False)).alias(flag) for flag in flags]
+        each.append(frame.select(F.lit(name).alias("table"), "_reason", *own))
+    if not each:
+        return reasons, {}
+    named = {flag: F.col(f"`{flag}`") for flag in flags}
+    counted = reduce(DataFrame.union, each).groupBy("table", "_reason")
+    rows = counted.agg(F.count("*").alias("rows"), *_true(named)).collect()
+    for row in rows:
+        reasons[row["table"]][row["_reason"] or ""] += row["rows"]
+    return reasons, _numbers([row for row in rows if row["_reason"] is None], flags)
+
+
+def require_numbers(
+    config: Config, opened: dict[str, Opened], usable: dict[str, DataFrame], found: dict[str, Numbers]
+) -> None:
+    """Tell how many texts of numeric fields are no numbers.
+
+    Args:
+        config: its fields are used.
+        opened: the sources.
+        usable: their usable rows.
+        found: of each numeric field, by name.
+
+    Raises:
+        DataError: a field has texts, and not one of them is a number.
+    """
+    wrong = []
+    for side, source in ids.SOURCES.items():
+        texts = {
+            field: F.min(F.get(ids.UNREAD, F.lit(place))).alias(field.name)
+            for place, field in enumerate(ids.numeric_fields(config.fields, side))
+            if found[field.name].unread
+        }
+        # A second look at the rows, only where there is something to show.
+        examples = usable[source].agg(*texts.values()).first() if texts else None
+        for field in texts:
+            assert examples is not None
+            numbers, example = found[field.name], repr(examples[field.name][:200])
+            where = f"the column {field.column!r} of data.{source} ({opened[source].source.path})"
+            if numbers.read:
+                texts_of = f"{numbers.unread:,} texts of {where} are no numbers below {LIMIT:g}"
+                print(f"  {field.name}: {texts_of} and count as missing, such as {example}", flush=True)
+            else:
+                none = f"none of the {numbers.unread:,} texts of {where} is a number below {LIMIT:g}"
+                wrong.append(f"field {field.name}: {none}, such as {example}")
+    if wrong:
+        todo = (
+            "Name another column, make the field categorical, or, where a comma is the decimal sign of a csv "
+        )
+        raise DataError("\n".join([*wrong, f"{todo}or tsv source, set its decimal: ','"]))
+
+
+def _true(flags: Mapping[str, Column]) -> list[Column]:
+    """The number of rows of each flag."""
+    return [F.count_if(flag).alias(name) for name, flag in flags.items()]
+
+
+def _numbers(rows: Sequence[Row], flags: Iterable[str]) -> dict[str, Numbers]:
+    """Of each numeric field what is read: the sums of `_true`."""
+    names = dict.fromkeys(flag.partition(":")[2] for flag in flags)
+    return {
+        name: Numbers(*(sum(row[f"{kind}:{name}"] for row in rows) for kind in ("read", "unread")))
+        for name in names
+    }

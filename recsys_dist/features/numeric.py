@@ -40,9 +40,22 @@ class Moments:
     """Of the population; 1 where all values are equal."""
 
 
-def number(column: str) -> Column:
-    """A column's numbers; null where the text is none, or none that is believed."""
-    found = F.expr(f"try_cast(trim(`{column}`) as double)")
+def parsed(column: str, decimal: str) -> Column:
+    """The numbers of a column of texts, infinite ones too; null where a text is none, or NaN.
+
+    Args:
+        column: texts of `read`.
+        decimal: `Source.decimal`.
+    """
+    # Swapped, so that a point, which then parts thousands, makes no other number of a text.
+    text = f"`{column}`" if decimal == "." else f"translate(`{column}`, '.,', ',.')"
+    # Java's numbers may end in the letter of their type.
+    return F.when(F.expr(f"right({text}, 1) < 'A'"), F.expr(f"try_cast({text} AS double)"))
+
+
+def number(column: str, decimal: str) -> Column:
+    """The same, and null where the number is none that is believed."""
+    found = parsed(column, decimal)
     return F.when(F.abs(found) < LIMIT, found)
 
 

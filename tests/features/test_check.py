@@ -38,7 +38,8 @@ def check(spark, tmp_path):
 
     def check_it(header, lines, date_micros=None, label=None, **settings):
         (tmp_path / "log.csv").write_text("\n".join([header, *lines]) + "\n")
-        columns = {name: name for name in header.split(",") if name in ROLES}
+        names = header.split(settings.get("delimiter", ","))
+        columns = {name: name for name in names if name in ROLES}
         events = {"path": str(tmp_path / "log.csv"), "columns": columns, **settings}
         sections = {"data": {"events": events}, "label": label or {}}
         if "split" in columns:
@@ -108,6 +109,15 @@ def test_reasons(check):
         dict(usable.dtypes).items() >= {"micros": "bigint", "value": "double", "positive": "boolean"}.items()
     )
     assert not {"event", "split", "label", "timestamp", "_broken"} & set(usable.columns)
+
+
+def test_decimal_comma(check):
+    expected = {"2,5": None, " 3": None, "1.5": "unparseable value", "1.234,5": "unparseable value"}
+    expected |= {"2,5d": "unparseable value", "1,2,3": "unparseable value"}
+    lines = {f"a;{text};1;{text}": reason for text, reason in expected.items()}
+    checked = check("user;item;timestamp;value", lines, delimiter=";", decimal=",")
+    assert reasons(checked) == lines
+    assert {row["value"] for row in checked.where("_reason IS NULL").collect()} == {2.5, 3.0}
 
 
 def test_event_types(check):

@@ -383,6 +383,62 @@ def test_ids_and_words_are_taken_without_the_spaces_around_them(spark, tmp_path)
     assert run.table("items")["tags"].to_pylist() == [[1, 1], []]
 
 
+def numbers_config(tmp_path, waits, prices, decimal="."):
+    """A log with the numeric fields wait, of the events, and price, of the items."""
+    lines = [f"u{n % 2};i{n % len(prices)};{n};5;{wait}" for n, wait in enumerate(waits)]
+    items = [f"i{n};{price}" for n, price in enumerate(prices)]
+    (tmp_path / "items.csv").write_text("\n".join(["item;price in EUR", *items]) + "\n")
+    both = {"delimiter": ";", "decimal": decimal}
+    events = log_config(tmp_path, []).data.events.model_dump(mode="json") | both
+    data = {
+        "events": events,
+        "items": {"path": str(tmp_path / "items.csv"), "columns": {"item": "item"}} | both,
+    }
+    fields = [
+        {"name": "wait", "kind": "numeric", "side": "context", "column": "wait", "scale": "none"},
+        {"name": "price", "kind": "numeric", "side": "item", "column": "price in EUR", "scale": "none"},
+        {"name": "range", "kind": "numeric", "side": "item", "column": "price in EUR", "buckets": 2},
+        {"name": "name", "kind": "categorical", "side": "item", "column": "item"},
+    ]
+    header = "user;item;timestamp;value;wait"
+    return log_config(tmp_path, lines, header=header, data=data, fields=fields)
+
+
+def test_texts_that_are_no_numbers_are_told(spark, tmp_path, capsys):
+    waits = ["1", "2", "", "nan", " n/a ", "2d", "4", "soon"]
+    run = featurized(numbers_config(tmp_path, waits, ["12,5", "7", "1e12", "NaN", "8.5"]))
+    figures = run.manifest["figures"]
+    assert figures["unreadable_numbers"] == {"price": 2, "range": 2, "wait": 3}
+    assert figures["quarantined"]["events"] == figures["quarantined"]["items"] == {}
+    items = run.table("items").sort_by("item_id").to_pylist()
+    assert [row["price_missing"] for row in items] == [1, 0, 1, 1, 0]
+    told = capsys.readouterr().out
+    of_items = f"of the column 'price in EUR' of data.items ({tmp_path}/items.csv)"
+    assert (
+        f"  price: 2 texts {of_items} are no numbers below 1e+12 and count as missing, such as '12,5'" in told
+    )
+    assert f"  wait: 3 texts of the column 'wait' of data.events ({tmp_path}/events.csv) are" in told
+    assert "such as '2d'" in told
+
+
+def test_no_text_is_told_of_where_all_are_numbers(spark, tmp_path, capsys):
+    run = featurized(numbers_config(tmp_path, ["1,5", "2", "", "-3"], ["12,5", "7"], decimal=","))
+    assert run.manifest["figures"]["unreadable_numbers"] == {"price": 0, "range": 0, "wait": 0}
+    assert run.table("items").sort_by("item_id")["price"].to_pylist() == [12.5, 7.0]
+    assert "texts" not in capsys.readouterr().out
+
+
+def test_numeric_fields_without_a_number_are_refused(spark, tmp_path):
+    config = numbers_config(tmp_path, ["n/a", "", "soon", "n/a"], ["1,50", "7,25"])
+    with pytest.raises(DataError, match=r"Name another column.*set its decimal: ','") as error:
+        featurized(config)
+    lines = str(error.value).splitlines()
+    assert len(lines) == 4
+    assert lines[0].startswith("field wait: none of the 3 texts of the column 'wait' of data.events (")
+    assert lines[1].startswith("field price: none of the 2 texts of the column 'price in EUR' of data.items")
+    assert lines[1].endswith("is a number below 1e+12, such as '1,50'")
+
+
 def test_a_last_event_after_today_is_warned_of(spark, tmp_path, capsys):
     lines = [f"u,{item},{n},5" for n, item in enumerate("abcdefgh")] + ["u,i,4102444800,5"]
     featurized(log_config(tmp_path, lines))
