@@ -159,7 +159,7 @@ def _movielens(folder: Path, name: str, events: int, users: int, items: int, see
             "wrong number of columns": ("_line", ["more", "less"]),
             f"missing {key}": (f"{key}_id:token", ["", " "]),
         }
-        bad[f"{key} listed before"] = ("_line", [""])
+        bad[f"{key} listed again later"] = ("_line", [""])
         both = _plant(rng, one, bad, first=1)
         _write_lines(folder / f"{name}.{key}", "\t".join(one.columns), _delimited(both, "\t"), end)
         planted[source], rows[source] = _counts(both), len(both)
@@ -241,7 +241,7 @@ def shop_events(folder: Path, events: int = 110_000, seed: int = 3) -> Generated
     bad = {
         "not JSON": ("_line", ["broken"]),
         "missing item": ("product_id", [None, "", ABSENT]),
-        "item listed before": ("_line", [""]),
+        "item listed again later": ("_line", [""]),
     }
     both = _plant(rng, good, bad, first=2)
     _write_lines(folder / "products.jsonl", None, _json(both))
@@ -318,7 +318,7 @@ def music_plays(folder: Path, events: int = 110_000, seed: int = 4) -> Generated
     bad = {
         "wrong number of columns": ("_line", ["more", "less"]),
         "missing item": ("track", ["", " "]),
-        "item listed before": ("_line", [""]),
+        "item listed again later": ("_line", [""]),
     }
     both = _plant(rng, tracks, bad, first=2)
     (folder / "tracks.txt").write_text("\n".join(_delimited(both, "|")) + "\n", encoding="latin-1")
@@ -463,9 +463,8 @@ def _plant(
         rows["_reason"] = reason
         rows["_file"] = (rows["_file"].to_numpy(int) + np.arange(count) % 2) % files
         parts.append(rows)
-        # Tables keep the first of several rows with one id.
-        low = n if "listed before" in reason else 0
-        places.append(rng.uniform(low, n, count))
+        # Tables keep the last of several rows with one id.
+        places.append(rng.uniform(*((-1, 0) if "listed again later" in reason else (0, n)), count))
     order = np.argsort(np.concatenate(places), kind="stable")
     return pd.concat(parts, ignore_index=True).iloc[order].reset_index(drop=True)
 

@@ -16,6 +16,7 @@ from recsys_dist.features.read import readable
 from recsys_dist.schema import FUTURE
 
 DUPLICATE = "duplicate"
+LISTED_AGAIN = "listed again later"
 OUT_OF_RANGE = "value out of range"
 SPLITS = ("train", "valid", "test")
 YES, NO = ("1", "true", "1.0"), ("0", "false", "0.0")
@@ -87,16 +88,16 @@ def check_events(rows: DataFrame, config: Config, date_micros: int | None) -> Da
 def check_table(rows: DataFrame, key: str, source: Source) -> DataFrame:
     """Say which rows of a table with one row a user or item are unusable, and parse its times.
 
-    Of several usable rows with one id the first by text is used.
+    Of several usable rows with one id the last one of the last file is used, files in order of their paths.
 
     Args:
-        rows: of `read`.
+        rows: of `read`, placed.
         key: `user` or `item`.
         source: says how times are written.
 
     Returns:
         the columns of `rows`, `active_from` and `active_to` as timestamps (null: no limit), and `_reason` in
-        place of `_broken`.
+        place of `_broken` and `_place`.
     """
     reasons = [F.col("_broken"), F.when(F.col(key).isNull(), f"missing {key}")]
     for column in ("active_from", "active_to"):
@@ -112,9 +113,9 @@ def check_table(rows: DataFrame, key: str, source: Source) -> DataFrame:
     # Unusable rows each by their own text, so that those without an id are not all in one place.
     usable = F.col("_reason").isNull()
     same = Window.partitionBy(usable, F.when(usable, F.col(key)).otherwise(F.col("_raw")))
-    first = F.row_number().over(same.orderBy("_raw", "_source")) == 1
-    repeated = F.when(usable & ~first, f"{key} listed before")
-    return rows.withColumn("_reason", F.coalesce("_reason", repeated)).drop("_broken")
+    last = F.row_number().over(same.orderBy(F.desc("_source"), F.desc("_place"))) == 1
+    repeated = F.when(usable & ~last, f"{key} {LISTED_AGAIN}")
+    return rows.withColumn("_reason", F.coalesce("_reason", repeated)).drop("_broken", "_place")
 
 
 def quarantine(*checked: DataFrame) -> DataFrame:

@@ -13,8 +13,6 @@ SOURCES = {"context": "events", "item": "items", "user": "users"}
 """Side of a field to the source that has its column."""
 ColumnField = Categorical | Numeric
 """The fields that are read from a column of a source."""
-
-
 UNREAD = "_unread"
 """The column with a row's texts that are no number, by numeric field in order; null where all can be read."""
 
@@ -66,7 +64,7 @@ def with_numbers(rows: DataFrame, fields: Sequence[AnyField], side: str, decimal
     columns = [raw(field.name) for field in numeric_fields(fields, side)]
     if not columns:
         return rows
-    # Under another name first: a text is parsed once, and there while its number is looked at.
+    # Under another name first, so that a text is parsed once.
     rows = rows.withColumns({f"number:{column}": number(column, decimal) for column in columns})
     unread = []
     for column in columns:

@@ -56,7 +56,7 @@ class Inputs:
         tables = {}
         for name, key in (("items", "item"), ("users", "user")):
             if name in self.opened:
-                rows = read(self.spark, self.opened[name], self.scratch)
+                rows = read(self.spark, self.opened[name], self.scratch, placed=True)
                 rows = self._kept(rows) if name == "users" else rows
                 source = self.opened[name].source
                 checked = check_table(rows, key, source)

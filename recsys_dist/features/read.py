@@ -49,7 +49,7 @@ END, CORRUPT = "_recsys_dist_end", "_recsys_dist_corrupt"
 """Names that no JSON object has as a key."""
 
 
-def read(spark: SparkSession, opened: Opened, scratch: str) -> DataFrame:
+def read(spark: SparkSession, opened: Opened, scratch: str, placed: bool = False) -> DataFrame:
     """Read the rows of a source.
 
     Args:
@@ -57,6 +57,7 @@ def read(spark: SparkSession, opened: Opened, scratch: str) -> DataFrame:
         opened: of `open_source`.
         scratch: path or URI of a folder for decompressed copies, where Spark cannot read the files itself.
             They must stay there until the rows are no longer used.
+        placed: add `_place`, by which the rows of a file are in order.
 
     Returns:
         the columns by our names, as strings without the spaces around them, or as array<string> where they
@@ -70,7 +71,8 @@ def read(spark: SparkSession, opened: Opened, scratch: str) -> DataFrame:
         DataError: a file cannot be decompressed.
     """
     one = _read_parquet if opened.source.format == "parquet" else _read_text
-    return reduce(DataFrame.unionByName, [one(spark, opened, group, scratch) for group in opened.groups])
+    groups = [one(spark, opened, group, scratch, placed) for group in opened.groups]
+    return reduce(DataFrame.unionByName, groups)
 
 
 def unreadable(error: Exception | str, opened: Iterable[Opened] = ()) -> str | None:
@@ -147,7 +149,7 @@ def unpack(filesystem: pyarrow.fs.FileSystem, paths: Iterable[str], scratch: str
         return list(pool.map(copy, paths))
 
 
-def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) -> DataFrame:
+def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str, placed: bool) -> DataFrame:
     source, encoding = opened.source, group.head.encoding
     charset = _charset(spark, opened.name, source, encoding)
     uris, path = list(group.uris), F.col("_metadata.file_path")
@@ -160,7 +162,10 @@ def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) 
     binary = F.col("value").cast("binary")
     line = F.col("value") if encoding == "utf-8" else F.decode(binary, charset)
     lines = spark.read.options(**LITERAL_PATHS, **wide).text(uris)
-    lines = lines.select(path.alias("_path"), binary.alias("_bytes"), line.alias("_line"))
+    # However a file is cut into blocks, one task reads a block from beginning to end, and its ids ascend.
+    place = F.struct("_metadata.file_block_start", F.monotonically_increasing_id())
+    told = {"_path": path, "_bytes": binary, "_line": line} | ({"_place": place} if placed else {})
+    lines = lines.select(*(column.alias(name) for name, column in told.items()))
     if wide:
         lines = lines.withColumn("_line", F.expr("trim(BOTH '\\r\ufeff' FROM _line)"))
     # Most lines begin with a visible character: they are not blank, whatever follows.
@@ -180,9 +185,7 @@ def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) 
         parsed, reason = _from_delimited(len(names), source), WRONG_COLUMNS
     # A generator is evaluated once a row; several columns of one struct might each parse the line anew.
     places = [f"_{place}" for place in range(len(names))]
-    rows = lines.select(
-        "_path", "_bytes", "_line", F.inline(F.array(parsed)).alias(*places, "_end", "_corrupt")
-    )
+    rows = lines.select(*told, F.inline(F.array(parsed)).alias(*places, "_end", "_corrupt"))
 
     if encoding == "utf-8":
         invalid = readable("_line") != F.col("_line")
@@ -203,6 +206,7 @@ def _read_text(spark: SparkSession, opened: Opened, group: Group, scratch: str) 
         _source().alias("_source"),
         F.col("_line").alias("_raw"),
         F.when(suspect & invalid, f"not {source.encoding}").when(corrupt, reason).alias("_broken"),
+        *(["_place"] if placed else []),
     )
 
 
@@ -290,7 +294,7 @@ def _of_folder(key: str) -> Column:
     return F.when(value != "__HIVE_DEFAULT_PARTITION__", trimmed(value))
 
 
-def _read_parquet(spark: SparkSession, opened: Opened, group: Group, scratch: str) -> DataFrame:
+def _read_parquet(spark: SparkSession, opened: Opened, group: Group, scratch: str, placed: bool) -> DataFrame:
     rows = spark.read.options(**LITERAL_PATHS).parquet(*group.uris)
     everything = F.struct(*(F.col(_quoted(column)) for column in rows.columns))
     columns = []
@@ -311,6 +315,7 @@ def _read_parquet(spark: SparkSession, opened: Opened, group: Group, scratch: st
         _source().alias("_source"),
         F.to_json(everything).alias("_raw"),
         F.lit(None).cast("string").alias("_broken"),
+        *([F.col("_metadata.row_index").alias("_place")] if placed else []),
     )
 
 

@@ -5,6 +5,8 @@ import json
 import time
 from collections import Counter
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recsys_dist.config import Config, Source
@@ -268,21 +270,48 @@ def table(spark, tmp_path, header, lines, key, **settings):
     (tmp_path / "table.csv").write_text("\n".join([header, *lines]) + "\n")
     columns = {name: name for name in header.split(",")}
     source = Source(path=str(tmp_path / "table.csv"), columns=columns, **settings)
-    return check_table(read(spark, open_source("items", source, columns), ""), key, source)
+    return check_table(read(spark, open_source("items", source, columns), "", placed=True), key, source)
 
 
 def test_table(spark, tmp_path):
     expected = {
+        "a,Beta": "item listed again later",
         "a,Alpha": None,
-        "a,Beta": "item listed before",
         ",Gamma": "missing item",
         " ,Gamma": "missing item",
+        "b,More": "item listed again later",
         "b,": None,
-        "b,More": "item listed before",
         "c,d,e": "wrong number of columns",
         "c,x": None,
     }
-    assert reasons(table(spark, tmp_path, "item,title", reversed(list(expected)), "item")) == expected
+    assert reasons(table(spark, tmp_path, "item,title", expected, "item")) == expected
+
+
+@pytest.mark.parametrize("format_", ["csv", "parquet"])
+def test_the_last_row_of_the_last_file_stays(spark, tmp_path, format_):
+    """However Spark cuts the files, and whatever the rows say."""
+    columns = {"item": "item", "title": "title"}
+    for file, numbers in {"b/9": (5, 1), "b/10": (9, 0), "a": (7, 8)}.items():
+        rows = [(f"i{place % 700}", f"{number}{place:05d}") for number in numbers for place in range(3000)]
+        path = tmp_path / f"{file}.{format_}"
+        path.parent.mkdir(exist_ok=True)
+        if format_ == "csv":
+            path.write_text("\n".join(["item,title", *map(",".join, rows)]) + "\n")
+        else:
+            pq.write_table(pa.table(dict(zip(columns, zip(*rows, strict=True), strict=True))), path, 500)
+    source = Source(path=str(tmp_path), format=format_, columns=columns)
+    opened = open_source("items", source, columns)
+    for size in ("2k", "1m", "1g"):
+        spark.conf.set("spark.sql.files.maxPartitionBytes", size)
+        rows = read(spark, opened, "", placed=True)
+        assert (rows.rdd.getNumPartitions() > 10) == (size == "2k")
+        checked = check_table(rows, "item", source)
+        kept = checked.where("_reason IS NULL").select("item", "title").collect()
+        # b/9 comes after b/10, and its last rows begin with 1.
+        last = {f"i{place % 700}": f"1{place:05d}" for place in range(3000)}
+        assert {row["item"]: row["title"] for row in kept} == last
+        assert checked.where("_reason = 'item listed again later'").count() == 18_000 - 700
+    spark.conf.unset("spark.sql.files.maxPartitionBytes")
 
 
 def test_a_broken_row_takes_no_ones_place(spark, tmp_path):

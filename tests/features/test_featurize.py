@@ -33,8 +33,8 @@ def by_hand(spark, tmp_path_factory):
         "ann,a,9,1e99",
     ]
     (root / "items.jsonl").write_text(
-        '{"id": "a", "name": "Alpha", "tags": "x|y||x z"}\n{"id": "q", "name": null, "tags": ""}\n'
-        '{"id": "b", "tags": "y"}\nnot json\n{"id": "a", "name": "Second", "tags": "w"}\n'
+        '{"id": "a", "name": "First", "tags": "w"}\n{"id": "q", "name": null, "tags": ""}\n'
+        '{"id": "b", "tags": "y"}\nnot json\n{"id": "a", "name": "Alpha", "tags": "x|y||x z"}\n'
     )
     (root / "users.csv").write_text('who,town\nann,"New, York"\nbob,\nzoe,Rome\n')
     fields = [
@@ -129,7 +129,7 @@ def test_unusable_rows_are_set_aside_and_counted(by_hand):
         "unparseable value": 2,
         "wrong number of columns": 1,
     }
-    assert figures["quarantined"]["items"] == {"item listed before": 1, "not JSON": 1}
+    assert figures["quarantined"]["items"] == {"item listed again later": 1, "not JSON": 1}
     assert figures["rows"] == {"events": 19, "items": 5, "users": 3}
     aside = {(row["reason"], row["raw"]) for row in run.table("quarantine").to_pylist()}
     assert ("duplicate", "ann,a,3600,5") in aside
