@@ -1,19 +1,28 @@
 """What was asked: frozen, typed settings, read from conf/default.yaml, a conf file and --set overrides."""
 
 import codecs
+import copy
 import datetime as dt
 import difflib
 import math
 import types
 import typing
 import zoneinfo
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pyarrow.fs
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
 
 from recsys_dist.errors import ConfigError
 
@@ -22,6 +31,14 @@ CHECKOUT = (PACKAGE.parent / "pyproject.toml").is_file()
 # conf/ and jobs/ stand beside the package in a checkout, inside it in an installed wheel.
 REPOSITORY = PACKAGE.parent if CHECKOUT else PACKAGE
 DEFAULT_CONF = REPOSITORY / "conf" / "default.yaml"
+
+
+class _Several(ValueError):
+    """Several things that a validator found wrong."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        super().__init__("; ".join(texts))
+        self.texts = texts
 
 
 class Section(BaseModel):
@@ -89,23 +106,22 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _known(self) -> "Source":
+        wrong = []
         try:
             zoneinfo.ZoneInfo(self.timezone)
         except (zoneinfo.ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError(
-                f"timezone {self.timezone!r} is none, expected a name such as Europe/Berlin"
-            ) from None
+            wrong.append(f"timezone {self.timezone!r} is none, expected a name such as Europe/Berlin")
         try:
             codecs.lookup(self.encoding)
         except LookupError:
-            raise ValueError(
-                f"encoding {self.encoding!r} is unknown, expected a name such as latin-1"
-            ) from None
+            wrong.append(f"encoding {self.encoding!r} is unknown, expected a name such as latin-1")
         if self.decimal != "." and self.format not in ("csv", "tsv"):
-            raise ValueError(f"decimal {self.decimal!r} is for csv and tsv, found format {self.format}")
+            wrong.append(f"decimal {self.decimal!r} is for csv and tsv, found format {self.format}")
         low, high = self.value_range
         if low is not None and high is not None and low > high:
-            raise ValueError(f"value_range {list(self.value_range)} is empty: the first is above the second")
+            wrong.append(f"value_range {list(self.value_range)} is empty: the first is above the second")
+        if wrong:
+            raise _Several(wrong)
         return self
 
 
@@ -163,7 +179,7 @@ class Data(Section):
             for role in sorted(set(source.columns) - needed - optional):
                 wrong.append(f"{name}.columns.{role}: unknown role{nearest(role, needed | optional)}")
         if wrong:
-            raise ValueError("; ".join(wrong))
+            raise _Several(wrong)
         return self
 
 
@@ -704,7 +720,8 @@ class Tune(Section):
                     DeepFM.model_validate({key: value})
                 except ValidationError as error:
                     # What only another key makes wrong has no place.
-                    wrong += [f"space.{_describe(dict(of))}" for of in error.errors() if of["loc"]]
+                    found = [dict(of) for of in error.errors() if of["loc"]]
+                    wrong += [f"space.{line}" for of in found for line in _describe(of)]
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -870,7 +887,15 @@ class Config(Section):
     spark: Spark = Spark()
 
     @model_validator(mode="after")
-    def _names(self) -> "Config":
+    def _consistent(self, info: ValidationInfo) -> "Config":
+        broken = info.context or set()
+        wrong = [text for places, text in (*self._names(), *self._references()) if not broken & set(places)]
+        if wrong:
+            raise _Several(wrong)
+        return self
+
+    def _names(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """As `_references`, of the fields' names."""
         taken = ["user", "item", "timestamp", "value", "label", "event", "split", "as_of", "day"]
         taken += [
             "user_id",
@@ -893,12 +918,12 @@ class Config(Section):
                 names += [f"{field.name}_sin", f"{field.name}_cos"]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"fields: names used twice or reserved: {', '.join(twice)}")
-        return self
+            yield (), f"fields: names used twice or reserved: {', '.join(twice)}"
 
-    @model_validator(mode="after")
-    def _references(self) -> "Config":
-        wrong = []
+    def _references(self) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What does not go together; before it the other places, sections or `fields.<name>`, that have to be
+        right for this to be known.
+        """
         attributes = {f.name for f in self.fields if isinstance(f, Categorical) and f.side == "item"}
         hashes = {f.name for f in self.fields if isinstance(f, Categorical) and f.hash_buckets}
         for field in self.fields:
@@ -906,12 +931,11 @@ class Config(Section):
             if isinstance(field, History) and field.of != "item":
                 named = field.of
             if isinstance(field, Aggregate) and named in hashes:
-                wrong.append(f"fields {field.name}: {named!r} is hashed, and a share needs a vocabulary")
+                yield (), f"fields {field.name}: {named!r} is hashed, and a share needs a vocabulary"
             if named is not None and named not in attributes:
-                wrong.append(
-                    f"fields {field.name}: {named!r} is no categorical field of side item"
-                    f"{nearest(named, attributes) if attributes else ''}"
-                )
+                near = nearest(named, attributes) if attributes else ""
+                text = f"fields {field.name}: {named!r} is no categorical field of side item{near}"
+                yield (f"fields.{named}",), text
         columns = self.data.events.columns if self.data.events else None
         if columns is not None:
             for field in self.fields:
@@ -919,31 +943,33 @@ class Config(Section):
                 if when in ("positive", "any"):
                     continue
                 if "event" not in columns:
-                    wrong.append(f"fields {field.name}: when {when!r} needs data.events.columns.event")
+                    yield ("data",), f"fields {field.name}: when {when!r} needs data.events.columns.event"
                 elif self.label.weights and when not in self.label.weights:
-                    wrong.append(
-                        f"fields {field.name}: when {when!r} is no event type of label.weights"
-                        f"{nearest(when, [*self.label.weights, 'positive', 'any'])}"
-                    )
+                    near = nearest(when, [*self.label.weights, "positive", "any"])
+                    text = f"fields {field.name}: when {when!r} is no event type of label.weights{near}"
+                    yield ("data", "label"), text
             if self.label.weights and ("event" not in columns or "value" in columns):
-                wrong.append("label.weights needs data.events.columns.event, and no column value")
+                text = "label.weights needs data.events.columns.event, and no column value"
+                yield ("data", "label"), text
             if self.label.kind == "rating" and "value" not in columns:
-                wrong.append("label.kind=rating needs data.events.columns.value")
+                yield ("data", "label"), "label.kind=rating needs data.events.columns.value"
             if (self.label.kind == "column") != ("label" in columns):
-                wrong.append("label.kind=column, and no other, needs data.events.columns.label")
+                text = "label.kind=column, and no other, needs data.events.columns.label"
+                yield ("data", "label"), text
             if (self.split.kind == "column") != ("split" in columns):
-                wrong.append("split.kind=column, and no other, needs data.events.columns.split")
-        wrong += self._pairs(attributes)
+                text = "split.kind=column, and no other, needs data.events.columns.split"
+                yield ("data", "split"), text
+        for text in self._pairs(attributes):
+            yield ("deepfm", "recall", "fields"), text
         if self.deepfm.model == "dnn" and "fm" in self.score.candidates:
-            wrong.append(
+            text = (
                 "deepfm.model=dnn has no FM part to recall with: leave fm out of score.candidates, "
                 "for example candidates: {als: 200, next_items: 200, popularity: 50}"
             )
+            yield ("deepfm", "score"), text
         if self.label.kind == "column" and self.label.positive_when:
-            wrong.append("label.kind=column: the column says what is positive, leave positive_when out")
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
+            text = "label.kind=column: the column says what is positive, leave positive_when out"
+            yield ("label",), text
 
     def _pairs(self, attributes: set[str]) -> list[str]:
         """What is wrong with deepfm.pair."""
@@ -1010,13 +1036,54 @@ def load(conf: str | Path | None = None, overrides: Sequence[str] = ()) -> Confi
     Raises:
         ConfigError: names every wrong key or value at once, with the nearest valid key.
     """
-    try:
-        return Config.model_validate(merge(_read(DEFAULT_CONF), asked(conf, overrides)))
-    except ValidationError as error:
-        lines = _described(error)
+    config, lines = _validated(merge(_read(DEFAULT_CONF), asked(conf, overrides)))
+    if config is None or lines:
         also = f" with {' '.join('--set ' + o for o in overrides)}" if overrides else ""
         where = DEFAULT_CONF if conf is None else conf
-        raise ConfigError(f"{len(lines)} wrong in {where}{also}:\n  " + "\n  ".join(lines)) from None
+        raise ConfigError(f"{len(lines)} wrong in {where}{also}:\n  " + "\n  ".join(lines))
+    return config
+
+
+def _validated(settings: dict[str, Any]) -> tuple[Config | None, list[str]]:
+    """The configuration, and everything that is wrong.
+
+    pydantic looks for what does not go together only where everything else is right. So unknown keys are left
+    out and the rest is validated again, then sections and fields with wrong values.
+    """
+    lines: list[str] = []
+    broken: set[str] = set()
+    settings = copy.deepcopy(settings)
+    while True:
+        try:
+            return Config.model_validate(settings, context=broken), lines
+        except ValidationError as error:
+            found = error.errors()
+        unknown = [
+            one for one in found if one["type"] == "extra_forbidden" and _removed(settings, one["loc"])
+        ]
+        lines += [line for one in unknown or found for line in _describe(dict(one)) if line not in lines]
+        if unknown:
+            continue
+        places = [one["loc"] for one in found]
+        if () in places:
+            return None, lines
+        elements = {place[1] for place in places if place[0] == "fields" and len(place) > 1}
+        for section in {str(place[0]) for place in places if place[0] != "fields" or len(place) == 1}:
+            broken.add(section)
+            settings.pop(section)
+        for element in sorted(elements, reverse=True):
+            field = settings["fields"].pop(element)
+            broken.add(f"fields.{field.get('name') if isinstance(field, dict) else field}")
+
+
+def _removed(settings: Any, place: Sequence[Any]) -> bool:
+    """Remove a key of nested settings; False where there is none."""
+    if place[0] == "fields":
+        place = (*place[:2], *place[3:])  # without the kind, which is no key
+    for part in place[:-1]:
+        if isinstance(settings, list) or (isinstance(settings, dict) and part in settings):
+            settings = settings[part]
+    return isinstance(settings, dict) and settings.pop(place[-1], settings) is not settings
 
 
 def asked(conf: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
@@ -1085,16 +1152,27 @@ def merge(base: Any, over: Any) -> Any:
 
 
 def _described(error: ValidationError) -> list[str]:
-    return [_describe(dict(found)) for found in error.errors()]
+    return [line for found in error.errors() for line in _describe(dict(found))]
 
 
-def _describe(error: dict[str, Any]) -> str:
+def _describe(error: dict[str, Any]) -> list[str]:
     location = [part for part in error["loc"] if part not in ("[key]",)]
-    path = ".".join(str(part) for part in location) or "conf"
+    path = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key{nearest(str(location[-1]), _keys(location[:-1]))}"
+        return [f"{path}: unknown key{nearest(str(location[-1]), _keys(location[:-1]))}"]
+    if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        name, kind = (error["input"].get(key) for key in ("name", "kind"))
+        kinds = ", ".join(_tag(model) for model in _models(AnyField))
+        which = f"{path} ({name})" if name else path
+        return [
+            f"{which}: kind {kind!r} is none, expected {kinds}"
+            if kind
+            else f"{which}: no kind, expected {kinds}"
+        ]
+    problem = error.get("ctx", {}).get("error")
+    texts = problem.texts if isinstance(problem, _Several) else [error["msg"].removeprefix("Value error, ")]
     found = "" if error["type"] in ("missing", "value_error") else f", found {error['input']!r}"
-    return f"{path}: {error['msg'].removeprefix('Value error, ')}{found}"
+    return [f"{path}: {text}{found}" if path else f"{text}{found}" for text in texts]
 
 
 def _keys(location: Sequence[Any]) -> set[str]:

@@ -31,6 +31,63 @@ def test_every_error_is_named_at_once_with_the_nearest_key():
     assert text.startswith("4 wrong in ")
 
 
+def test_every_error_is_named_at_once_also_what_does_not_go_together(tmp_path):
+    """And nothing that may be wrong only because of another error."""
+    conf = tmp_path / "mine.yaml"
+    conf.write_text("""
+        data: {events: {path: a, formt: csv, columns: {user: u, item: i, timestamp: t}}}
+        label: {kind: colum}
+        split: {kind: column, fractions: [0.5, 0.1, 0.1], lst: 1}
+        score: {k: 5, kk: 7, rules: {explore: 9}}
+        fields:
+          - {name: genres, kind: categoricl, side: item, column: genres}
+          - {name: tags, kind: categorical, side: item, column: tags, hash_bukets: 9}
+          - {name: taste, kind: aggregate, measure: share, attribute: genres}
+          - {name: tag_taste, kind: aggregate, measure: share, attribute: tgs}
+          - {name: bought, kind: history, when: purchase}
+          - {name: hour, part: hour}
+          - {name: user, kind: time, part: hour}
+          - {name: price, kind: numeric, side: item, column: price, buckets: 1}
+          - {name: pause, kind: time, part: recency, side: context, history: 1, time: 2}
+    """)
+    with pytest.raises(ConfigError) as caught:
+        load(conf)
+    first, *lines = str(caught.value).splitlines()
+    assert first.startswith(f"{len(lines)} wrong in {conf}")
+    kinds = "expected categorical, numeric, time, history, aggregate"
+    assert sorted(line.strip() for line in lines) == sorted(
+        [
+            "data.events.formt: unknown key; nearest valid key: format",
+            "label.kind: Input should be 'implicit', 'rating' or 'column', found 'colum'",
+            "split.lst: unknown key; nearest valid key: last",
+            "split: fractions must be positive and add up to 1, found [0.5, 0.1, 0.1]",
+            "score.kk: unknown key; nearest valid key: k",
+            "score: rules.explore=9 is more than the k=5 places of a list",
+            f"fields.0 (genres): kind 'categoricl' is none, {kinds}",
+            "fields.1.categorical.hash_bukets: unknown key; nearest valid key: hash_buckets",
+            "fields tag_taste: 'tgs' is no categorical field of side item; nearest valid key: tags",
+            "fields bought: when 'purchase' needs data.events.columns.event",
+            f"fields.5 (hour): no kind, {kinds}",
+            "fields: names used twice or reserved: user",
+            "fields.7.numeric.buckets: Input should be greater than or equal to 2, found 1",
+            "fields.8.time.history: unknown key; valid keys: encoding, kind, name, part, side",
+            "fields.8.time.time: unknown key; nearest valid key: side",
+            "fields.8.time: time field pause: recency has side user, found context",
+        ]
+    )
+
+
+def test_all_that_is_wrong_with_a_source_is_named_at_once():
+    source = "{path: a, timezone: Mars, encoding: utf-9, value_range: [2, 1], columns: {user: u}}"
+    with pytest.raises(ConfigError) as caught:
+        load(None, [f"data.users={source}", "data.events={path: a, columns: {usr: u}}"])
+    assert str(caught.value).startswith("3 wrong in ")
+    with pytest.raises(ConfigError) as caught:
+        load(None, ["data.events={path: a, columns: {usr: u}}"])
+    assert str(caught.value).startswith("4 wrong in ")
+    assert "data: events.columns has no 'item'\n" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
