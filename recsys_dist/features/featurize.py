@@ -127,17 +127,24 @@ def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, 
 
 
 def _open(config: Config) -> dict[str, Opened]:
-    opened = {}
+    """Open every source; what is wrong is told of all of them at once."""
+    opened: dict[str, Opened] = {}
+    wrong: list[ConfigError | DataError] = []
     for side, name in ids.SOURCES.items():
         source: Source | None = getattr(config.data, name)
         columns = ids.asked_columns(config.fields, side)
         if source is None:
             if columns:
                 named = ", ".join(sorted(column.removeprefix("raw:") for column in columns))
-                raise ConfigError(f"fields {named} have side {side}, but data.{name} is not set")
+                wrong.append(ConfigError(f"fields {named} have side {side}, but data.{name} is not set"))
             continue
         lists = ids.list_columns(config.fields, side)
-        opened[name] = open_source(name, source, source.columns | columns, lists)
+        try:
+            opened[name] = open_source(name, source, source.columns | columns, lists)
+        except (ConfigError, DataError) as error:
+            wrong.append(error)
+    if wrong:
+        raise type(wrong[0])("\n".join(map(str, wrong)))
     return opened
 
 

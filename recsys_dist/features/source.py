@@ -68,7 +68,7 @@ def open_source(
 
     Raises:
         ConfigError: a setting does not fit the format.
-        DataError: there is no file, all are empty, one cannot be read, or a column is missing, ambiguous or
+        DataError: there is no file, all are empty, one cannot be read, or columns are missing, ambiguous or
             of different types in two files; names file and columns found.
     """
     several = frozenset(several)
@@ -99,8 +99,8 @@ def open_source(
             f"data.{name}.path={source.path}: no rows, only header lines, first in {heads[0].path}"
         )
     groups: dict[tuple[object, ...], list[Head]] = {}
+    _require(name, source, heads, columns)
     for head in heads:
-        _require(name, source, head, columns)
         ours = tuple(head.find(column)[0] for column in columns.values())
         of_folders = tuple((column, head.keys[column]) for column in ours if head.of_folder(column))
         layout: tuple[object, ...] = head.columns if source.format != "jsonl" else ()
@@ -132,47 +132,54 @@ def _group(source: Source, columns: dict[str, str], heads: Sequence[Head]) -> Gr
     )
 
 
-def _require(name: str, source: Source, head: Head, columns: dict[str, str]) -> None:
-    """Raise a DataError for a column that is missing or ambiguous in a file."""
-    for ours, column in columns.items():
-        found = head.find(column)
-        if len(found) == 1:
-            continue
-        if found:
-            twice = f"is there {len(found)} times" if found[0] == found[1] else f"may be {' or '.join(found)}"
-            raise DataError(f"{head.path}: the column {column!r} ({_key(name, source, ours)}) {twice}")
-        close = difflib.get_close_matches(column, [*head.columns, *head.keys], n=1, cutoff=0.5)
-        near = f"; nearest: {close[0]!r}" if close else ""
-        raise DataError(
-            f"{head.path} has no column {column!r} ({_key(name, source, ours)}){near}. Columns found: "
-            f"{', '.join([*head.columns, *head.keys])} (read as {source.format}). Name another column, or "
-            f"check data.{name}.format" + (" and .delimiter." if source.format in ("csv", "tsv") else ".")
-        )
+def _require(name: str, source: Source, heads: Sequence[Head], columns: dict[str, str]) -> None:
+    """Raise a DataError for all columns that are missing or ambiguous, each told of the first such file."""
+    lines, told = [], set[str]()
+    for head in heads:
+        wrong = []
+        for ours, column in columns.items():
+            found = head.find(column)
+            if len(found) == 1 or ours in told:
+                continue
+            told.add(ours)
+            key, present = _key(name, source, ours), [*head.columns, *head.keys]
+            if found:
+                twice = f"{len(found)} times" if found[0] == found[1] else f"as {' or '.join(found)}"
+                wrong.append(f"{head.path} has the column {column!r} ({key}) {twice}")
+            else:
+                close = difflib.get_close_matches(column, present, n=1, cutoff=0.5)
+                near = f"; nearest: {close[0]!r}" if close else ""
+                wrong.append(f"{head.path} has no column {column!r} ({key}){near}")
+        if wrong:
+            wrong[-1] += f". Columns found: {', '.join(present)} (read as {source.format})"
+        lines += wrong
+    if lines:
+        also = " and .delimiter" if source.format in ("csv", "tsv") else ""
+        todo = f"Name another column, or check data.{name}.format{also}."
+        raise DataError("\n".join(lines) + f". {todo}")
 
 
 def _require_types(
     name: str, source: Source, heads: Sequence[Head], columns: dict[str, str], several: frozenset[str]
 ) -> None:
-    """Raise a DataError for a column with another type in another file, or that is a list unasked."""
+    """Raise a DataError for all columns with another type in another file, or that are lists unasked."""
+    wrong: dict[str, str] = {}
     for ours, column in columns.items():
         known: tuple[str, str] | None = None
         for head in heads:
             type_ = head.types.get(head.find(column)[0], TEXT)
+            of_type = f"the column {column!r} ({_key(name, source, ours)}) is of type"
             if source.format == "parquet" and kind(type_) and (kind(type_) == "list") != (ours in several):
-                raise DataError(
-                    f"{head.path}: the column {column!r} ({_key(name, source, ours)}) is of type {type_}. "
-                    + (
-                        "list: true is for lists."
-                        if ours in several
-                        else "Lists need a field with list: true."
-                    )
+                lists = (
+                    "list: true is for lists." if ours in several else "Lists need a field with list: true."
                 )
-            if source.format != "jsonl" and kind(type_) and known and kind(known[1]) != kind(type_):
-                raise DataError(
-                    f"data.{name}: the column {column!r} ({_key(name, source, ours)}) is of type {known[1]} "
-                    f"in {known[0]}, but {type_} in {head.path}. Files of one source need the same types."
-                )
+                wrong.setdefault(ours, f"{head.path}: {of_type} {type_}. {lists}")
+            elif source.format != "jsonl" and kind(type_) and known and kind(known[1]) != kind(type_):
+                text = f"data.{name}: {of_type} {known[1]} in {known[0]}, but {type_} in {head.path}. "
+                wrong.setdefault(ours, f"{text}Files of one source need the same types.")
             known = (head.path, type_) if kind(type_) else known
+    if wrong:
+        raise DataError("\n".join(wrong.values()))
 
 
 def _key(name: str, source: Source, ours: str) -> str:

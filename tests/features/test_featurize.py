@@ -333,6 +333,30 @@ def test_field_without_its_table(spark, tmp_path):
         featurized(log_config(tmp_path, GOOD, fields=fields))
 
 
+def test_all_missing_columns_are_named_at_once(spark, tmp_path):
+    """Of all sources."""
+    (tmp_path / "items.csv").write_text("id,titel,price\na,A,1\n")
+    (tmp_path / "users.csv").write_text("")
+    items = {"path": str(tmp_path / "items.csv"), "columns": {"item": "item", "title": "title"}}
+    users = {"path": str(tmp_path / "users.csv"), "columns": {"user": "user"}}
+    data = log_config(tmp_path, GOOD).data.model_dump(mode="json") | {"items": items, "users": users}
+    fields = [{"name": "town", "kind": "categorical", "side": "context", "column": "town"}]
+    config = log_config(tmp_path, GOOD, header="user,itm,timestamp,value", data=data, fields=fields)
+    with pytest.raises(DataError) as error:
+        featurized(config)
+    lines = [line.removeprefix(f"{tmp_path}/") for line in str(error.value).splitlines()]
+    found = [line.partition(". Columns found: ")[0] for line in lines]
+    assert found == [
+        "events.csv has no column 'item' (data.events.columns.item); nearest: 'itm'",
+        "events.csv has no column 'town' (fields: town.column)",
+        "items.csv has no column 'item' (data.items.columns.item); nearest: 'titel'",
+        "items.csv has no column 'title' (data.items.columns.title); nearest: 'titel'",
+        f"data.users.path={tmp_path}/users.csv: all 1 files are empty, first {tmp_path}/users.csv",
+    ]
+    todo = "Name another column, or check data.events.format and .delimiter."
+    assert lines[1].endswith(f". Columns found: user, itm, timestamp, value (read as csv). {todo}")
+
+
 def test_sample_of_the_users(spark, tmp_path):
     lines = [f"user{user},item{n},{n},5" for user in range(200) for n in range(5)]
     config = log_config(tmp_path, lines)

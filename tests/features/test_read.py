@@ -135,7 +135,7 @@ def test_typed_header(tmp_path, found, opened):
     assert found() == [("ann", "b", "1")]
     write(tmp_path, ["user:token,item,user:float,time", "x,b,1,2"])
     with pytest.raises(
-        DataError, match=r"'user' \(data\.events\.columns\.user\) may be user:token or user:float"
+        DataError, match=r"'user' \(data\.events\.columns\.user\) as user:token or user:float"
     ):
         opened()
 
