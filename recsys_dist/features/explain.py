@@ -30,7 +30,7 @@ def explain(config: Config, run: Run) -> str:
     Coverage is the share of the train examples that have a known value; for fields of side item the share
     of the items, for daily ones as of their last day. `-` stands for a field that keeps no trace of what was
     missing. Samples are tokens, and numbers as they were before log and scaling. The run is read batch by
-    batch, so that its size does not matter.
+    batch, so that its size does not matter. Tokens are shortened to WIDTH.
 
     Args:
         config: what the run was made with.
@@ -49,13 +49,26 @@ def explain(config: Config, run: Run) -> str:
         for place, greatest in enumerate(GREATEST_WIDTHS)
     ]
     left = WIDTH - sum(widths) - 2 * len(widths)
-    samples = [HEADER[-1:], *(_samples(run, columns[one.name]) for one in spec.fields)]
+    samples = [HEADER[-1]]
+    for one in spec.fields:
+        texts = _samples(run, columns[one.name])
+        # Half a word can be guessed, half a number cannot: such a line is rather too long.
+        samples.append(_fitting(texts, left) if one.vocab else ", ".join(texts))
     rows = [
-        "  ".join([*_cells(line, widths), _fitting(texts, left)]).rstrip()
-        for line, texts in zip(lines, samples, strict=True)
+        "  ".join([*_cells(line, widths), of_field]).rstrip()
+        for line, of_field in zip(lines, samples, strict=True)
     ]
-    title = f"{spec.rows['train']:,} train examples, {spec.n_users:,} users, {spec.n_items:,} items"
-    return "\n".join([title, "", *rows])
+    return "\n".join([_title(run, spec), "", *rows])
+
+
+def _title(run: Run, spec: FeatureSpec) -> str:
+    figures = run.manifest["figures"]
+    events, positives = sum(spec.rows.values()), sum(spec.positives.values())
+    parts = ", ".join(f"{rows:,} {part}" for part, rows in spec.rows.items())
+    return (
+        f"{events:,} events, {positives:,} of them positive, from {figures['first_day']} to "
+        f"{figures['last_day']}: {parts}; {spec.n_users:,} users, {spec.n_items:,} items"
+    )
 
 
 @dataclass
@@ -198,7 +211,7 @@ def _raw(spec: FieldSpec, value: float) -> float:
     """The number before log and scaling; what float32 cannot tell from 0 is 0."""
     offset, scaled = spec.offset or 0.0, value * (spec.scale or 1.0)
     number = scaled + offset
-    if abs(number) < 1e-6 * (abs(offset) + abs(scaled)):
+    if abs(number) < 1e-6 * (1.0 if spec.wave else abs(offset) + abs(scaled)):
         return 0.0
     return math.copysign(math.expm1(abs(number)), number) if spec.log else number
 

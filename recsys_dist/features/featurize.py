@@ -206,7 +206,10 @@ def _featurize(
         fitted = of_train.result()
         for of_side in of_sides:
             fitted |= of_side.result()
-    last = dt.datetime.fromtimestamp(look.last_micros // 10**6, dt.UTC).date()
+    first, last = (
+        dt.datetime.fromtimestamp(micros // 10**6, dt.UTC).date()
+        for micros in (look.first_micros, look.last_micros)
+    )
     today = dt.datetime.now(dt.UTC).date()
     if config.score.date is None and last > today:
         print(
@@ -235,6 +238,8 @@ def _featurize(
         run.write_json("features.json", spec.model_dump(mode="json"))
         run.remove(SCRATCH)
         remove_checksums(run.filesystem, run.path)
+    if any(counted.total() > counted[""] for counted in reasons.values()):
+        print(f"  what is set aside: {run.uri}/quarantine", flush=True)
     for frame in (*cached, placed, counts, people, catalogue):
         frame.unpersist()
     return {
@@ -249,6 +254,8 @@ def _featurize(
         "items": spec.n_items,
         "examples": spec.rows,
         "positives": spec.positives,
+        "first_day": first.isoformat(),
+        "last_day": last.isoformat(),
         "cold_in_test": {"users": vocabularies.cold["user"], "items": vocabularies.cold["item"]},
         "parent": before.run_id if continued and before else None,
         "columns": {name: columns_of(found) for name, found in opened.items()},

@@ -20,6 +20,7 @@ FIELDS = [
     {"name": "price", "kind": "numeric", "side": "item", "column": "price", "log": True},
     {"name": "weight", "kind": "numeric", "side": "item", "column": "price", "indicator": False},
     {"name": "level", "kind": "numeric", "side": "item", "column": "price", "buckets": 2},
+    {"name": "size", "kind": "numeric", "side": "item", "column": "size", "buckets": 3},
     {"name": "device", "kind": "categorical", "side": "context", "column": "device", "hash_buckets": 7},
     {"name": "hour", "kind": "time", "part": "hour"},
     {"name": "weekday", "kind": "time", "part": "weekday"},
@@ -39,20 +40,20 @@ FIELDS = [
 def made(spark, tmp_path_factory):
     """A configuration and its run.
 
-    Ten events of each of two users at 05:00, ann's every day, bob's every second; 8 of each are train.
+    Ten events of each of two users at 06:00, ann's every day, bob's every second; 8 of each are train.
     """
     root = tmp_path_factory.mktemp("explain")
     lines = []
     for every, user in enumerate(("ann", "bob"), 1):
         for number in range(10):
             device = "" if number % 2 else "phone"
-            time = number * every * DAY + 5 * 3600
+            time = number * every * DAY + 6 * 3600
             lines.append(f"{user},{'abcd'[number % 4]},{time},{5 if number else 1},{device}")
     items = [
-        {"id": "a", "tags": ["x", "\u001b[31mred"], "price": 10},
-        {"id": "b", "tags": ["x"], "price": 20},
-        {"id": "c", "tags": [], "price": None},
-        {"id": "d", "price": 30},
+        {"id": "a", "tags": ["x", "\u001b[31mred"], "price": 10, "size": 1234567},
+        {"id": "b", "tags": ["x"], "price": 20, "size": 2345678},
+        {"id": "c", "tags": [], "price": None, "size": 3456789},
+        {"id": "d", "price": 30, "size": 4567890},
         {"id": "never seen", "tags": ["y"], "price": 40},
     ]
     (root / "items.jsonl").write_text("\n".join(map(json.dumps, items)))
@@ -69,8 +70,11 @@ def made(spark, tmp_path_factory):
 def rows(made):
     """Field to its cells: kind, source, side, cardinality, coverage, samples."""
     lines = explain(*made).splitlines()
-    assert lines[0] == "16 train examples, 2 users, 5 items"
-    assert all(len(line) <= WIDTH for line in lines)
+    assert lines[0] == (
+        "20 events, 18 of them positive, from 1970-01-01 to 1970-01-19: 16 train, 2 valid, 2 test; "
+        "2 users, 5 items"
+    )
+    assert [line[:5] for line in lines if len(line) > WIDTH] == ["size "]
     cells = [re.split(r"\s{2,}", line.strip()) for line in lines[2:]]
     assert cells[0] == ["field", "kind", "source", "side", "cardinality", "coverage", "samples"]
     return {name: rest for name, *rest in cells[1:]}
@@ -78,7 +82,7 @@ def rows(made):
 
 def test_every_field_is_there_once_in_order(made, rows):
     assert list(rows) == [field.name for field in made[1].spec().fields]
-    assert len(rows) == 21
+    assert len(rows) == 22
 
 
 def test_coverage(rows):
@@ -92,6 +96,7 @@ def test_coverage(rows):
         "price_missing": "100.0%",
         "weight": "-",
         "level": "80.0%",
+        "size": "80.0%",
         "device": "50.0%",
         "hour": "100.0%",
         "weekday": "100.0%",
@@ -129,7 +134,10 @@ def test_samples(rows):
     assert samples["price"] == ["10", "20", "30"]
     assert set(samples["level"]) == {"..20", "20.."}
     assert samples["device"][0].startswith("#")
-    assert samples["hour"] == ["5:00"]
+    # No number is cut.
+    assert samples["size"] == ["..2.346e+06", "2.346e+06..3.457e+06", "3.457e+06.."]
+    assert samples["hour"] == ["6:00"]
+    assert (samples["wave_sin"], samples["wave_cos"]) == (["1"], ["0"])  # not 6.12e-17
     assert set(samples["weekday"]) <= {"Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"}
     assert set(samples["pause"]) == {"15 h+", "31 h+"}
     assert sorted(samples["wanted"]) == ["b", "c", "d"]
