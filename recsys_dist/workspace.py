@@ -298,11 +298,13 @@ class Workspace:
         """The runs that a new run of `stage` reads: pinned or latest, all made from the same runs upstream.
 
         Raises:
-            DataError: there is none; names the job to run first.
+            DataError: there is none; names the pin, or the job to run first.
         """
         chosen: dict[str, Run] = {}
         wanting = (STAGES | EXPERIMENTS)[stage]
         reads = (*wanting.reads, *(wanting.pairs_read if self.pairs else ()))
+        for name in reads:
+            self.pinned(name)
         for name in reversed(reads):
             known = {up: run_id for run in chosen.values() for up, run_id in run.inputs.items()}
             known |= {other: run.run_id for other, run in chosen.items()}
@@ -317,13 +319,30 @@ class Workspace:
             ]
             if not fitting:
                 which = f" {wanted}" if wanted else ""
-                also = f" that reads {known}" if runs and known else ""
+                others = [f"{up} {run_id}" for up, run_id in known.items() if up in STAGES[name].reads]
+                made = f" made from {' and '.join(others)}" if runs and others else ""
                 raise DataError(
-                    f"{stage} needs a finished {name} run{which}{also} under {self.uri}/{name}, and there is "
+                    f"{stage} needs a finished {name} run{which}{made} under {self.uri}/{name}, and there is "
                     f"none. Run jobs/{STAGES[name].job} first, with the same --conf."
                 )
             chosen[name] = fitting[-1]
         return {name: chosen[name] for name in reads}
+
+    def pinned(self, stage: str) -> str | None:
+        """The run id that the configuration pins a stage to.
+
+        Raises:
+            DataError: there is no such run.
+        """
+        pin = self.pins.get(stage)
+        ids = [run.run_id for run in self.runs(stage)] if pin else []
+        if pin and pin not in ids:
+            there = f"the latest is {ids[-1]}" if ids else "there is none at all"
+            raise DataError(
+                f"storage.pin.{stage}={pin} names no finished run under {self.uri}/{stage}: {there}. Give "
+                f"the id of a run, which is its folder's name, or leave the pin out."
+            )
+        return pin
 
     def key(self, stage: str, config: Config, inputs: dict[str, Run]) -> dict[str, Any]:
         """All that a run's content depends on. Two runs with equal keys are interchangeable."""

@@ -95,8 +95,22 @@ def test_a_pin_goes_before_what_the_latest_model_was_trained_on(workspace, confi
     inputs = pinned.inputs("evaluation")
     assert {run.inputs.get("features", run.run_id) for run in inputs.values()} == {first.run_id}
     wrong = Workspace(load(None, [f"storage.root={tmp_path}/root", "storage.pin.als=20240101"]))
-    with pytest.raises(DataError, match="als run 20240101"):
+    latest = workspace.runs("als")[-1].run_id
+    with pytest.raises(
+        DataError, match=rf"storage\.pin\.als=20240101 names no .*/als: the latest is {latest}\."
+    ):
         wrong.inputs("evaluation")
+
+
+def test_what_an_input_must_be_made_from_is_told_in_words(workspace, config, tmp_path):
+    first, second = commit(workspace, config, "features"), commit(workspace, config, "features")
+    commit(workspace, config, "als", {"features": first})
+    commit(workspace, config, "recall", {"features": second})
+    commit(workspace, config, "deepfm", {"features": second})
+    with pytest.raises(
+        DataError, match=rf"evaluation needs .* als run made from features {second.run_id} under"
+    ):
+        workspace.inputs("evaluation")
 
 
 def test_root_as_a_uri_with_escapes_is_one_place_for_all_readers(tmp_path):

@@ -20,7 +20,7 @@ SAME = ("kind", "side", "column", "delimiter", "list", "hash_buckets")
 
 def run_before(config: Config, run: OpenRun) -> Run | None:
     """The pinned or latest features run, where it was made from a log of the same description."""
-    pinned = run.workspace.pins.get("features")
+    pinned = run.workspace.pinned("features")
     runs = [found for found in run.workspace.runs("features") if pinned in (None, found.run_id)]
     if not runs:
         return None
