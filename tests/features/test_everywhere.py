@@ -26,7 +26,7 @@ CLUSTER = "local-cluster[2,1,1024]"
 
 @pytest.fixture(scope="module")
 def log(tmp_path_factory):
-    """The shop log, with a duplicate in another file of the same folder and some unusable rows."""
+    """The shop log, a duplicate in another file of its folder, some unusable rows, and items listed again."""
     root = tmp_path_factory.mktemp("everywhere")
     config = shop_config(root, random_log())
     folder = root / "events"
@@ -37,7 +37,14 @@ def log(tmp_path_factory):
     (folder / "b.jsonl").write_text("\n".join(more) + "\n")
     settings = config.model_dump(mode="json")
     settings["data"]["events"]["path"] = str(folder)
-    settings["data"]["max_bad_rows"] = 0.2
+    catalogue = root / "catalogue"
+    catalogue.mkdir()
+    items = [json.loads(line) for line in (root / "items.jsonl").read_text().splitlines()]
+    again = [item | {"category": f"c{n % 5}", "price": n} for n in range(40) for item in items[:3]]
+    for name, rows in {"1.jsonl": items, "2.jsonl": again}.items():
+        (catalogue / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    settings["data"]["items"]["path"] = str(catalogue)
+    settings["data"]["max_bad_rows"] = 0.95
     return root, settings
 
 
@@ -95,8 +102,13 @@ def test_unusable_rows(reference):
         "missing item": 1,
         "not JSON": 1,
     }
-    aside = reference.table("quarantine").to_pylist()
-    assert sorted(row["reason"] for row in aside) == ["duplicate"] * 3 + ["missing item", "not JSON"]
+    aside = [row["reason"] for row in reference.table("quarantine").to_pylist()]
+    assert sorted(set(aside)) == ["duplicate", "item listed again later", "missing item", "not JSON"]
+    assert aside.count("item listed again later") == 120
+    # The last row of the last file stays.
+    tokens = {row["index"]: row["token"] for row in reference.table("vocab/category").to_pylist()}
+    of_items = {row["item_id"]: tokens.get(row["category"]) for row in reference.table("items").to_pylist()}
+    assert [of_items[f"i{n}"] for n in range(3)] == ["c4"] * 3
 
 
 def test_two_cores(spark, log, reference):
