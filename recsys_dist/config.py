@@ -1068,12 +1068,12 @@ def _validated(settings: dict[str, Any]) -> tuple[Config | None, list[str]]:
         if () in places:
             return None, lines
         elements = {place[1] for place in places if place[0] == "fields" and len(place) > 1}
-        for section in {str(place[0]) for place in places if place[0] != "fields" or len(place) == 1}:
-            broken.add(section)
-            settings.pop(section)
+        sections = {str(place[0]) for place in places if place[0] != "fields" or len(place) == 1}
+        broken |= sections
         for element in sorted(elements, reverse=True):
             field = settings["fields"].pop(element)
             broken.add(f"fields.{field.get('name') if isinstance(field, dict) else field}")
+        settings = {key: value for key, value in settings.items() if str(key) not in sections}
 
 
 def _removed(settings: Any, place: Sequence[Any]) -> bool:

@@ -111,7 +111,9 @@ def test_bad_values_are_refused(overrides, expected):
         load(None, overrides)
 
 
-@pytest.mark.parametrize("text", [b"- a list", b"a: [", b"deepfm: 3", b"storage: {root: caf\xe9}"])
+@pytest.mark.parametrize(
+    "text", [b"- a list", b"a: [", b"deepfm: 3", b"1: {2: 3}", b"storage: {root: caf\xe9}"]
+)
 def test_files_that_are_no_configuration_are_refused(tmp_path, text):
     conf = tmp_path / "bad.yaml"
     conf.write_bytes(text)

@@ -240,9 +240,9 @@ def require_numbers(
                 wrong.append(f"field {field.name}: {none}, such as {example}")
     if wrong:
         todo = (
-            "Name another column, make the field categorical, or, where a comma is the decimal sign of a csv "
+            "Name another column, make the field categorical, or set the source's decimal: ',' (csv and tsv)."
         )
-        raise DataError("\n".join([*wrong, f"{todo}or tsv source, set its decimal: ','"]))
+        raise DataError("\n".join([*wrong, todo]))
 
 
 def _true(flags: Mapping[str, Column]) -> list[Column]:

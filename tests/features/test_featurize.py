@@ -456,7 +456,7 @@ def test_no_text_is_told_of_where_all_are_numbers(spark, tmp_path, capsys):
 
 def test_numeric_fields_without_a_number_are_refused(spark, tmp_path):
     config = numbers_config(tmp_path, ["n/a", "", "soon", "n/a"], ["1,50", "7,25"])
-    with pytest.raises(DataError, match=r"Name another column.*set its decimal: ','") as error:
+    with pytest.raises(DataError, match=r"Name another column.*decimal: ','") as error:
         featurized(config)
     lines = str(error.value).splitlines()
     assert len(lines) == 4
