@@ -538,10 +538,6 @@ class DeepFM(Section):
     proposes for the example's history, which is what the model has to tell apart (with `pair` only)."""
     negatives_outside_history: bool = False
     """No item is drawn for an example that is in its longest history of items."""
-    stale: int = Field(0, ge=0)
-    """Up to so many of the latest events, as many as chance says and at most half of them, are taken from an
-    example's histories of liked items. A list is made once, and its user wants more than the next item;
-    without this the model learns nothing else."""
     objective: Literal["logistic", "softmax", "bpr", "squared"] = "softmax"
     """`logistic`: each positive and each drawn item on its own, or each example's label; `softmax`: the
     positive against the drawn items, corrected for how often each is drawn (logQ); `bpr`: the positive above

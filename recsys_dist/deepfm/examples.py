@@ -205,7 +205,7 @@ class Examples:
         """
         settings, seed = self.config.deepfm, self.config.seed
         own, share = self._share(rank, world_size)
-        parts = [self._taken(epoch, step, stream) for stream in own]
+        parts = [self.shuffled.take(epoch, step, stream) for stream in own]
         table = self.shuffled.padded(parts, share)
         real = np.arange(share) < sum(map(len, parts))
         items = np.zeros((share, 1 + settings.negatives), np.int64)
@@ -244,16 +244,6 @@ class Examples:
         """File and row in it, from 0, of examples: reads the files again, nothing remembers it."""
         return [self.shuffled.place(number).replace(self.run.path, self.run.uri) for number in numbers]
 
-    def _taken(self, epoch: int, step: int, stream: int) -> pa.Table:
-        """What a step takes of a stream, with stale histories."""
-        rows = self.shuffled.take(epoch, step, stream)
-        most, longest = self.config.deepfm.stale, self.catalogue.spec.liked_history
-        if not most or longest is None or not len(rows):
-            return rows
-        # Not the generator of the draws: these stay what they are without.
-        drawn = np.random.default_rng([self.config.seed, epoch, step, stream, 1]).random(len(rows))
-        return stale(rows, self.catalogue.spec, np.floor(drawn * (most + 1)).astype(np.int64))
-
     def _share(self, rank: int, world_size: int) -> tuple[range, int]:
         """The streams of a worker, and the rows of its share."""
         streams = self.order.streams
@@ -272,32 +262,6 @@ class Examples:
             liked = latest_of(rows[self.pairs.history])
             return self.proposed.draw(left_out, number, generator, *liked)
         return negatives.draw(positives, number, generator, history)
-
-
-def stale(rows: pa.Table, spec: FeatureSpec, events: np.ndarray) -> pa.Table:
-    """Rows of examples/ whose histories of liked items lack the last events, at most half of what there is.
-
-    Args:
-        rows: B examples.
-        spec: with such a history.
-        events: [B] how many are taken.
-    """
-    longest = spec.liked_history
-    assert longest is not None
-    lists = rows[longest.name].combine_chunks()
-    length_B = pc.fill_null(pc.list_value_length(lists), 0).to_numpy()
-    items_BH = padded(rows[longest.name], max(1, int(length_B.max(initial=0))))
-    length_B = length_B - np.minimum(events, length_B // 2)
-    place_H = np.arange(items_BH.shape[1])
-    for field in spec.fields:
-        if field.kind == "history" and field.of == "item" and field.when == "positive":
-            first_B = np.maximum(length_B - (field.last or 1), 0)
-            kept_BH = (place_H >= first_B[:, None]) & (place_H < length_B[:, None])
-            offsets = np.append([0], np.cumsum(kept_BH.sum(1))).astype(np.int32)
-            values = pa.array(items_BH[kept_BH].astype(np.int32))
-            column = pa.ListArray.from_arrays(pa.array(offsets), values).cast(field.arrow_type)
-            rows = rows.set_column(rows.schema.get_field_index(field.name), field.name, column)
-    return rows
 
 
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:

@@ -133,7 +133,7 @@ class DeepFM(nn.Module):
             for before, width in zip((0, *widths), widths, strict=False):
                 layers += [nn.Linear(before, width, device=device)] if before else []
                 layers += [BatchNorm(width, device)] if settings.batch_norm else []
-                layers += [nn.ReLU(inplace=True), nn.Dropout(in_epoch(settings.dropout, 0))]
+                layers += [nn.ReLU(), nn.Dropout(in_epoch(settings.dropout, 0))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
             if self.pair_fields:
                 self.pair_hidden = nn.Linear(1 + len(self.pair_fields), widths[0], bias=False, device=device)

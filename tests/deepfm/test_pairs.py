@@ -9,7 +9,7 @@ import torch
 from recsys_dist.config import DeepFM as Settings
 from recsys_dist.config import load
 from recsys_dist.deepfm import pairs as module
-from recsys_dist.deepfm.examples import Examples, stale
+from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.pairs import Pairs, pair_specs
@@ -216,33 +216,3 @@ LATE_SET = "recall.late=0.1"
 def test_what_cannot_be_is_refused_by_name(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load(None, overrides)
-
-
-def test_stale_histories_lack_their_last_events(night, items):
-    config, features, recall = night
-    spec = items.spec
-    last = spec.field("recent").model_copy(update={"name": "last", "last": 1})
-    both = spec.model_copy(update={"fields": (*spec.fields, last)})
-    rows = pa.table(
-        {
-            "recent": pa.array([[1, 2, 3, 4, 5], [1, 2, 3], [7], [], None], pa.list_(pa.int32())),
-            "last": pa.array([[5], [3], [7], [], None], pa.list_(pa.int32())),
-        }
-    )
-    found = stale(rows, both, np.array([2, 3, 1, 1, 0])).to_pylist()
-    assert [row["recent"] for row in found] == [[1, 2, 3], [1, 2], [7], [], []]
-    assert [row["last"] for row in found] == [[3], [2], [7], [], []]
-    # In batches: the examples and what is drawn beside them stay, the histories are shorter by up to so many.
-    config = config.model_copy(update={"deepfm": config.deepfm.model_copy(update={"stale": 2})})
-    plain, shorter = (
-        Examples(features, items, c, ("train",), recall).batch(0, 0, 0, 1) for c in (night[0], config)
-    )
-    assert torch.equal(plain.item.indices.values(), shorter.item.indices.values())
-    missing = plain.user.indices["recent"].lengths() - shorter.user.indices["recent"].lengths()
-    assert set(missing.tolist()) == {0, 1, 2}
-    assert (plain.pair != shorter.pair).any()
-    with_three = torch.nonzero(plain.user.indices["recent"].lengths() == 5).flatten()
-    assert torch.bincount(missing[with_three]).min() > len(with_three) / 6
-    halves = [Examples(features, items, config, ("train",), recall).batch(0, 0, rank, 2) for rank in (0, 1)]
-    lengths = torch.cat([half.user.indices["recent"].lengths()[half.weight > 0] for half in halves])
-    assert lengths.sum() == shorter.user.indices["recent"].lengths()[shorter.weight > 0].sum()
