@@ -133,7 +133,7 @@ class DeepFM(nn.Module):
             for before, width in zip((0, *widths), widths, strict=False):
                 layers += [nn.Linear(before, width, device=device)] if before else []
                 layers += [BatchNorm(width, device)] if settings.batch_norm else []
-                layers += [nn.ReLU(), nn.Dropout(in_epoch(settings.dropout, 0))]
+                layers += [nn.ReLU(inplace=True), nn.Dropout(in_epoch(settings.dropout, 0))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
             if self.pair_fields:
                 self.pair_hidden = nn.Linear(1 + len(self.pair_fields), widths[0], bias=False, device=device)
@@ -231,10 +231,10 @@ class DeepFM(nn.Module):
             pair: [..., 1 + P] the pair fields, of a model that has them.
         """
         x = user.hidden + item.hidden
-        if pair is not None:
-            x = x + self.pair_hidden(pair)
         if self.attended:
             x = x + self.attention(user.history, user.age, item.query)
+        if pair is not None:
+            x = self._apart(x, pair) + self.pair_hidden(pair)
         for layer in self.layers:
             x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
         return x.squeeze(-1).float()
@@ -264,7 +264,14 @@ class DeepFM(nn.Module):
         if pair is None:
             return self.fm(user, item)
         with torch.autocast(pair.device.type, enabled=False):
-            return self.fm(user, item) + pair @ self.pair_first
+            fm = self.fm(user, item)
+            return self._apart(fm[..., None], pair).squeeze(-1) + pair @ self.pair_first
+
+    def _apart(self, x: Tensor, pair: Tensor) -> Tensor:
+        """[..., H] the same numbers; those of pairs whose fields are known pass no gradient on. What pairs are
+        worth beside the embeddings can only be learned on events that these have not been fitted to.
+        """
+        return torch.where(pair[..., :1] > 0, x.detach(), x) if self.training else x
 
     @property
     def width(self) -> int:

@@ -26,6 +26,10 @@ from recsys_dist.schema import UNKNOWN, FeatureSpec
 from recsys_dist.scoring.users import Users
 from recsys_dist.workspace import Run
 
+PAIRS_AT_ONCE = 2048
+"""Pairs of user and item that go through the model together: few enough that what one layer writes is still
+near when the next one reads it."""
+
 
 class Scorer(Protocol):
     """Ranks items for users."""
@@ -167,8 +171,7 @@ class FM:
 class Exhaustive:
     """DeepFM over all items."""
 
-    # [users, items, widest layer] is the largest tensor; this many users keep it small.
-    USERS_AT_ONCE = 64
+    USERS_AT_ONCE = 16
 
     def __init__(self, ranker: Ranker) -> None:
         """Rank with this model."""
@@ -180,12 +183,21 @@ class Exhaustive:
         scores_BI = torch.empty(len(users), len(self.ranker.items) + 1)
         for rows, items in self.ranker.by_day(users):
             for some in rows.split(self.USERS_AT_ONCE):
-                pairs, pair = self.ranker.pairs, None
-                if pairs:
-                    pair = pairs.of_all(users.table[pairs.history].take(pa.array(some.numpy())))
-                sides = user.take(some[:, None]), items.leading(1, -1)
-                scores_BI[some] = self.ranker.model.logits(*sides, pair=pair)
+                scores_BI[some] = self._scores(users, some, user.take(some[:, None]), items)
         return top_k(scores_BI, k, users.excluded, users.listable)
+
+    def _scores(self, users: Users, rows: Tensor, user: Side, items: Side) -> Tensor:
+        """[B, I] of some rows of the batch."""
+        pairs, pair = self.ranker.pairs, None
+        if pairs:
+            pair = pairs.of_all(users.table[pairs.history].take(pa.array(rows.numpy())))
+        size = PAIRS_AT_ONCE // self.USERS_AT_ONCE
+        parts = []
+        for start in range(0, len(items.first), size):
+            some = items.rows(start, start + size).leading(1, -1)
+            own = None if pair is None else pair[:, start : start + size]
+            parts.append(self.ranker.model.logits(user, some, pair=own))
+        return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import pyspark
 
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.workspace import Workspace
-from tests.bench import features, peer, search, training
+from tests.bench import features, peer, ranking, search, training
 from tests.bench.measure import Measure
 
 
@@ -57,7 +57,9 @@ def main() -> int:
     )
     parser.add_argument("--events", type=int, default=1_000_000, help="of the smallest generated log")
     parser.add_argument(
-        "--only", choices=["features", "training", "peer", "search"], help="leave the others out"
+        "--only",
+        choices=["features", "training", "peer", "search", "ranking"],
+        help="leave the others out",
     )
     arguments = parser.parse_args()
     found = {"machine": machine(), "events": arguments.events}
@@ -75,6 +77,8 @@ def main() -> int:
             _tell(found, "peer", *peer.bench(Path(scratch)))
         if arguments.only in (None, "search"):
             _tell(found, "search", *search.bench(Path(scratch)))
+        if arguments.only in (None, "ranking"):
+            _tell(found, "ranking", *ranking.bench(Path(scratch)))
     (REPOSITORY / "bench.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
