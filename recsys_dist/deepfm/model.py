@@ -268,8 +268,8 @@ class DeepFM(nn.Module):
             return self._apart(fm[..., None], pair).squeeze(-1) + pair @ self.pair_first
 
     def _apart(self, x: Tensor, pair: Tensor) -> Tensor:
-        """[..., H] the same numbers; those of pairs whose fields are known pass no gradient on. What pairs are
-        worth beside the embeddings can only be learned on events that these have not been fitted to.
+        """[..., H] the same numbers; those of pairs whose fields are known pass no gradient on. What pairs
+        are worth beside the embeddings can only be learned on events that these have not been fitted to.
         """
         return torch.where(pair[..., :1] > 0, x.detach(), x) if self.training else x
 
