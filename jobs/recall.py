@@ -1,6 +1,7 @@
 """spark-submit jobs/recall.py --conf conf/movielens_100k.yaml
 
-Counts on the train part of the latest features run which items follow an item, and which have the same users.
+Counts on the train part of the latest features run which items follow an item, which have the same users, and
+how often each was had, day by day.
 Also starts as `python jobs/recall.py`, with all cores of this machine.
 """
 

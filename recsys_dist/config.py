@@ -388,7 +388,8 @@ class Als(Section):
 
 class Recall(Section):
     """What items say of other items: how often one follows another in users' histories (`next_items`), and
-    how alike their users are (`neighbors`). Both are made of each user's last events."""
+    how alike their users are (`neighbors`), both made of each user's last events; and how often an item was
+    had lately (`recent`)."""
 
     fit_on: Literal["train", "train_valid"] = "train"
     """The parts whose events are counted. train_valid: figures on valid then mean nothing."""
@@ -418,6 +419,8 @@ class Recall(Section):
     """neighbors: a similarity that c users speak for is multiplied by c / (c + shrinkage)."""
     neighbors_recency: float = Field(3.0, gt=0)
     """neighbors: as next_items_recency."""
+    recent_days: int = Field(30, ge=1)
+    """recent: items are ranked by their number of counted events in the so many days before the list's."""
     n: int = Field(200, ge=1)
     """So many others are stored of each item, those with the greatest weight."""
     late: float = Field(0.0, ge=0, lt=1)
@@ -766,7 +769,10 @@ class Score(Section):
     filter_seen: Literal["all", "positives", "none"] = "all"
     """Which of the user's items are left out."""
     candidates: Annotated[
-        dict[Literal["als", "next_items", "neighbors", "fm", "popularity"], Annotated[int, Field(ge=1)]],
+        dict[
+            Literal["als", "next_items", "neighbors", "fm", "popularity", "recent"],
+            Annotated[int, Field(ge=1)],
+        ],
         Field(min_length=1),
     ] = {"als": 200, "next_items": 200, "fm": 200, "popularity": 50}
     """Recall source to the number of items it proposes a user. A conf file's own mapping replaces this."""

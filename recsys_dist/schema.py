@@ -289,8 +289,12 @@ RELATED = pa.schema([("item", pa.int32()), ("other", pa.int32()), ("weight", pa.
 """recall/next_items/ and recall/neighbors/measure=<name>/: of each item the others that it speaks for most,
 ascending by item, then the greatest weight first, of equal ones the lesser other; all weights are above 0."""
 
+DAILY = pa.schema([("item", pa.int32()), ("day", pa.date32()), ("count", pa.int64())])
+"""recall/daily/: an item's number of counted events of each day (UTC) that has any, ascending by item and
+day."""
+
 LATE = "before=late"
-"""Folder of a recall run with the same two tables, counted from earlier events only, and late/."""
+"""Folder of a recall run with the two tables of pairs, counted from earlier events only, and late/."""
 BEFORE_VALID = "before=valid"
 """The same, counted from the train part, where the run itself counts valid too."""
 

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.model import DeepFM, publish, used_fields
-from recsys_dist.schema import FACTORS, LATE, LATE_FROM, RELATED
+from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, RELATED
 from recsys_dist.workspace import Run, Workspace
 from tests.synthetic import synthetic_features
 
@@ -47,8 +47,8 @@ def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
 
 
 def random_recall(config: Config, features: Run) -> Run:
-    """A recall run with random tables, of late events others, of which it tells the truth about the late
-    events: the last fifth of each user's positive train events.
+    """A recall run with random tables of pairs, of late events others. It tells the truth about the days of
+    positive train events, and about the late ones: the last fifth of each user's.
     """
     workspace, n = Workspace(config), features.spec().n_items
     generator = np.random.default_rng(2)
@@ -64,6 +64,12 @@ def random_recall(config: Config, features: Run) -> Run:
     moments: dict[int, list[Any]] = {}
     for row in train.sort_by("timestamp").select(["user", "timestamp"]).to_pylist():
         moments.setdefault(row["user"], []).append(row["timestamp"])
+    daily: dict[tuple[int, Any], int] = {}
+    for row in train.select(["item", "timestamp"]).to_pylist():
+        of = (row["item"], row["timestamp"].date())
+        daily[of] = daily.get(of, 0) + 1
+    counted = [{"item": item, "day": day, "count": daily[item, day]} for item, day in sorted(daily)]
+    recall.write_table("daily", pa.Table.from_pylist(counted, schema=DAILY))
     late = {
         user: min(m for p, m in enumerate(of) if (p + 0.5) / len(of) >= 0.8)
         for user, of in moments.items()

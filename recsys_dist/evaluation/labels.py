@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 LABELS = {
     "popularity": "popularity",
+    "recent": "recent popularity",
     "als": "ALS",
     "next_items": "next items",
     "neighbors": "neighbours",

@@ -1,4 +1,6 @@
-"""The stage recall: what items say of other items, counted by Spark from what users had one after another."""
+"""The stage recall: what items say of other items, counted by Spark from what users had one after another,
+and how often each item was had, day by day.
+"""
 
 from typing import Any
 
@@ -9,28 +11,38 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Config, Recall
 from recsys_dist.errors import DataError
-from recsys_dist.features.session import Steps, read_table, remove_checksums, spark_uri, start, write
+from recsys_dist.features.session import (
+    Steps,
+    files,
+    in_ranges,
+    read_table,
+    remove_checksums,
+    spark_uri,
+    start,
+    write,
+)
 from recsys_dist.recall.neighbors import baskets, mirrored, similarity, together
 from recsys_dist.recall.next_items import following, weight
 from recsys_dist.recall.pairs import (
     FIT_ON,
     PAIR_BYTES,
     counted_events,
+    daily_counts,
     earlier_events,
     in_order,
     late_from,
     save_best,
     with_counts,
 )
-from recsys_dist.schema import BEFORE_VALID, LATE, LATE_FROM
+from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, LATE_FROM
 from recsys_dist.workspace import OpenRun
 
 
 def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
-    """Count what is fitted on and write next_items/ and neighbors/measure=<name>/.
+    """Count what is fitted on and write next_items/, neighbors/measure=<name>/ and daily/.
 
-    With `recall.late` the same of the events before the late ones, and of the train part where that is not
-    what is fitted on, so that what learns from the tables never meets an event that they know.
+    With `recall.late` the pairs also of the events before the late ones, and of the train part where that is
+    not what is fitted on, so that what learns from the tables never meets an event that they know.
 
     Returns:
         the run's figures: events and users that were counted, rows, seconds a step.
@@ -51,7 +63,10 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
         tables = _Tables(settings, run, spec.n_items, steps)
         examples = spark.read.parquet(spark_uri(f"{features.uri}/examples"))
         parts = FIT_ON[settings.fit_on]
-        figures = tables.count(counted_events(examples, settings, parts), "", " and ".join(parts))
+        counted = counted_events(examples, settings, parts)
+        figures = tables.count(counted, "", " and ".join(parts))
+        with steps.measure("daily"):
+            figures["daily"] = tables.count_daily(counted, figures["known"])
         if settings.late:
             train = counted_events(examples, settings, ("train",))
             in_time = features.manifest["config"]["split"]["kind"] == "global_time"
@@ -125,6 +140,13 @@ class _Tables:
             "next_items": self._rows(f"{folder}next_items"),
             "neighbors": {name: self._rows(f"{folder}neighbors/measure={name}") for name in measures},
         }
+
+    def count_daily(self, events: DataFrame, size: int) -> int:
+        """Write daily/ of some events (`counted_events`), of which there are `size`; return its rows."""
+        parts = files(events.sparkSession, size * PAIR_BYTES)
+        counts = in_ranges(daily_counts(events), "item", self.n_items, parts)
+        write(counts.sortWithinPartitions("item", "day"), f"{self.run.uri}/daily", DAILY)
+        return self._rows("daily")
 
     def _save(self, pairs: DataFrame, weight: Column, name: str) -> None:
         save_best(pairs, weight, self.settings.n, self.n_items, f"{self.run.uri}/{name}")

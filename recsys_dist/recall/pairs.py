@@ -29,6 +29,11 @@ def counted_events(examples: DataFrame, settings: Recall, parts: Sequence[str]) 
     return examples.where(counted).select("user", "item", "timestamp")
 
 
+def daily_counts(events: DataFrame) -> DataFrame:
+    """How many of the events of `counted_events` an item has on each day (UTC): `item`, `day`, `count`."""
+    return events.groupBy("item", F.to_date("timestamp").alias("day")).agg(F.count(F.lit(1)).alias("count"))
+
+
 def in_order(events: DataFrame) -> DataFrame:
     """`user`, `item` and `place`: from 1, the most recent of the user's first. Events of one moment are in
     order of their items.

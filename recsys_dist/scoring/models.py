@@ -15,6 +15,7 @@ from recsys_dist.scoring.scorers import (
     NextItems,
     Popularity,
     Ranker,
+    Recent,
     Scorer,
     TwoStage,
 )
@@ -36,6 +37,7 @@ class Models:
         """Every model by the name it has in metrics.json."""
         return {
             "popularity": self.sources["popularity"],
+            "recent": self.sources["recent"],
             "als": self.sources["als"],
             "next_items": self.sources["next_items"],
             "neighbors": self.sources["neighbors"],
@@ -62,6 +64,7 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
         "next_items": NextItems(spec, inputs["recall"]),
         "neighbors": Neighbors(spec, inputs["recall"]),
         "popularity": Popularity(items),
+        "recent": Recent(spec, inputs["recall"]),
     }
     if model.linear:
         sources["fm"] = FM(ranker)

@@ -1,8 +1,8 @@
-"""Scorers: whatever ranks items for users. Popularity, ALS, next items, neighbours, FM, DeepFM over all
-items, and two-stage.
+"""Scorers: whatever ranks items for users. Popularity, overall and recent, ALS, next items, neighbours, FM,
+DeepFM over all items, and two-stage.
 
 Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank, N others
-of an item, H history positions.
+of an item, H history positions, R also rows of a table.
 """
 
 import functools
@@ -49,6 +49,35 @@ class Popularity:
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
         return top_k(self.counts_I.repeat(len(users), 1), k, users.excluded, users.listable)
+
+
+class Recent:
+    """The items with the most counted events in the days before the list's, the same for all lists of a day.
+    What has none is not listed.
+    """
+
+    def __init__(self, spec: FeatureSpec, recall: Run) -> None:
+        """Take a recall run with the settings that it was made with."""
+        daily = recall.table("daily").sort_by("day")
+        self.days_R = daily["day"].cast(pa.int32()).to_numpy()
+        self.items_R, self.counts_R = daily["item"].to_numpy(), daily["count"].to_numpy()
+        self.window, self.n = _settings(recall).recent_days, spec.n_items
+
+    def before(self, day: int) -> Tensor:
+        """[I] float32, each item's number of events from `window` days before a day to before it."""
+        first, last = np.searchsorted(self.days_R, [day - self.window, day])
+        counts_I = np.bincount(
+            self.items_R[first:last], weights=self.counts_R[first:last], minlength=self.n + 1
+        )
+        return torch.from_numpy(counts_I.astype(np.float32))
+
+    def top_k(self, users: Users, k: int) -> Lists:
+        """See Scorer."""
+        scores_BI = torch.empty(len(users), self.n + 1)
+        for day in users.days.unique().tolist():
+            counts_I = self.before(day)
+            scores_BI[users.days == day] = counts_I.masked_fill(counts_I == 0, -torch.inf)
+        return top_k(scores_BI, k, users.excluded, users.listable)
 
 
 class Factors:

@@ -1,4 +1,4 @@
-"""How well next items and neighbours rank alone: NDCG@10 and Recall@200 on valid and test.
+"""How well the sources that need no training rank alone: NDCG@10 and Recall@200 on valid and test.
 
 python -m tests.bench.sources --conf conf/movielens_1m.yaml
 
@@ -11,7 +11,7 @@ from recsys_dist import job
 from recsys_dist.config import load
 from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation.evaluate import held_out, measure, rank
-from recsys_dist.scoring.scorers import Neighbors, NextItems, Popularity, Scorer
+from recsys_dist.scoring.scorers import Neighbors, NextItems, Popularity, Recent, Scorer
 from recsys_dist.workspace import Workspace
 
 
@@ -25,6 +25,7 @@ def main() -> int:
     items = Items(features, spec)
     scorers: dict[str, Scorer] = {
         "popularity": Popularity(items),
+        "recent": Recent(spec, recall),
         "next_items": NextItems(spec, recall),
         "neighbors": Neighbors(spec, recall),
     }

@@ -1,4 +1,4 @@
-"""Next items and neighbours, counted by Spark, against numbers made by hand and against plain Python."""
+"""Next items, neighbours and days, counted by Spark, against numbers made by hand and plain Python."""
 
 import datetime as dt
 import itertools
@@ -11,7 +11,7 @@ import pytest
 
 from recsys_dist.config import Recall
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.schema import BEFORE_VALID, LATE, RELATED
+from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, RELATED
 from recsys_dist.workspace import Workspace
 from tests.logs import log_config
 from tests.synthetic import synthetic_features
@@ -156,6 +156,23 @@ def test_only_what_is_fitted_on_counts(related):
     assert weights(every, "next_items") == {1: [(2, 1)], 2: [(3, 1)]}
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"events": "any", "late": 0.2}, {"fit_on": "train_valid", "max_events": 2}]
+)
+def test_days_are_counted_once_each_from_all_that_is_fitted_on(related, settings):
+    rows = random_rows(7, hours=200)
+    rows += [(1, 3, 23 + at, 1, "train") for at in (0, 1)]  # the last hour of a day and the first of the next
+    rows += [(2, 5, 300, 1, "valid"), (2, 5, 400, 1, "test")]
+    counts = Counter()
+    for _, item, at, label, split in rows:
+        if split in ("train", *["valid"] * ("fit_on" in settings)) and (label or "events" in settings):
+            counts[item, (START + dt.timedelta(hours=at)).date()] += 1
+    run = related(rows, settings, partitions=5)
+    found = [tuple(row.values()) for row in run.table("daily").select(DAILY.names).to_pylist()]
+    assert found == [(*of, counts[of]) for of in sorted(counts)]
+    assert run.manifest["figures"]["daily"] == len(counts)
+
+
 def test_of_a_heavy_user_the_last_events_count(related):
     asked = {"max_events": 3, "neighbors_max_events": 2, "measures": ["jaccard"]}
     run = related(log([*range(1, 40)], [1, 2]), PLAIN | asked)
@@ -195,14 +212,14 @@ def test_a_measure_named_twice_is_refused(tmp_path):
 # --- against plain Python -----------------------------------------------------------------------------
 
 
-def random_rows(seed):
+def random_rows(seed, hours=20):
     """Few items and moments, so that many are equal; one user with very many events."""
     random = np.random.default_rng(seed)
     rows = []
     for user in range(1, 26):
         for _ in range(60 if user == 3 else int(random.integers(1, 14))):
             item = 1 + int(15 * random.random() ** 2)
-            rows.append((user, item, int(random.integers(0, 20)), int(random.random() < 0.8), "train"))
+            rows.append((user, item, int(random.integers(0, hours)), int(random.random() < 0.8), "train"))
     return rows
 
 

@@ -167,6 +167,26 @@ def test_related_items_are_summed_over_the_latest_ones(night, models, users, nam
     assert (found.items == expected.items).float().mean() > 0.99
 
 
+@pytest.mark.parametrize("days", [1, 3, 30])
+def test_recent_counts_the_events_of_the_days_before_each_list_s(night, models, users, days):
+    events = night[1]["features"].table("examples").to_pylist()
+    scorer = models.all()["recent"]
+    scores = np.full((len(users), len(models.items) + 1), -np.inf, np.float32)
+    for row, day in enumerate(users.days.tolist()):
+        for event in events:
+            at = day_number(event["timestamp"].date())
+            if event["split"] == "train" and event["label"] and day - days <= at < day:
+                scores[row, event["item"]] = max(scores[row, event["item"]], 0) + 1
+    expected = top_k(torch.from_numpy(scores), K, users.excluded, users.listable)
+    scorer.window, window = days, scorer.window
+    found = scorer.top_k(users, K)
+    scorer.window = window
+    assert torch.equal(found.items, expected.items)
+    assert torch.equal(found.scores, expected.scores)
+    assert not found.items[users.days == DAY].any()  # there is nothing before the first day
+    assert found.items[users.days == DAY + 1].any()
+
+
 def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
     """Users who liked 3; 3 and then 4; and 5, which speaks for nothing."""
     table = {"item": [3, 3, 4, 4], "other": [7, 9, 9, 3], "weight": [0.5, 0.25, 0.5, 1.0]}
@@ -184,7 +204,7 @@ def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
     ).items.any()
 
 
-@pytest.mark.parametrize("source", ["next_items", "neighbors"])
+@pytest.mark.parametrize("source", ["next_items", "neighbors", "recent"])
 def test_each_source_may_be_the_only_one(night, users, source):
     config, runs = night
     score = config.score.model_copy(update={"candidates": {source: K}})
