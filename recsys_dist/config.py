@@ -388,8 +388,8 @@ class Als(Section):
 
 class Recall(Section):
     """What items say of other items: how often one follows another in users' histories (`next_items`), and
-    how alike their users are (`neighbors`), both made of each user's last events; and how often an item was
-    had lately (`recent`)."""
+    how alike their users are (`neighbors`), both made of each user's last events; how alike they are
+    themselves (`content`); and how often they were had lately (`recent`)."""
 
     fit_on: Literal["train", "train_valid"] = "train"
     """The parts whose events are counted. train_valid: figures on valid then mean nothing."""
@@ -421,6 +421,10 @@ class Recall(Section):
     """neighbors: as next_items_recency."""
     recent_days: int = Field(30, ge=1)
     """recent: items are ranked by their number of counted events in the so many days before the list's."""
+    content: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """content: the categorical fields of side item that items are compared by; null: all there are."""
+    content_recency: float = Field(10.0, gt=0)
+    """content: as next_items_recency."""
     n: int = Field(200, ge=1)
     """So many others are stored of each item, those with the greatest weight."""
     late: float = Field(0.0, ge=0, lt=1)
@@ -770,7 +774,7 @@ class Score(Section):
     """Which of the user's items are left out."""
     candidates: Annotated[
         dict[
-            Literal["als", "next_items", "neighbors", "fm", "popularity", "recent"],
+            Literal["als", "next_items", "neighbors", "fm", "popularity", "recent", "content"],
             Annotated[int, Field(ge=1)],
         ],
         Field(min_length=1),
@@ -969,6 +973,14 @@ class Config(Section):
                 "for example candidates: {als: 200, next_items: 200, popularity: 50}"
             )
             yield ("deepfm", "score"), text
+        for name in self.recall.content or ():
+            if name not in attributes:
+                near = nearest(name, attributes) if attributes else ""
+                text = f"recall.content: {name!r} is no categorical field of side item{near}"
+                yield ("recall", "fields"), text
+        if "content" in self.score.candidates and not attributes:
+            text = "score.candidates: content goes by categorical fields of side item, and fields has none"
+            yield ("score", "fields"), text
         if self.label.kind == "column" and self.label.positive_when:
             text = "label.kind=column: the column says what is positive, leave positive_when out"
             yield ("label",), text

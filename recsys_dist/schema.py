@@ -5,6 +5,7 @@ have, or padding. Items and users count from 1 and are all there, whichever part
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import numpy as np
@@ -170,6 +171,27 @@ class FeatureSpec(BaseModel):
     def shown_history(self) -> str:
         """The column of users/ that shows people what a user liked."""
         return self.liked_history.name if self.liked_history else "liked"
+
+    def attributes(self, names: Iterable[str] | None, key: str) -> tuple[str, ...]:
+        """The names of the items' categorical fields, all in order or the given ones.
+
+        Args:
+            names: None: all.
+            key: of the configuration that names them.
+
+        Raises:
+            ConfigError: a name is no such field's.
+        """
+        known = [field.name for field in self.side("item") if field.kind == "categorical"]
+        if names is None:
+            return tuple(known)
+        wrong = [name for name in names if name not in known]
+        if wrong:
+            raise ConfigError(
+                f"{key}: {', '.join(wrong)} is no categorical field of the items; there are "
+                f"{', '.join(known) or 'none'}"
+            )
+        return tuple(names)
 
     def context(self, weekday: np.ndarray) -> dict[str, pa.Array]:
         """The context columns of lists made ahead of time: the given weekdays, the log's most frequent hour.

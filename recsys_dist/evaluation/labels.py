@@ -8,6 +8,7 @@ LABELS = {
     "als": "ALS",
     "next_items": "next items",
     "neighbors": "neighbours",
+    "content": "content",
     "fm": "FM part",
     "deepfm": "DeepFM, all items",
     "two_stage": "two-stage",

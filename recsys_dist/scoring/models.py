@@ -9,6 +9,7 @@ from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.errors import ConfigError
 from recsys_dist.scoring.scorers import (
     FM,
+    Content,
     Exhaustive,
     Factors,
     Neighbors,
@@ -41,7 +42,7 @@ class Models:
             "als": self.sources["als"],
             "next_items": self.sources["next_items"],
             "neighbors": self.sources["neighbors"],
-            **({"fm": self.sources["fm"]} if "fm" in self.sources else {}),
+            **{name: self.sources[name] for name in ("content", "fm") if name in self.sources},
             "deepfm": Exhaustive(self.ranker),
             "two_stage": self.two_stage,
         }
@@ -66,13 +67,18 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
         "popularity": Popularity(items),
         "recent": Recent(spec, inputs["recall"]),
     }
+    if spec.attributes(None, "recall.content"):
+        sources["content"] = Content(items, inputs["recall"])
     if model.linear:
         sources["fm"] = FM(ranker)
-    missing = [name for name in score.candidates if name not in sources]
+    why = {
+        "fm": f"the model of {inputs['deepfm'].uri} is a {model.settings.model}",
+        "content": f"{features.uri} has no categorical field of side item",
+    }
+    missing = [f"{name}, since {why[name]}" for name in score.candidates if name not in sources]
     if missing:
         raise ConfigError(
-            f"score.candidates: {', '.join(missing)} is no source of {inputs['deepfm'].uri}, which is a "
-            f"{model.settings.model}: sources are {', '.join(sources)}"
+            f"score.candidates: there is no {', and no '.join(missing)}; sources are {', '.join(sources)}"
         )
     chosen: dict[str, tuple[Scorer, int]] = {
         name: (sources[name], quota) for name, quota in score.candidates.items()

@@ -62,14 +62,8 @@ class Rules:
                 named_I, file = _indices(items, key, path)
                 self.allowed_I &= named_I if key == "allow" else ~named_I
                 self.files.append(file)
-        known = {field.name: field for field in items.spec.side("item") if field.kind == "categorical"}
-        wrong = [name for name in settings.at_most if name not in known]
-        if wrong:
-            raise ConfigError(
-                f"score.rules.at_most: {', '.join(wrong)} is no categorical field of the items; there are "
-                f"{', '.join(known) or 'none'}"
-            )
-        self.values_IV = {name: items.values(name) for name in settings.at_most}
+        limited = items.spec.attributes(settings.at_most, "score.rules.at_most")
+        self.values_IV = {name: items.values(name) for name in limited}
 
     @property
     def only_scores_count(self) -> bool:

@@ -1,5 +1,5 @@
-"""Scorers: whatever ranks items for users. Popularity, overall and recent, ALS, next items, neighbours, FM,
-DeepFM over all items, and two-stage.
+"""Scorers: whatever ranks items for users. Popularity, overall and recent, ALS, next items, neighbours,
+content, FM, DeepFM over all items, and two-stage.
 
 Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank, N others
 of an item, H history positions, R also rows of a table.
@@ -20,6 +20,7 @@ from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.deepfm.pairs import Pairs
+from recsys_dist.recall.content import ItemVectors
 from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
 from recsys_dist.schema import UNKNOWN, FeatureSpec
@@ -129,6 +130,32 @@ class Neighbors(Related):
         settings = _settings(recall)
         related = recall.table(f"neighbors/measure={settings.measures[0]}")
         super().__init__(spec, related, settings.neighbors_recency)
+
+
+class Content:
+    """The items whose attributes are most like those of the user's latest ones, whether or not anyone has had
+    them. What has nothing in common with these is not listed.
+    """
+
+    def __init__(self, items: Items, recall: Run) -> None:
+        """Take the items of a features run and a recall run with the settings that it was made with.
+
+        An item of the history counts exp(-age / content_recency), where age is the number of later ones.
+
+        Raises:
+            ConfigError: recall.content names what is no categorical field of the items.
+        """
+        settings = _settings(recall)
+        self.recency = settings.content_recency
+        names = items.spec.attributes(settings.content, "recall.content")
+        self.vectors = ItemVectors([items.values(name) for name in names])
+
+    def top_k(self, users: Users, k: int) -> Lists:
+        """See Scorer."""
+        history_BH, age_BH = latest_of(users.table["latest"])
+        scores_BI = self.vectors.scores(history_BH, recent_share(age_BH, self.recency))
+        scores_BI.masked_fill_(scores_BI <= 0, -torch.inf)
+        return top_k(scores_BI, k, users.excluded, users.listable)
 
 
 class Ranker:

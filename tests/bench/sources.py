@@ -11,7 +11,7 @@ from recsys_dist import job
 from recsys_dist.config import load
 from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation.evaluate import held_out, measure, rank
-from recsys_dist.scoring.scorers import Neighbors, NextItems, Popularity, Recent, Scorer
+from recsys_dist.scoring.scorers import Content, Neighbors, NextItems, Popularity, Recent, Scorer
 from recsys_dist.workspace import Workspace
 
 
@@ -29,6 +29,8 @@ def main() -> int:
         "next_items": NextItems(spec, recall),
         "neighbors": Neighbors(spec, recall),
     }
+    if spec.attributes(None, "recall.content"):
+        scorers["content"] = Content(items, recall)
     settings = recall.manifest["config"]["recall"]
     print(", ".join(f"{name}={value}" for name, value in settings.items()))
     for part in ("valid", "test"):

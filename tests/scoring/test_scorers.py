@@ -187,6 +187,26 @@ def test_recent_counts_the_events_of_the_days_before_each_list_s(night, models, 
     assert found.items[users.days == DAY + 1].any()
 
 
+def test_content_finds_what_is_like_the_latest_items(night, models, users):
+    genres = [[], *night[1]["features"].table("items").sort_by("item")["genres"].to_pylist()]
+    n = len(genres) - 1
+    every = sorted({value for of in genres for value in of})
+    having = np.array([[value in of for value in every] for of in genres], float)
+    vectors = having * np.log((1 + n) / (1 + having.sum(0)))
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    scores = np.zeros((len(users), n + 1))
+    for row, latest in enumerate(users.table["latest"].to_pylist()):
+        scores[row] = sum(
+            vectors @ vectors[item] * np.exp(-age / 10) for age, item in enumerate(reversed(latest))
+        )
+    # The profiles are few: equal but for rounding is equal.
+    scores = torch.from_numpy(scores.round(6).astype(np.float32))
+    expected = top_k(scores.masked_fill(scores <= 0, -torch.inf), K, users.excluded, users.listable)
+    found = models.all()["content"].top_k(users, K)
+    torch.testing.assert_close(found.scores, expected.scores)
+    assert torch.equal(found.items, expected.items)
+
+
 def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
     """Users who liked 3; 3 and then 4; and 5, which speaks for nothing."""
     table = {"item": [3, 3, 4, 4], "other": [7, 9, 9, 3], "weight": [0.5, 0.25, 0.5, 1.0]}
@@ -204,7 +224,7 @@ def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
     ).items.any()
 
 
-@pytest.mark.parametrize("source", ["next_items", "neighbors", "recent"])
+@pytest.mark.parametrize("source", ["next_items", "neighbors", "recent", "content"])
 def test_each_source_may_be_the_only_one(night, users, source):
     config, runs = night
     score = config.score.model_copy(update={"candidates": {source: K}})

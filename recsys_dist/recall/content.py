@@ -1,0 +1,83 @@
+"""Items by what they are: vectors of their attributes' values, which items without events have as well.
+
+Legend: B users, I items (index 0 is unknown), H history positions, V values of all attributes together, N
+pairs of an item and a value that it has.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOM = 1 << 22
+"""Numbers of the arrays [V, B] and [I, B]: a few users at a time where there are many values or items."""
+
+
+class ItemVectors:
+    """Vectors of length 1 in which each value of the item stands with its inverse document frequency
+    log((1 + items) / (1 + items with the value)), so that what few items have counts most (Salton, Buckley,
+    "Term-weighting approaches in automatic text retrieval", 1988). The inner product of two is their cosine.
+    An item that has no value, or none that tells items apart, has the vector 0.
+
+    Args:
+        attributes: [I, .] int64 of each attribute, the items' values, 0 where there are fewer.
+    """
+
+    def __init__(self, attributes: Sequence[Tensor]) -> None:
+        self.n = len(attributes[0]) - 1
+        highest = [int(values.max()) for values in attributes]
+        self.width = max(sum(highest), 1)
+        keys, before = [], 0
+        for values, high in zip(attributes, highest, strict=True):
+            item, place = torch.nonzero(values, as_tuple=True)
+            keys.append(item * self.width + before + values[item, place] - 1)
+            before += high
+        # Ascending by item; a value that an item has twice counts once.
+        key_N = torch.unique(torch.cat(keys))
+        item, self.value_N = key_N // self.width, key_N % self.width
+        having_V = torch.bincount(self.value_N, minlength=self.width)
+        # In float64, so that equal sums of other summands are equal again as float32.
+        weight_N = torch.log((1 + self.n) / (1 + having_V.double()))[self.value_N]
+        length_I = torch.zeros(self.n + 1, dtype=torch.float64).scatter_add_(0, item, weight_N**2).sqrt_()
+        self.weight_N = weight_N / length_I[item].clamp(min=1e-12)
+        self.first_I = torch.searchsorted(item, torch.arange(self.n + 2))
+        """[I + 1]: where each item's pairs begin, and the end of the last one's."""
+
+    def scores(self, history_BH: Tensor, share_BH: Tensor) -> Tensor:
+        """[B, I] float32: the inner products of the items' vectors and of the sum of those of a history's
+        items, each with its share.
+
+        Args:
+            history_BH: int64, 0 where there is no item.
+            share_BH: float.
+        """
+        scores_BI = torch.empty(len(history_BH), self.n + 1)
+        size = max(1, ROOM // max(self.n, self.width))
+        for start in range(0, len(history_BH), size):
+            rows = slice(start, start + size)
+            user_VB = self._summed(history_BH[rows], share_BH[rows])
+            # The product with a sparse matrix, a row an item.
+            found_IB = torch.nn.functional.embedding_bag(
+                self.value_N,
+                user_VB,
+                self.first_I,
+                mode="sum",
+                per_sample_weights=self.weight_N,
+                include_last_offset=True,
+            )
+            scores_BI[rows] = found_IB.T.float()
+        return scores_BI
+
+    def _summed(self, history_BH: Tensor, share_BH: Tensor) -> Tensor:
+        """[V, B] float64: the sum of the vectors of each history's items, each with its share."""
+        row, place = torch.nonzero(history_BH, as_tuple=True)
+        item = history_BH[row, place]
+        first, count = self.first_I[item], self.first_I[item + 1] - self.first_I[item]
+        owner = torch.repeat_interleave(count)
+        pair = torch.arange(len(owner)) + (first - count.cumsum(0) + count)[owner]
+        weight = share_BH[row, place][owner] * self.weight_N[pair]
+        cell = self.value_N[pair] * len(history_BH) + row[owner]
+        # Of nothing at all bincount makes whole numbers.
+        summed = np.bincount(cell.numpy(), weight.numpy(), self.width * len(history_BH)).astype(np.float64)
+        return torch.from_numpy(summed).view(self.width, -1)
