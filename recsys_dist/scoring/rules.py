@@ -18,7 +18,7 @@ from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.recall.inner_product import Lists
 from recsys_dist.schema import UNKNOWN
 from recsys_dist.scoring.chosen import read_ids
-from recsys_dist.scoring.scorers import TwoStage
+from recsys_dist.scoring.scorers import TwoStage, taken
 from recsys_dist.scoring.users import Users
 
 SHOWN = 3
@@ -97,16 +97,10 @@ class Rules:
                 f"score.rules.diversity={self.settings.diversity} needs the items' vectors, and a "
                 f"{model.settings.model} has none. Set it to 0, or train another deepfm.model."
             )
-        candidates, scores_BCS = stage.rank(users, sum(quota for _, quota in stage.sources.values()))
+        candidates, scores_BCS = stage.rank(users, stage.width)
         vectors_ID = stage.ranker.catalogue(int(users.days[0])).sum
         chosen = self.choose(candidates, k, users.indices, vectors_ID)
-        slot, listed = chosen.places.clamp(min=0), chosen.places >= 0
-        lists = Lists(
-            torch.where(listed, candidates.items.gather(1, slot), UNKNOWN),
-            torch.where(listed, candidates.scores.gather(1, slot), -torch.inf),
-        )
-        scores_BKS = scores_BCS[torch.arange(len(slot))[:, None], slot]
-        return lists, scores_BKS.masked_fill(~listed[..., None], -torch.inf), chosen
+        return *taken(chosen.places, candidates, scores_BCS), chosen
 
     def choose(self, candidates: Lists, k: int, users_B: Tensor, vectors_ID: Tensor) -> Chosen:
         """Fill the lists place by place.
@@ -136,8 +130,9 @@ class Rules:
         counts_BN = {
             name: torch.zeros(len(items_BC), int(values.max()) + 1) for name, values in self.values_IV.items()
         }
-        gumbel_BC = self._gumbel(users_B, items_BC) if rules.explore else scores_BC
-        weight_BC = scores_BC / rules.temperature if rules.temperature else torch.zeros_like(scores_BC)
+        if rules.explore:
+            gumbel_BC = self._gumbel(users_B, items_BC)
+            weight_BC = scores_BC / rules.temperature if rules.temperature else torch.zeros_like(scores_BC)
         places, odds, explored = [], [], []
         for place in range(k):
             open_BC = left_BC.clone()

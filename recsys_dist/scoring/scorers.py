@@ -273,6 +273,8 @@ class TwoStage:
         """Take the sources by name, each with the number of items it proposes a user."""
         self.sources = sources
         self.ranker = ranker
+        self.width = sum(quota for _, quota in sources.values())
+        """A user has at most so many candidates."""
 
     def candidates(self, users: Users) -> Candidates:
         """Merge what the sources propose."""
@@ -299,15 +301,28 @@ class TwoStage:
         scores_BC[candidates.items == UNKNOWN] = -torch.inf
         # A column in front stands for the unknown item, which top_k never lists.
         places = top_k(torch.nn.functional.pad(scores_BC, (1, 0), value=-torch.inf), k)
-        slot = (places.items - 1).clamp(min=0)
-        listed = places.items != UNKNOWN
-        items = torch.where(listed, candidates.items.gather(1, slot), UNKNOWN)
-        scores_BKS = candidates.scores[torch.arange(len(slot))[:, None], slot]
-        return Lists(items, places.scores), scores_BKS.masked_fill(~listed[..., None], -torch.inf)
+        return taken(places.items - 1, Lists(candidates.items, scores_BC), candidates.scores)
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
         return self.rank(users, k)[0]
+
+
+def taken(places_BK: Tensor, candidates: Lists, sources_BCS: Tensor) -> tuple[Lists, Tensor]:
+    """The lists that some candidates make, and [B, K, S] their scores from the sources.
+
+    Args:
+        places_BK: int64, columns of the candidates, -1 where a list ends early.
+        candidates: [B, C].
+        sources_BCS: their scores from the sources.
+    """
+    slot, empty = places_BK.clamp(min=0), places_BK < 0
+    lists = Lists(
+        candidates.items.gather(1, slot).masked_fill(empty, UNKNOWN),
+        candidates.scores.gather(1, slot).masked_fill(empty, -torch.inf),
+    )
+    scores_BKS = sources_BCS[torch.arange(len(slot))[:, None], slot]
+    return lists, scores_BKS.masked_fill(empty[..., None], -torch.inf)
 
 
 def _settings(recall: Run) -> Recall:
