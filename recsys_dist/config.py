@@ -772,6 +772,10 @@ class Score(Section):
     """The day the lists are for: all events before it are known. Default: the day after the last event."""
     filter_seen: Literal["all", "positives", "none"] = "all"
     """Which of the user's items are left out."""
+    mode: Literal["two_stage", "exhaustive"] = "two_stage"
+    """two_stage: the model ranks `candidates`; exhaustive: all items, which is not for a model with pair
+    fields (deepfm.pair). `rules` then choose from its best ones, as many as `candidates` may propose in
+    all."""
     candidates: Annotated[
         dict[
             Literal["als", "next_items", "neighbors", "fm", "popularity", "recent", "content"],
@@ -789,6 +793,11 @@ class Score(Section):
     """Checked before the lists are published."""
     rules: Rules = Rules()
     """What a list must obey besides its scores."""
+
+    @property
+    def published(self) -> Literal["two_stage", "deepfm"]:
+        """The model whose lists are published, by its name in metrics.json."""
+        return "deepfm" if self.mode == "exhaustive" else "two_stage"
 
     @model_validator(mode="after")
     def _explore(self) -> "Score":
@@ -809,8 +818,8 @@ class Evaluation(Section):
     metric: str = "ndcg@10"
     """The metric that decides whether a model may be published."""
     must_beat: Literal["popularity", "als"] | None = "popularity"
-    """The two-stage lists are published only when they are better than this model on that metric; null:
-    always."""
+    """The lists (of `score.mode`) are published only when they are better than this model's on that metric;
+    null: always."""
 
     @model_validator(mode="after")
     def _metric(self) -> "Evaluation":
@@ -966,7 +975,7 @@ class Config(Section):
                 text = "split.kind=column, and no other, needs data.events.columns.split"
                 yield ("data", "split"), text
         for text in self._pairs(attributes):
-            yield ("deepfm", "recall", "fields"), text
+            yield ("deepfm", "recall", "fields", "score"), text
         if self.deepfm.model == "dnn" and "fm" in self.score.candidates:
             text = (
                 "deepfm.model=dnn has no FM part to recall with: leave fm out of score.candidates, "
@@ -1005,6 +1014,11 @@ class Config(Section):
             wrong.append(
                 "deepfm.negatives_from=next_items needs the tables that deepfm.pair is of, for example "
                 "deepfm.pair=[{name: next, measure: next_items}]"
+            )
+        if pairs and self.score.mode == "exhaustive":
+            wrong.append(
+                "score.mode=exhaustive is for models without pair fields: leave deepfm.pair out, or set "
+                "score.mode to two_stage"
             )
         if pairs and self.deepfm.model == "mf":
             wrong.append("deepfm.pair: model mf has no histories that the pairs could be of")

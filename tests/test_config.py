@@ -100,6 +100,10 @@ def test_all_that_is_wrong_with_a_source_is_named_at_once():
         (["deepfm.learning_rate=.inf"], "deepfm.learning_rate"),
         (["split.fractions=[.nan, 0.5, 0.5]"], "split.fractions"),
         (["score.candidates={}"], "score.candidates"),
+        (
+            ["score.mode=exhaustive", "deepfm.pair=[{name: next, measure: next_items}]"],
+            "leave deepfm.pair out",
+        ),
         (["storage.pin.featurs=abc"], "storage.pin.featurs"),
         (["evaluation.k=[5]"], "allows ndcg@5"),
         (["data.events={path: a, columns: {user: u, itm: i}}"], "nearest valid key: item"),

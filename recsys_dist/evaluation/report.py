@@ -36,19 +36,19 @@ def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any],
         history=history,
         figures=features.manifest["figures"],
         runs={name: other.run_id for name, other in run.inputs.items()},
-        users=_sample(run, lists),
+        users=_sample(run, verdict["model"], lists),
     )
     with run.filesystem.open_output_stream(f"{run.path}/report.html") as stream:
         stream.write(page.encode())
 
 
-def _sample(run: OpenRun, lists: pa.Table) -> list[dict[str, Any]]:
-    """Some test users: raw id, titles of the latest liked items, titles of the two-stage list."""
+def _sample(run: OpenRun, model: str, lists: pa.Table) -> list[dict[str, Any]]:
+    """Some test users: raw id, titles of the latest liked items, titles of the model's list."""
     features = run.inputs["features"]
     items = features.table("items").sort_by("item")
     names = zip(items["title"].to_pylist(), items["item_id"].to_pylist(), strict=True)
     titles = ["", *(title or item for title, item in names)]
-    rows = lists.filter((pc.field("model") == "two_stage") & (pc.field("rank") <= 10)).sort_by("rank")
+    rows = lists.filter((pc.field("model") == model) & (pc.field("rank") <= 10)).sort_by("rank")
     users = sorted(set(rows["user"].to_pylist()))
     chosen = users[:: max(1, len(users) // SAMPLE_USERS)]
     state = features.table("users/as_of=test", filter=pc.field("user").isin(chosen))

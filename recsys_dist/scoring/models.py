@@ -33,6 +33,9 @@ class Models:
     sources: dict[str, Scorer]
     """Recall sources by the names used in score.candidates."""
     two_stage: TwoStage
+    published: TwoStage
+    """What makes the published lists: `two_stage`, or (score.mode=exhaustive) one whose only source is the
+    model itself."""
 
     def all(self) -> dict[str, Scorer]:
         """Every model by the name it has in metrics.json."""
@@ -52,7 +55,8 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     """Load the models of these runs (features, als, recall, deepfm).
 
     Raises:
-        ConfigError: a source is asked for that the model does not have.
+        ConfigError: a source is asked for that the model does not have, or all items to be ranked by pair
+            fields.
     """
     features = inputs["features"]
     spec = features.spec()
@@ -83,4 +87,13 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     chosen: dict[str, tuple[Scorer, int]] = {
         name: (sources[name], quota) for name, quota in score.candidates.items()
     }
-    return Models(items, ranker, sources, TwoStage(chosen, ranker))
+    two_stage = published = TwoStage(chosen, ranker)
+    if score.mode == "exhaustive":
+        if model.pair_fields:
+            raise ConfigError(
+                f"score.mode=exhaustive is for models without pair fields, and {inputs['deepfm'].uri} was "
+                f"trained with deepfm.pair: {', '.join(field.name for field in model.pair_fields)}. Train "
+                f"without, or set score.mode to two_stage."
+            )
+        published = TwoStage({"deepfm": (Exhaustive(ranker), max(score.k, two_stage.width))}, ranker)
+    return Models(items, ranker, sources, two_stage, published)

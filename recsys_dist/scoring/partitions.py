@@ -148,10 +148,10 @@ def published_rows(
     models: Models, rules: Rules, users: Users, k: int, date: dt.date, run_id: str
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
-    lists, scores_BKS, chosen = rules.ranked(models.two_stage, users, min(k, len(models.items)))
+    lists, scores_BKS, chosen = rules.ranked(models.published, users, min(k, len(models.items)))
     proposed_BKS = ~torch.isneginf(scores_BKS)
     why = reasons(models.ranker, users, lists)
-    names = np.array(list(models.two_stage.sources))
+    names = np.array(list(models.published.sources))
     item_ids = np.append([""], models.items.table["item_id"].to_numpy(zero_copy_only=False))
     rows, places = np.nonzero(lists.items.numpy() != UNKNOWN)
     listed = lists.items.numpy()[rows, places]

@@ -56,7 +56,8 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
         "listed": _distinct_items(lists),
         "listable": max(part["listable"] for part in partitions),
         "proposed": {
-            source: sum(part["proposed"][source] for part in partitions) for source in config.score.candidates
+            source: sum(part["proposed"][source] for part in partitions)
+            for source in partitions[0]["proposed"]
         },
     }
     gates.check(figures, config.score.gates)

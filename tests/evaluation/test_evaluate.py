@@ -2,10 +2,23 @@
 
 import pytest
 
-from recsys_dist.evaluation.evaluate import evaluate
+from recsys_dist.config import load
+from recsys_dist.evaluation.evaluate import _verdict, evaluate
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
 from tests.synthetic import listable, synthetic_config
+
+
+@pytest.mark.parametrize("mode", ["two_stage", "exhaustive"])
+@pytest.mark.parametrize("rival", ["popularity", None])
+def test_the_verdict_is_about_the_lists_that_are_published(mode, rival):
+    config = load(None, [f"score.mode={mode}", f"evaluation.must_beat={rival or 'null'}"])
+    values = {"popularity": 0.2, "two_stage": 0.3, "deepfm": 0.1}
+    found = _verdict(config, {name: {"ndcg@10": {"value": value}} for name, value in values.items()})
+    name = {"two_stage": "two_stage", "exhaustive": "deepfm"}[mode]
+    assert found["model"] == name
+    assert found["passed"] == (mode == "two_stage" or rival is None)
+    assert found["text"].startswith(f"{name} ndcg@10 ")
 
 
 @pytest.fixture(scope="module")

@@ -52,12 +52,13 @@ def test_lists_are_those_of_the_date_for_the_users_that_are_there(tmp_path):
         assert found == [f"i{item}" for item in items if item]
 
 
-def test_published_lists_obey_the_rules(tmp_path):
+@pytest.mark.parametrize("mode", ["two_stage", "exhaustive"])
+def test_published_lists_obey_the_rules(tmp_path, mode):
     (tmp_path / "deny").write_text("i3\ni11\n")
     config = synthetic_config(tmp_path / "root")
     runs = untrained_night(config, users=30)
     rules = {"deny": str(tmp_path / "deny"), "at_most": {"genres": 3}, "explore": 2, "diversity": 0.3}
-    changed = config.score.model_copy(update={"rules": Rules(**rules), "k": 8})
+    changed = config.score.model_copy(update={"rules": Rules(**rules), "k": 8, "mode": mode})
     config = config.model_copy(update={"score": changed})
     features = runs["features"]
     date = dt.date.fromisoformat(features.spec().date)
@@ -87,3 +88,6 @@ def test_published_lists_obey_the_rules(tmp_path):
             assert (row["reason"]["kind"] == "explore") == drawn
             assert 0 < row["propensity"] < 1 if drawn else row["propensity"] == 1
             assert len(row["sources"]) == len(row["source_scores"]) > 0
+            if mode == "exhaustive":
+                assert row["sources"] == ["deepfm"]
+                assert row["source_scores"] == pytest.approx([row["score"]], abs=1e-5)

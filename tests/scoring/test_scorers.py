@@ -5,6 +5,7 @@ import torch
 
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import day_number
+from recsys_dist.errors import ConfigError
 from recsys_dist.recall.inner_product import top_k
 from recsys_dist.schema import RELATED
 from recsys_dist.scoring.models import load_models
@@ -248,6 +249,36 @@ def test_two_stage_with_all_items_as_candidates_equals_the_exhaustive_ranking(mo
     found = everything.top_k(users, K)
     torch.testing.assert_close(found.scores, expected.scores)
     assert torch.equal(found.items, expected.items)
+
+
+@torch.inference_mode()
+def test_exhaustive_lists_are_those_of_the_plain_forward_and_of_everything_proposed(night, users):
+    """Each pair of user and item on its own, with fields from the tables."""
+    config, runs = night
+    score = config.score.model_copy(update={"mode": "exhaustive"})
+    if config.deepfm.pair:
+        with pytest.raises(ConfigError, match=r"score\.mode=exhaustive .* deepfm\.pair: next, near"):
+            load_models(runs, score)
+        return
+    models = load_models(runs, score)
+    model, n = models.ranker.model, len(models.items)
+    logits = []
+    for row, day in enumerate(users.days.tolist()):
+        items = items_as_of(runs["features"], day)
+        same = users.table.take(pa.array([row] * n))
+        user_side = model.user_side(side_batch(same, model.user_fields))
+        own = model.logits(user_side, model.item_side(side_batch(items, model.item_fields)))
+        logits.append(torch.nn.functional.pad(own, (1, 0)))
+    expected = top_k(torch.stack(logits), K, users.excluded, users.listable)
+    lists, scores = models.published.rank(users, K)
+    torch.testing.assert_close(lists.scores, expected.scores, rtol=0, atol=1e-5)
+    torch.testing.assert_close(scores[..., 0], expected.scores, rtol=0, atol=1e-5)
+    assert torch.equal(lists.items, expected.items)
+    sources = {"als": 1, "popularity": n}
+    proposed = config.score.model_copy(update={"candidates": sources})
+    everything = load_models(runs, proposed).published.top_k(users, K)
+    torch.testing.assert_close(lists.scores, everything.scores, rtol=0, atol=1e-5)
+    assert torch.equal(lists.items, everything.items)
 
 
 def test_two_stage_lists_only_what_its_sources_proposed_and_says_with_which_score(models, users):
