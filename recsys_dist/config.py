@@ -17,6 +17,7 @@ import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -763,6 +764,15 @@ class Gates(Section):
     """Least share of the items that may be listed on the date that are in a list."""
 
 
+class Proposals(Section):
+    """What a recall source proposes."""
+
+    quota: int = Field(ge=1)
+    """Number of items a user."""
+    weight: float = Field(1.0, gt=0)
+    """How much the source counts where `score.most` has to leave some out."""
+
+
 class Score(Section):
     """The published lists."""
 
@@ -779,11 +789,20 @@ class Score(Section):
     candidates: Annotated[
         dict[
             Literal["als", "next_items", "neighbors", "fm", "popularity", "recent", "content"],
-            Annotated[int, Field(ge=1)],
+            Annotated[Proposals, BeforeValidator(lambda v: {"quota": v} if isinstance(v, int) else v)],
         ],
         Field(min_length=1),
-    ] = {"als": 200, "next_items": 200, "fm": 200, "popularity": 50}
-    """Recall source to the number of items it proposes a user. A conf file's own mapping replaces this."""
+    ] = {
+        "als": Proposals(quota=200),
+        "next_items": Proposals(quota=200),
+        "fm": Proposals(quota=200),
+        "popularity": Proposals(quota=50),
+    }
+    """Recall source to the number of items it proposes a user, or to `{quota: 200, weight: 2}`; the weight is
+    1 if not given. A conf file's own mapping replaces this."""
+    most: int | None = Field(None, ge=1)
+    """Only so many candidates of a user are ranked: those with the greatest sum of weight / (60 + rank) over
+    the sources that propose them. null: all."""
     partition_users: int = Field(2000, ge=1)
     """Users a task scores at a time."""
     users: str | None = None

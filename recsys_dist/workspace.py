@@ -58,7 +58,7 @@ STAGES = {
     "evaluation": Stage(
         "evaluate.py",
         ("features", "als", "recall", "deepfm"),
-        ("seed", "evaluation", "score.mode", "score.candidates", "score.filter_seen"),
+        ("seed", "evaluation", "score.mode", "score.candidates", "score.most", "score.filter_seen"),
     ),
     "score": Stage("score.py", ("features", "als", "recall", "deepfm", "evaluation"), ("seed", "score")),
 }

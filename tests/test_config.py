@@ -1,6 +1,6 @@
 import pytest
 
-from recsys_dist.config import REPOSITORY, absolute, load
+from recsys_dist.config import REPOSITORY, Proposals, absolute, load
 from recsys_dist.errors import ConfigError
 
 
@@ -104,6 +104,13 @@ def test_all_that_is_wrong_with_a_source_is_named_at_once():
             ["score.mode=exhaustive", "deepfm.pair=[{name: next, measure: next_items}]"],
             "leave deepfm.pair out",
         ),
+        (
+            ["score.candidates={als: {qota: 5}}"],
+            "score.candidates.als.qota: unknown key; nearest valid key: quota",
+        ),
+        (["score.candidates={als: 0}"], "score.candidates.als.quota: .* found 0"),
+        (["score.candidates={als: many}"], "score.candidates.als: .* found 'many'"),
+        (["score.candidates={als: {quota: 5, weight: 0}}"], "score.candidates.als.weight"),
         (["storage.pin.featurs=abc"], "storage.pin.featurs"),
         (["evaluation.k=[5]"], "allows ndcg@5"),
         (["data.events={path: a, columns: {user: u, itm: i}}"], "nearest valid key: item"),
@@ -155,7 +162,9 @@ def test_every_key_has_a_docstring():
 
 def test_candidates_are_replaced_and_everything_else_is_merged():
     config = load(None, ["score.candidates={als: 7}", "score.k=3"])
-    assert config.score.candidates == {"als": 7}
+    assert config.score.candidates == {"als": Proposals(quota=7, weight=1)}
+    weighted = load(None, ["score.candidates={als: 7, fm: {quota: 5, weight: 2}}"])
+    assert weighted.score.candidates == {"als": Proposals(quota=7), "fm": Proposals(quota=5, weight=2)}
 
 
 def test_a_lone_pipe_is_a_separator():

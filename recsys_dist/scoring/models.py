@@ -18,6 +18,7 @@ from recsys_dist.scoring.scorers import (
     Ranker,
     Recent,
     Scorer,
+    Source,
     TwoStage,
 )
 from recsys_dist.workspace import Run
@@ -84,10 +85,10 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
         raise ConfigError(
             f"score.candidates: there is no {', and no '.join(missing)}; sources are {', '.join(sources)}"
         )
-    chosen: dict[str, tuple[Scorer, int]] = {
-        name: (sources[name], quota) for name, quota in score.candidates.items()
+    chosen: dict[str, Source] = {
+        name: Source(sources[name], of.quota, of.weight) for name, of in score.candidates.items()
     }
-    two_stage = published = TwoStage(chosen, ranker)
+    two_stage = published = TwoStage(chosen, ranker, score.most)
     if score.mode == "exhaustive":
         if model.pair_fields:
             raise ConfigError(
@@ -95,5 +96,5 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
                 f"trained with deepfm.pair: {', '.join(field.name for field in model.pair_fields)}. Train "
                 f"without, or set score.mode to two_stage."
             )
-        published = TwoStage({"deepfm": (Exhaustive(ranker), max(score.k, two_stage.width))}, ranker)
+        published = TwoStage({"deepfm": Source(Exhaustive(ranker), max(score.k, two_stage.width))}, ranker)
     return Models(items, ranker, sources, two_stage, published)

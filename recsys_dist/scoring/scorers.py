@@ -30,6 +30,8 @@ from recsys_dist.workspace import Run
 PAIRS_AT_ONCE = 2048
 """Pairs of user and item that go through the model together: few enough that what one layer writes is still
 near when the next one reads it."""
+RRF = 60
+"""What is added to a rank before it is turned over, as in the paper on reciprocal rank fusion."""
 
 
 class Scorer(Protocol):
@@ -257,6 +259,17 @@ class Exhaustive:
 
 
 @dataclass(frozen=True)
+class Source:
+    """A Scorer whose best items are candidates."""
+
+    scorer: Scorer
+    quota: int
+    """Number of items it proposes a user."""
+    weight: float = 1.0
+    """How much it counts where some candidates are left out."""
+
+
+@dataclass(frozen=True)
 class Candidates:
     """What the sources propose: each user's distinct items, and the score that each has from each source."""
 
@@ -269,16 +282,23 @@ class Candidates:
 class TwoStage:
     """Recall from several sources, then ranking by DeepFM. What a source may not list never enters."""
 
-    def __init__(self, sources: dict[str, tuple[Scorer, int]], ranker: Ranker) -> None:
-        """Take the sources by name, each with the number of items it proposes a user."""
+    def __init__(self, sources: dict[str, Source], ranker: Ranker, most: int | None = None) -> None:
+        """Take the sources by name, and how many candidates of a user are ranked at most (None: all)."""
         self.sources = sources
         self.ranker = ranker
-        self.width = sum(quota for _, quota in sources.values())
+        self.width = sum(source.quota for source in sources.values())
         """A user has at most so many candidates."""
+        self.most = most
+        if most is not None:
+            self.width = min(self.width, most)
 
     def candidates(self, users: Users) -> Candidates:
-        """Merge what the sources propose."""
-        lists = [scorer.top_k(users, quota) for scorer, quota in self.sources.values()]
+        """Merge what the sources propose, and keep the `most` items of each user with the greatest sum of
+        weight / (RRF + rank) over the sources that propose them, of equal ones those with the least index
+        (reciprocal rank fusion: Cormack, Clarke, Buettcher, "Reciprocal rank fusion outperforms Condorcet
+        and individual rank learning methods", 2009).
+        """
+        lists = [source.scorer.top_k(users, source.quota) for source in self.sources.values()]
         proposals_BC = torch.cat([part.items for part in lists], dim=1)
         source_C = torch.cat([torch.full((part.items.shape[1],), s) for s, part in enumerate(lists)])
         order = torch.argsort(proposals_BC, dim=1, stable=True)
@@ -292,20 +312,39 @@ class TwoStage:
         # Where a list is too short it has item 0, and -inf as its score.
         proposed_BC = torch.cat([part.scores for part in lists], dim=1)
         scores[rows, slot, source_C[order]] = proposed_BC.gather(1, order)
-        return Candidates(items, scores)
+        if self.most is None or self.most >= items.shape[1]:
+            return Candidates(items, scores)
+        # In float64, so that equal sums of other summands are equal again as float32.
+        worth_C = torch.cat(
+            [
+                source.weight / (RRF + torch.arange(1, part.items.shape[1] + 1, dtype=torch.float64))
+                for source, part in zip(self.sources.values(), lists, strict=True)
+            ]
+        )
+        worth_BC = torch.zeros(items.shape, dtype=torch.float64).scatter_add_(1, slot, worth_C[order])
+        places = _places(worth_BC.float().masked_fill(items == UNKNOWN, -torch.inf), self.most)
+        # Ascending again, those that are no candidate's last.
+        places = places.where(places >= 0, items.shape[1]).sort(dim=1).values
+        places = places.where(places < items.shape[1], -1)
+        kept, scores = taken(places, Lists(items, worth_BC), scores)
+        return Candidates(kept.items, scores)
 
     def rank(self, users: Users, k: int) -> tuple[Lists, Tensor]:
         """The best K candidates for each user, and [B, K, S] their scores from the sources, as Candidates."""
         candidates = self.candidates(users)
         scores_BC = self.ranker.logits(users, candidates.items)
         scores_BC[candidates.items == UNKNOWN] = -torch.inf
-        # A column in front stands for the unknown item, which top_k never lists.
-        places = top_k(torch.nn.functional.pad(scores_BC, (1, 0), value=-torch.inf), k)
-        return taken(places.items - 1, Lists(candidates.items, scores_BC), candidates.scores)
+        return taken(_places(scores_BC, k), Lists(candidates.items, scores_BC), candidates.scores)
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
         return self.rank(users, k)[0]
+
+
+def _places(scores_BC: Tensor, k: int) -> Tensor:
+    """[B, K] the columns of the K greatest scores above -inf, of equal ones the first, then -1."""
+    # A column in front stands for the unknown item, which top_k never lists.
+    return top_k(torch.nn.functional.pad(scores_BC, (1, 0), value=-torch.inf), k).items - 1
 
 
 def taken(places_BK: Tensor, candidates: Lists, sources_BCS: Tensor) -> tuple[Lists, Tensor]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from recsys_dist.config import load
+from recsys_dist.config import Proposals, load
 from recsys_dist.errors import ConfigError
 from recsys_dist.recall import content
 from recsys_dist.recall.content import ItemVectors
@@ -92,7 +92,7 @@ def test_items_without_attributes_have_no_such_source(tmp_path, monkeypatch):
     runs = untrained_night(config)
     with pytest.raises(ConfigError, match=r"recall\.content: price is no categorical .* there are genres"):
         runs["features"].spec().attributes(["price"], "recall.content")
-    score = config.score.model_copy(update={"candidates": {"content": 5}})
+    score = config.score.model_copy(update={"candidates": {"content": Proposals(quota=5)}})
     assert set(load_models(runs, score).two_stage.sources) == {"content"}
     monkeypatch.setattr(FeatureSpec, "attributes", lambda *_: ())
     assert "content" not in load_models(runs, config.score).all()

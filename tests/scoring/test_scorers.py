@@ -1,8 +1,11 @@
+from fractions import Fraction
+
 import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from recsys_dist.config import Proposals
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import day_number
 from recsys_dist.errors import ConfigError
@@ -10,7 +13,7 @@ from recsys_dist.recall.inner_product import top_k
 from recsys_dist.schema import RELATED
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.reasons import ITEMS, reasons
-from recsys_dist.scoring.scorers import Exhaustive, Ranker, Related, TwoStage
+from recsys_dist.scoring.scorers import Exhaustive, Ranker, Related, Source, TwoStage
 from recsys_dist.scoring.users import with_context
 from tests.models import untrained_night
 from tests.synthetic import START, items_as_of, listable, synthetic_config
@@ -88,7 +91,7 @@ def test_no_scorer_lists_an_item_that_only_its_mask_keeps_out(features, models, 
     days = np.full(len(rows), DAY + 4, np.int32)
     scorer = models.all()[name]
     if name == "two_stage":
-        sources = {source: (models.sources[source], len(models.items)) for source in models.sources}
+        sources = {source: Source(models.sources[source], len(models.items)) for source in models.sources}
         scorer = TwoStage(sources, models.ranker)
     lists = scorer.top_k(with_context(models.items, rows, days, "none"), len(models.items))
     for items in lists.items.tolist():
@@ -228,11 +231,11 @@ def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
 @pytest.mark.parametrize("source", ["next_items", "neighbors", "recent", "content"])
 def test_each_source_may_be_the_only_one(night, users, source):
     config, runs = night
-    score = config.score.model_copy(update={"candidates": {source: K}})
+    score = config.score.model_copy(update={"candidates": {source: Proposals(quota=K)}})
     stage = load_models(runs, score).two_stage
     lists, scores = stage.rank(users, K)
     assert scores.shape[2] == 1
-    own = stage.sources[source][0].top_k(users, K).items
+    own = stage.sources[source].scorer.top_k(users, K).items
     assert torch.equal(own.sort(dim=1).values, lists.items.sort(dim=1).values)
 
 
@@ -244,7 +247,9 @@ def test_the_catalogue_is_computed_once_a_day(models):
 
 @torch.inference_mode()
 def test_two_stage_with_all_items_as_candidates_equals_the_exhaustive_ranking(models, users):
-    everything = TwoStage({"popularity": (models.sources["popularity"], len(models.items))}, models.ranker)
+    everything = TwoStage(
+        {"popularity": Source(models.sources["popularity"], len(models.items))}, models.ranker
+    )
     expected = Exhaustive(models.ranker).top_k(users, K)
     found = everything.top_k(users, K)
     torch.testing.assert_close(found.scores, expected.scores)
@@ -274,7 +279,7 @@ def test_exhaustive_lists_are_those_of_the_plain_forward_and_of_everything_propo
     torch.testing.assert_close(lists.scores, expected.scores, rtol=0, atol=1e-5)
     torch.testing.assert_close(scores[..., 0], expected.scores, rtol=0, atol=1e-5)
     assert torch.equal(lists.items, expected.items)
-    sources = {"als": 1, "popularity": n}
+    sources = {"als": Proposals(quota=1), "popularity": Proposals(quota=n)}
     proposed = config.score.model_copy(update={"candidates": sources})
     everything = load_models(runs, proposed).published.top_k(users, K)
     torch.testing.assert_close(lists.scores, everything.scores, rtol=0, atol=1e-5)
@@ -282,15 +287,42 @@ def test_exhaustive_lists_are_those_of_the_plain_forward_and_of_everything_propo
 
 
 def test_two_stage_lists_only_what_its_sources_proposed_and_says_with_which_score(models, users):
-    sources = {name: (models.sources[name], 4) for name in ("als", "fm", "popularity")}
+    sources = {name: Source(models.sources[name], 4) for name in ("als", "fm", "popularity")}
     stage = TwoStage(sources, models.ranker)
     lists, scores = stage.rank(users, K)
-    for s, (scorer, quota) in enumerate(sources.values()):
-        own = scorer.top_k(users, quota)
+    for s, source in enumerate(sources.values()):
+        own = source.scorer.top_k(users, source.quota)
         same = (lists.items[..., None] == own.items[:, None]) & (lists.items > 0)[..., None]
         expected = torch.where(same, own.scores[:, None], -torch.inf).amax(-1)
         assert torch.equal(scores[..., s], expected)
     assert torch.equal((scores > -torch.inf).any(-1), lists.items > 0)
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 1000])
+def test_of_many_candidates_the_best_placed_are_ranked(models, users, most):
+    """By plain Python. Of three equal sources many sums are equal, in whichever order they are made."""
+    weights = {"als": 1.0, "fm": 1.0, "recent": 1.0, "next_items": 2.0, "popularity": 0.5}
+    sources = {name: Source(models.sources[name], 6, weight) for name, weight in weights.items()}
+    everyone = TwoStage(sources, models.ranker).candidates(users)
+    stage = TwoStage(sources, models.ranker, most)
+    assert stage.width == min(most, 30)
+    found = stage.candidates(users)
+    lists = {name: source.scorer.top_k(users, 6).items.tolist() for name, source in sources.items()}
+    for row in range(len(users)):
+        worth = {}
+        for name, of in lists.items():
+            for place, item in enumerate(of[row], 1):
+                worth[item] = worth.get(item, 0) + Fraction(weights[name]) / (60 + place)
+        worth.pop(0, None)
+        expected = sorted(sorted(worth, key=lambda item: (-worth[item], item))[:most])
+        assert [item for item in found.items[row].tolist() if item] == expected
+        for item, scores in zip(found.items[row].tolist(), found.scores[row], strict=True):
+            if item:
+                assert torch.equal(scores, everyone.scores[row][everyone.items[row] == item][0])
+            else:
+                assert torch.isneginf(scores).all()
+    listed = stage.top_k(users, K).items
+    assert (listed > 0).sum(1).tolist() == [min(K, int((of > 0).sum())) for of in found.items]
 
 
 def test_filter_positives_leaves_disliked_items_in(features, models, rows):
