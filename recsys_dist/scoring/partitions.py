@@ -157,7 +157,8 @@ def published_rows(
     listed = lists.items.numpy()[rows, places]
     spoken = why.items[rows, places]
     n, proposed = len(rows), proposed_BKS.numpy()[rows, places]
-    kind = np.where((spoken != UNKNOWN).any(axis=1), "history", "popular")
+    kind = np.where(models.items.counts[listed - 1] == 0, "new", "popular")
+    kind = np.where((spoken != UNKNOWN).any(axis=1), "history", kind)
     kind = np.where(chosen.explored.numpy()[rows, places], "explore", kind)
     table = pa.table(
         {

@@ -69,7 +69,7 @@ def _reason(row: dict[str, Any], titles: dict[str, str]) -> str:
     if row["reason"]["kind"] == "explore":
         return f"drawn with probability {row['propensity']:.3f}; {found}"
     if row["reason"]["kind"] != "history":
-        return f"popular; {found}"
+        return f"{row['reason']['kind']}; {found}"
     because = [textwrap.shorten(titles[item], 24, placeholder="…") for item in row["reason"]["item_ids"][:2]]
     return f"because of {' and '.join(because)}; {found}"
 

@@ -1,13 +1,17 @@
 """Published rows, part by part, without Ray."""
 
 import datetime as dt
+from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from recsys_dist.config import Rules
+from recsys_dist import config as settings
 from recsys_dist.deepfm.items import day_number
-from recsys_dist.scoring.partitions import PartitionScorer, partitions
+from recsys_dist.scoring.models import load_models
+from recsys_dist.scoring.partitions import PartitionScorer, partitions, published_rows
+from recsys_dist.scoring.rules import Rules
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
@@ -52,13 +56,39 @@ def test_lists_are_those_of_the_date_for_the_users_that_are_there(tmp_path):
         assert found == [f"i{item}" for item in items if item]
 
 
+def test_what_no_history_speaks_for_is_popular_or_new(tmp_path):
+    """Lists of all items, for users of whom some have no history."""
+    config = synthetic_config(tmp_path)
+    config = config.model_copy(update={"score": config.score.model_copy(update={"mode": "exhaustive"})})
+    runs = untrained_night(config, users=30)
+    models = load_models(runs, config.score)
+    rows = runs["features"].table("users/as_of=date").sort_by("user")
+    histories = [[] if user % 3 == 0 else of for user, of in enumerate(rows["recent"].to_pylist())]
+    place = rows.column_names.index("recent")
+    rows = rows.set_column(place, "recent", pa.array(histories, pa.list_(pa.int32())))
+    date = dt.date.fromisoformat(runs["features"].spec().date)
+    users = with_context(models.items, rows, np.full(len(rows), day_number(date), np.int32), "none")
+    table, _ = published_rows(models, Rules(config.score.rules, models.items), users, 50, date, "run")
+    counts = {row["item_id"]: row["count"] for row in models.items.table.to_pylist()}
+    kinds = Counter()
+    for row in table.to_pylist():
+        kind = row["reason"]["kind"]
+        assert kind == (
+            "history" if row["reason"]["item_ids"] else "popular" if counts[row["item_id"]] else "new"
+        )
+        kinds[kind] += 1
+    assert kinds["new"] >= 10
+    assert kinds["popular"] > kinds["new"]
+    assert kinds["history"] > kinds["popular"]
+
+
 @pytest.mark.parametrize("mode", ["two_stage", "exhaustive"])
 def test_published_lists_obey_the_rules(tmp_path, mode):
     (tmp_path / "deny").write_text("i3\ni11\n")
     config = synthetic_config(tmp_path / "root")
     runs = untrained_night(config, users=30)
     rules = {"deny": str(tmp_path / "deny"), "at_most": {"genres": 3}, "explore": 2, "diversity": 0.3}
-    changed = config.score.model_copy(update={"rules": Rules(**rules), "k": 8, "mode": mode})
+    changed = config.score.model_copy(update={"rules": settings.Rules(**rules), "k": 8, "mode": mode})
     config = config.model_copy(update={"score": changed})
     features = runs["features"]
     date = dt.date.fromisoformat(features.spec().date)
