@@ -220,7 +220,8 @@ class FM:
         scores_BI = torch.empty(len(users), len(self.ranker.items) + 1)
         for rows, items in self.ranker.by_day(users):
             if self.ranker.model.factorised:
-                scores_BI[rows] = torch.addmm(items.first + items.pair, user.sum[rows], items.sum.T)
+                with torch.autocast(items.sum.device.type, enabled=False):
+                    scores_BI[rows] = torch.addmm(items.first + items.pair, user.sum[rows], items.sum.T)
             else:
                 scores_BI[rows] = items.first
         return top_k(scores_BI, k, users.excluded, users.listable)
