@@ -6,6 +6,7 @@ the test part, from what was known before that user's test part, as of the day o
 Legend: U users, K list length, I items.
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,6 @@ from recsys_dist.evaluation.report import write_report
 from recsys_dist.evaluation.significance import bootstrap, coverage_interval
 from recsys_dist.schema import LISTS, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.partitions import batches
 from recsys_dist.scoring.scorers import Scorer
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import OpenRun, Run
@@ -108,7 +108,7 @@ def rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> t
     """[U, K] items and scores at the greatest K asked for."""
     k = max(config.evaluation.k)
     items, scores = [], []
-    for rows in batches(users, USERS_AT_ONCE):
+    for rows in _batches(users, USERS_AT_ONCE):
         batch = with_context(catalogue, rows, rows["day"].to_numpy(), config.score.filter_seen)
         lists = scorer.top_k(batch, k)
         items.append(lists.items.numpy())
@@ -169,3 +169,9 @@ def _verdict(config: Config, results: dict[str, Any]) -> dict[str, Any]:
     passed = ours > theirs
     text = f"{model} {metric} {ours:.4f} is {'above' if passed else 'not above'} {rival}'s {theirs:.4f}"
     return {"passed": passed, "model": model, "text": text}
+
+
+def _batches(table: pa.Table, size: int) -> Iterator[pa.Table]:
+    """A table in consecutive parts of at most `size` rows."""
+    for start in range(0, table.num_rows, size):
+        yield table.slice(start, size)

@@ -1,37 +1,18 @@
 """Scoring users in partitions, each a Ray task that reads its own users and writes its own file."""
 
 import datetime as dt
-import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.fs
-import pyarrow.parquet as pq
 import ray
-import torch
 from ray.exceptions import RayTaskError
 from ray.util import ActorPool
 
 from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import Config
-from recsys_dist.deepfm.items import day_number
 from recsys_dist.errors import RecsysError
-from recsys_dist.schema import REASON, TOPK, UNKNOWN
-from recsys_dist.scoring.gates import counts
-from recsys_dist.scoring.models import Models, load_models
-from recsys_dist.scoring.reasons import reasons
-from recsys_dist.scoring.rules import Rules
-from recsys_dist.scoring.users import Users, with_context
+from recsys_dist.scoring.lists import finished, remove_unfinished
 from recsys_dist.workspace import OpenRun
-
-DAYS = 1_000_000
-"""More than there are."""
-LISTS = "lists"
-"""The run's folder with the partitions' files, each with the partition's figures in its schema's metadata."""
-FIGURES = b"figures"
 
 
 def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndarray) -> list[dict[str, Any]]:
@@ -54,24 +35,8 @@ def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndar
     if to_do:
         with local_or_cluster():
             done |= dict(zip([number for number, _ in to_do], _scored(config, run, date, to_do), strict=True))
-    _remove_unfinished(run)
+    remove_unfinished(run)
     return list(done.values())
-
-
-def finished(run: OpenRun) -> dict[int, dict[str, Any]]:
-    """The partitions of a run that are written: number to figures."""
-    selector = pyarrow.fs.FileSelector(f"{run.path}/{LISTS}", allow_not_found=True)
-    files = [info.path for info in run.filesystem.get_file_info(selector) if info.extension == "parquet"]
-    numbers = [int(path.rpartition("part-")[2].removesuffix(".parquet")) for path in sorted(files)]
-    return {number: figures for number in numbers if (figures := _figures(run, number)) is not None}
-
-
-def _figures(run: OpenRun, part: int) -> dict[str, Any] | None:
-    """A partition's figures, as its file has them; None where it is not written."""
-    path = f"{run.path}/{LISTS}/part-{part:05d}.parquet"
-    if not run.filesystem.get_file_info(path).is_file:
-        return None
-    return dict(json.loads(pq.read_schema(path, filesystem=run.filesystem).metadata[FIGURES]))
 
 
 def _scored(
@@ -79,7 +44,7 @@ def _scored(
 ) -> list[dict[str, Any]]:
     """Score partitions by as many workers as there are CPUs."""
     workers = min(len(parts), int(ray.cluster_resources().get("CPU", 1)))
-    actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(PartitionScorer)
+    actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(ScoringWorker)
     pool = ActorPool([actor.remote(config, run, date) for _ in range(workers)])
     try:
         return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
@@ -88,14 +53,6 @@ def _scored(
         if isinstance(error.cause, RecsysError | OSError):
             raise error.cause from None
         raise
-
-
-def _remove_unfinished(run: OpenRun) -> None:
-    """Remove what workers were writing when they died."""
-    selector = pyarrow.fs.FileSelector(f"{run.path}/{LISTS}", allow_not_found=True)
-    for info in run.filesystem.get_file_info(selector):
-        if info.extension == "tmp":
-            run.remove(f"{LISTS}/{info.base_name}")
 
 
 def partitions(users: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
@@ -108,107 +65,14 @@ def partitions(users: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
     return [(part, ordered[start : start + size]) for part, start in enumerate(range(0, len(ordered), size))]
 
 
-class PartitionScorer:
-    """A worker: loads the models once, then scores one partition after another."""
+class ScoringWorker:
+    """A process that scores. The driver needs no torch, whose import takes seconds."""
 
     def __init__(self, config: Config, run: OpenRun, date: dt.date) -> None:
-        self.config, self.run, self.date = config, run, date
-        self.models = load_models(run.inputs, config.score)
-        # Other draws every day, and the same ones however often a day is done.
-        seed = config.seed * DAYS + day_number(date)
-        self.rules = Rules(config.score.rules, self.models.items, seed)
-        self.users = run.inputs["features"].dataset("users/as_of=date")
+        from recsys_dist.scoring.scored import PartitionScorer
+
+        self.scorer = PartitionScorer(config, run, date)
 
     def score(self, part: int, users: np.ndarray) -> dict[str, Any]:
-        """Score some users, write the partition's file, return its figures.
-
-        Args:
-            part: number of the partition.
-            users: their indices, in order.
-        """
-        # A worker may die when it has written its file, before it has told anyone.
-        written = _figures(self.run, part)
-        if written is not None:
-            return written
-        settings = self.config.score
-        # The range alone decides which parts of the files are read.
-        between = (pc.field("user") >= int(users[0])) & (pc.field("user") <= int(users[-1]))
-        rows = self.users.to_table(filter=between & pc.field("user").isin(users)).sort_by("user")
-        days = np.full(len(rows), day_number(self.date), np.int32)
-        batch = with_context(self.models.items, rows, days, settings.filter_seen)
-        table, figures = published_rows(
-            self.models, self.rules, self.rules.limit(batch), settings.k, self.date, self.run.run_id
-        )
-        self.run.write_table(LISTS, table.replace_schema_metadata({FIGURES: json.dumps(figures)}), part)
-        return figures
-
-
-@torch.inference_mode()
-def published_rows(
-    models: Models, rules: Rules, users: Users, k: int, date: dt.date, run_id: str
-) -> tuple[pa.Table, dict[str, Any]]:
-    """The lists of a batch of users as rows of the published table (schema TOPK), and their figures."""
-    lists, scores_BKS, chosen = rules.ranked(models.published, users, min(k, len(models.items)))
-    proposed_BKS = ~torch.isneginf(scores_BKS)
-    why = reasons(models.ranker, users, lists)
-    names = np.array(list(models.published.sources))
-    item_ids = np.append([""], models.items.table["item_id"].to_numpy(zero_copy_only=False))
-    rows, places = np.nonzero(lists.items.numpy() != UNKNOWN)
-    listed = lists.items.numpy()[rows, places]
-    spoken = why.items[rows, places]
-    n, proposed = len(rows), proposed_BKS.numpy()[rows, places]
-    kind = np.where(models.items.counts[listed - 1] == 0, "new", "popular")
-    kind = np.where((spoken != UNKNOWN).any(axis=1), "history", kind)
-    kind = np.where(chosen.explored.numpy()[rows, places], "explore", kind)
-    table = pa.table(
-        {
-            "date": pa.array([date] * n, pa.date32()),
-            "user_id": users.table["user_id"].take(pa.array(rows)),
-            "rank": pa.array(places + 1, pa.int32()),
-            "item_id": pa.array(item_ids[listed], pa.string()),
-            "score": pa.array(lists.scores.numpy()[rows, places]),
-            "sources": _lists(np.broadcast_to(names, (n, len(names))), proposed),
-            "reason": pa.StructArray.from_arrays(
-                [
-                    pa.array(kind, pa.string()),
-                    _lists(item_ids[spoken], spoken != UNKNOWN).cast(pa.list_(pa.string())),
-                    _lists(why.contributions[rows, places], spoken != UNKNOWN),
-                ],
-                fields=list(REASON),
-            ),
-            "run_id": pa.array([run_id] * n, pa.string()),
-            "source_scores": _lists(scores_BKS.numpy()[rows, places], proposed),
-            "propensity": pa.array(chosen.propensity.numpy()[rows, places]),
-        },
-        schema=TOPK,
-    )
-    by_source = proposed_BKS.sum(dim=(0, 1)).tolist()
-    figures = {
-        **counts(table, users.table["user_id"], np.minimum(_allowed(users), k)),
-        "listable": int(users.listable[0].sum()),
-        "proposed": dict(zip(names.tolist(), by_source, strict=True)),
-        "explained": int((spoken != UNKNOWN).any(axis=1).sum()),
-        "explored": int(chosen.explored.sum()),
-        "files": rules.files,
-    }
-    return table, figures
-
-
-def batches(table: pa.Table, size: int) -> Iterator[pa.Table]:
-    """A table in consecutive parts of at most `size` rows."""
-    for start in range(0, table.num_rows, size):
-        yield table.slice(start, size)
-
-
-def _allowed(users: Users) -> np.ndarray:
-    """[B] the number of items that each user's list may hold."""
-    rows, items = users.excluded
-    listable_BI = users.listable.expand(len(users), -1)
-    excluded_B = torch.bincount(rows, weights=listable_BI[rows, items].double(), minlength=len(users))
-    return (listable_BI.sum(dim=1) - excluded_B).long().numpy()
-
-
-def _lists(values: np.ndarray, chosen: np.ndarray) -> pa.ListArray:
-    """Each row's chosen values as an Arrow list: both [N, M]."""
-    offsets = np.append([0], np.cumsum(chosen.sum(axis=1))).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values[chosen]))
+        """As the PartitionScorer's."""
+        return self.scorer.score(part, users)

@@ -10,7 +10,8 @@ from recsys_dist.config import Config
 from recsys_dist.schema import TOPK
 from recsys_dist.scoring import gates
 from recsys_dist.scoring.chosen import choose, told
-from recsys_dist.scoring.partitions import LISTS, finished, score_partitions
+from recsys_dist.scoring.lists import LISTS, finished
+from recsys_dist.scoring.partitions import score_partitions
 from recsys_dist.scoring.publish import publish, version, version_of
 from recsys_dist.workspace import OpenRun
 

@@ -9,9 +9,12 @@ import time
 
 import psutil
 import pytest
+import torch
 from deltalake import DeltaTable
 
-from recsys_dist.config import REPOSITORY
+from recsys_dist.config import REPOSITORY, load
+from recsys_dist.scoring import partitions, score
+from recsys_dist.scoring.scored import PartitionScorer
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
 from tests.processes import DEADLINE_SECONDS, stopped_at_the_end, wait_for
@@ -68,12 +71,47 @@ def night(tmp_path_factory):
     return root
 
 
-@pytest.fixture
-def root(night, tmp_path):
+@pytest.fixture(scope="module")
+def published(night, tmp_path_factory):
     """A copy of it, with the lists of an earlier run: half as long."""
-    root = shutil.copytree(night, tmp_path / "root")
-    finish(start(root, "--set", "score.k=5"))
+    root = scored_here(night, tmp_path_factory.mktemp("published") / "root", "score.k=5")
     assert lists(root)[1] == {(user, rank) for user in names() for rank in range(1, 6)}
+    return root
+
+
+@pytest.fixture
+def root(published, tmp_path):
+    return shutil.copytree(published, tmp_path / "root")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(night, tmp_path_factory):
+    """What the table has where nothing goes wrong, by the job's settings."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return {
+        settings: content(scored_here(night, folder / str(len(settings)), *settings[1::2]))
+        for settings in ((), SMALL)
+    }
+
+
+def scored_here(night, root, *overrides):
+    """A copy of the night, scored and published in this process, without Ray."""
+    config = load(None, [f"storage.root={shutil.copytree(night, root)}", *overrides])
+    workspace = Workspace(config)
+    inputs = workspace.inputs("score")
+    run = workspace.new("score", workspace.key("score", config, inputs), inputs)
+
+    def scored(config, run, date, parts):
+        scorer = PartitionScorer(config, run, date)
+        return [scorer.score(*part) for part in parts]
+
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(partitions, "local_or_cluster", contextlib.nullcontext)
+        patch.setattr(partitions, "_scored", scored)
+        torch.set_num_threads(1)  # as a worker has
+        run.commit(config, score.score(config, run))
+    torch.set_num_threads(threads)
     return root
 
 
@@ -115,12 +153,6 @@ def written(root):
     return {file.name: file.stat().st_ino for file in folder.glob("lists/part-*.parquet")}
 
 
-def undisturbed(night, tmp_path, *arguments):
-    root = shutil.copytree(night, tmp_path / "undisturbed")
-    finish(start(root, *arguments), root)
-    return content(root)
-
-
 def complete(root, folders):
     """The newest run is finished, its lists are the table's, and there are so many score runs."""
     runs = Workspace(synthetic_config(root)).runs("score")
@@ -131,7 +163,9 @@ def complete(root, folders):
 
 
 @pytest.mark.parametrize(("fault", "code"), [("before", -9), ("after", -9), ("full", 75)])
-def test_a_fault_around_the_commit_shows_readers_the_old_or_the_new_lists(night, root, tmp_path, fault, code):
+def test_a_fault_around_the_commit_shows_readers_the_old_or_the_new_lists(
+    undisturbed, root, tmp_path, fault, code
+):
     old, version = lists(root), DeltaTable(root / "topk").version()
     finish(start(root, fault=fault), root, code)
     assert (tmp_path / "fault").exists()
@@ -150,7 +184,7 @@ def test_a_fault_around_the_commit_shows_readers_the_old_or_the_new_lists(night,
     assert written(root) == begun  # nothing was scored again
     assert DeltaTable(root / "topk").version() == version + 1
     assert "score: goes on with" in (tmp_path / "output").read_text()
-    assert content(root) == undisturbed(night, tmp_path)
+    assert content(root) == undisturbed[()]
 
 
 def test_of_two_runs_of_a_date_one_wins_and_the_other_exits_75(root, tmp_path):
@@ -172,7 +206,7 @@ def workers(process):
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            found += [child] if "PartitionScorer" in " ".join(child.cmdline()) else []
+            found += [child] if "ScoringWorker" in " ".join(child.cmdline()) else []
     return found
 
 
@@ -191,7 +225,7 @@ def some_written(root, process, tmp_path):
 
 
 @pytest.mark.parametrize("victim", ["worker", "driver"])
-def test_a_kill_costs_only_the_partitions_that_were_not_finished(night, root, tmp_path, victim):
+def test_a_kill_costs_only_the_partitions_that_were_not_finished(undisturbed, root, tmp_path, victim):
     process = start(root, *SMALL)
     with stopped_at_the_end(process):
         some_written(root, process, tmp_path)
@@ -219,4 +253,4 @@ def test_a_kill_costs_only_the_partitions_that_were_not_finished(night, root, tm
     after = written(root)
     assert len(after) == USERS
     assert begun.items() <= after.items()
-    assert content(root) == undisturbed(night, tmp_path, *SMALL)
+    assert content(root) == undisturbed[SMALL]

@@ -10,8 +10,9 @@ import pytest
 from recsys_dist import config as settings
 from recsys_dist.deepfm.items import day_number
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.partitions import PartitionScorer, partitions, published_rows
+from recsys_dist.scoring.partitions import partitions
 from recsys_dist.scoring.rules import Rules
+from recsys_dist.scoring.scored import PartitionScorer, published_rows
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
