@@ -12,6 +12,10 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
 os.environ.setdefault("RAY_COLOR_PREFIX", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# The end of a training, or a worker's death, is seen after so many seconds; by default after 2.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+# A local Ray would start a process a CPU in advance, and none is of use: ours have a runtime_env.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
 import ray
 from ray.exceptions import RayError

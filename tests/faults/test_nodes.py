@@ -48,7 +48,6 @@ def test_a_training_outlives_a_node(cluster, tmp_path):
     environment = {
         "RAY_ADDRESS": nodes.address,
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "5",
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
     with training(tmp_path, output, {"num_workers": "[1,2]"}, environment) as process:
         workers = under_way(tmp_path, process, output)
