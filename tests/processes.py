@@ -1,15 +1,21 @@
-"""Processes that tests start, and kill."""
+"""Processes that tests start, and kill; and jobs that need no process of their own."""
 
 import contextlib
+import io
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
+
+from recsys_dist.config import REPOSITORY
 
 DEADLINE_SECONDS = 180
 
@@ -46,3 +52,32 @@ def kill_group(process: subprocess.Popen[str]) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             member.kill()
     process.communicate(timeout=60)
+
+
+def run_here(job: str, *arguments: str, code: int = 0) -> str:
+    """Run jobs/<job> in this process, check the exit code it would have, return what it printed."""
+    script, printed = REPOSITORY / "jobs" / job, io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+    ):
+        patch.setattr(sys, "argv", [str(script), *arguments])
+        patch.setattr(sys, "path", [*sys.path])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == code, printed.getvalue()
+    return printed.getvalue()
+
+
+@contextlib.contextmanager
+def ray_head(cpus: int) -> Iterator[str]:
+    """A Ray cluster of one node; its address, for the RAY_ADDRESS of jobs that need none of their own."""
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100_000_000}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()

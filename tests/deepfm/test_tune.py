@@ -14,7 +14,7 @@ from recsys_dist.config import REPOSITORY, load
 from recsys_dist.deepfm import tune
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
-from tests.processes import DEADLINE_SECONDS, wait_for
+from tests.processes import DEADLINE_SECONDS, run_here, wait_for
 from tests.synthetic import synthetic_config, synthetic_features
 
 SPACE = {
@@ -142,11 +142,9 @@ def test_settings_that_do_not_go_together_are_a_failed_trial(searched):
     assert run.manifest["figures"]["failed"] == 1
 
 
-def test_a_finished_search_is_not_repeated_and_features_are_not_copied(searched, root, tmp_path):
+def test_a_finished_search_is_not_repeated_and_features_are_not_copied(searched, root):
     path, run, *_ = searched
-    with (tmp_path / "output").open("w") as stream:
-        assert job(path, stream).wait(timeout=60) == 0
-    assert (tmp_path / "output").read_text() == f"tune: done before, {run.uri}\n"
+    assert run_here("tune.py", "--conf", str(path)) == f"tune: done before, {run.uri}\n"
     assert [folder.name for folder in Path(f"{root}-experiments").iterdir()] == ["tune"]
     assert [folder.name for folder in root.iterdir()] == ["features"]
 

@@ -101,17 +101,6 @@ def resumed(config, output, workers=2):
     return run
 
 
-def test_a_killed_worker_costs_the_steps_since_its_last_checkpoint(tmp_path):
-    config, output = synthetic_config(tmp_path), tmp_path / "output"
-    features = synthetic_features(config)
-    with training(tmp_path, output) as process:
-        victim = under_way(tmp_path, process, output)[1]
-        os.kill(victim, signal.SIGKILL)
-        wait_for(lambda: gone(victim), process, output)
-        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
-    load(resumed(config, output), features.spec())
-
-
 def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before(tmp_path):
     """Steps go on while the checkpoint is written; what is left of it is refused by name."""
     config, output = synthetic_config(tmp_path), tmp_path / "output"
@@ -133,8 +122,10 @@ def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_bef
         wait_for(lambda: gone(workers[0]), process, output)
         assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
     assert f"checkpoint step_{last}-0 is refused: it was not finished" in output.read_text()
-    history = Path(resumed(config, output).path, "history.jsonl").read_text().splitlines()
+    run = resumed(config, output)
+    history = Path(run.path, "history.jsonl").read_text().splitlines()
     assert {json.loads(line)["resumed_from"] for line in history} == {last - 20}
+    load(run, features.spec())
 
 
 def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path):

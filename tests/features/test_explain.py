@@ -2,16 +2,14 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 from pyarrow.fs import copy_files
 
-from recsys_dist.config import REPOSITORY
 from recsys_dist.features.explain import WIDTH, explain
 from recsys_dist.workspace import Workspace
 from tests.logs import featurized, log_config
+from tests.processes import run_here
 
 DAY = 86_400
 FIELDS = [
@@ -156,8 +154,6 @@ def test_the_job_shows_a_run_that_is_done(made, tmp_path):
     shown.commit(config, run.manifest["figures"])
     conf = tmp_path / "conf.yaml"
     conf.write_text(json.dumps(config.model_dump(mode="json")))
-    command = [sys.executable, REPOSITORY / "jobs" / "featurize.py", "--conf", conf, "--explain"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    first, _, rest = done.stdout.partition("\n")
+    first, _, rest = run_here("featurize.py", "--conf", str(conf), "--explain").partition("\n")
     assert first == f"features: done before, {shown.uri}"
     assert rest.strip() == explain(config, run)

@@ -14,7 +14,11 @@ from recsys_dist.config import REPOSITORY
 from recsys_dist.scoring.publish import is_published
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
+from tests.processes import ray_head, run_here
 from tests.synthetic import synthetic_config
+
+SMALL = ("--set", "score.partition_users=25")
+"""Several Ray tasks, each with its own file."""
 
 
 def run_job(name, root, *arguments, code=0):
@@ -25,6 +29,14 @@ def run_job(name, root, *arguments, code=0):
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    """All jobs of this file run on one: what starts a Ray of its own is tested with its faults."""
+    with ray_head(cpus=1) as address, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", address)
+        yield
+
+
 @pytest.fixture(scope="module")
 def night(tmp_path_factory):
     root = tmp_path_factory.mktemp("root")
@@ -33,6 +45,11 @@ def night(tmp_path_factory):
     # The models are untrained: whether they beat popularity is chance, and not what is tested here.
     printed = run_job("evaluate.py", root, "--set", "evaluation.bootstrap=100")
     return root, config, runs, printed
+
+
+def command(root, *arguments, code=0):
+    """What score.py does with what is published."""
+    return run_here("score.py", "--set", f"storage.root={root}", *arguments, code=code)
 
 
 def passed_night(root, config):
@@ -72,8 +89,7 @@ def test_score_publishes_what_the_evaluation_passed(night):
         assert "did not pass" in refused
         assert not (root / "topk").exists()
         passed_night(root, config)
-    # Small partitions: several Ray tasks, each with its own file.
-    run_job("score.py", root, "--set", "score.partition_users=25")
+    run_job("score.py", root, *SMALL)
     (scored,) = Workspace(config).runs("score")
     figures = scored.manifest["figures"]
     spec = runs["features"].spec()
@@ -98,20 +114,20 @@ def test_score_publishes_what_the_evaluation_passed(night):
     counted = duckdb.sql("select count(*), count(distinct user_id), max(rank) from dataset").fetchall()
     assert counted == [(figures["rows"], 60, 10)]
 
-    again = run_job("score.py", root, "--set", "score.partition_users=25")
+    again = run_job("score.py", root, *SMALL)
     assert "done before" in again
     assert DeltaTable(root / "topk").version() == 1  # 0 is the empty table
 
-    shown = run_job("score.py", root, "--user", "u5")
+    shown = command(root, "--user", "u5")
     assert "Recommended" in shown
     assert "found by" in shown
     best = next(row for row in published.to_pylist() if row["user_id"] == "u5" and row["rank"] == 1)
     assert f" 1. Item {best['item_id'][1:]}" in shown
-    assert "'nobody'" in run_job("score.py", root, "--user", "nobody", code=65)
+    assert "'nobody'" in command(root, "--user", "nobody", code=65)
 
     # An equal run counts as done only while its lists are what readers see.
     DeltaTable(root / "topk").restore(0)
-    again = run_job("score.py", root, "--set", "score.partition_users=25")
+    again = run_job("score.py", root, *SMALL)
     assert "done before" not in again
     assert DeltaTable(root / "topk").to_pyarrow_table().num_rows == figures["rows"]
 
@@ -120,7 +136,7 @@ def test_gates_users_and_commands(night):
     root, config, runs, _ = night
     passed_night(root, config)
     date = runs["features"].spec().date
-    run_job("score.py", root)
+    run_job("score.py", root, *SMALL)
     table = DeltaTable(root / "topk")
     version, everyone = table.version(), table.to_pyarrow_table().to_pylist()
 
@@ -152,30 +168,30 @@ def test_gates_users_and_commands(night):
     (root / "users.txt").write_text("u5\n")
     assert "done before" not in run_job("score.py", root, *some)
 
-    printed = run_job("score.py", root, "--versions")
+    printed = command(root, "--versions")
     assert f"{date}            4  " in printed
     assert ", 1 users" in printed
-    run_job("score.py", root, "--export", date, str(root / "lists.jsonl"))
+    command(root, "--export", date, str(root / "lists.jsonl"))
     exported = [json.loads(line) for line in (root / "lists.jsonl").read_text().splitlines()]
     assert len(exported) == len(after)
-    assert "as version" in run_job("score.py", root, "--rollback", str(version))
+    assert "as version" in command(root, "--rollback", str(version))
     assert others(DeltaTable(root / "topk").to_pyarrow_table().to_pylist()) == others(everyone)
     assert not is_published(Workspace(config).runs("score")[-1])
-    assert "0 files removed" in run_job("score.py", root, "--vacuum", "2")
+    assert "0 files removed" in command(root, "--vacuum", "2")
 
-    both = run_job("score.py", root, "--versions", "--vacuum", "7", code=64)
+    both = command(root, "--versions", "--vacuum", "7", code=64)
     assert "not allowed with argument --versions" in both
-    assert "only with --vacuum" in run_job("score.py", root, "--recent", code=64)
-    assert "--recent" in run_job("score.py", root, "--vacuum", "0.5", code=64)
-    assert "there is no version 99" in run_job("score.py", root, "--rollback", "99", code=65)
-    assert "expected a date" in run_job("score.py", root, "--export", "today", "x.csv", code=64)
+    assert "only with --vacuum" in command(root, "--recent", code=64)
+    assert "--recent" in command(root, "--vacuum", "0.5", code=64)
+    assert "there is no version 99" in command(root, "--rollback", "99", code=65)
+    assert "expected a date" in command(root, "--export", "today", "x.csv", code=64)
 
 
 def test_a_stage_without_its_input_names_the_job_to_run(tmp_path):
     for name, first in (("train_deepfm.py", "featurize.py"), ("evaluate.py", "train_deepfm.py")):
         printed = run_job(name, tmp_path, code=65)
         assert f"Run jobs/{first} first" in printed
-    assert "Run jobs/score.py first" in run_job("score.py", tmp_path, "--user", "1", code=65)
+    assert "Run jobs/score.py first" in command(tmp_path, "--user", "1", code=65)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +202,10 @@ def test_a_stage_without_its_input_names_the_job_to_run(tmp_path):
     ],
 )
 def test_help_is_complete_and_bad_usage_exits_64(name, tmp_path):
-    printed = run_job(name, tmp_path, "--help")
+    printed = run_here(name, "--help")
     for word in (f"jobs/{name}", "--conf", "--set", "exit codes"):
         assert word in printed
-    assert "unrecognized arguments: --nonsense" in run_job(name, tmp_path, "--nonsense", code=64)
+    assert "unrecognized arguments: --nonsense" in run_here(name, "--nonsense", code=64)
     assert "nearest valid key: epochs" in run_job(name, tmp_path, "--set", "deepfm.epoch=1", code=64)
 
 

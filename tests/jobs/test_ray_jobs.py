@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import REPOSITORY
 from recsys_dist.deepfm.model import load
+from recsys_dist.errors import RetryableError
 from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features
 
@@ -52,11 +54,13 @@ class Head:
         (scratch / "token").write_text(token)
         (scratch / "token").chmod(0o600)
         port, dashboard, agent, runtime, client, *workers = free_ports(25)
+        self.node = f"127.0.0.1:{port}"
         self.address = f"http://127.0.0.1:{dashboard}"
         self.anonymous = environment(RAY_TMPDIR=str(scratch))
         self.environment = self.anonymous | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(scratch / "token"),
+            "RAY_prestart_worker_first_driver": "0",
         }
         words = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats"]
         words += ["--node-ip-address=127.0.0.1", f"--port={port}", f"--dashboard-port={dashboard}"]
@@ -80,6 +84,23 @@ class Head:
             [str(BIN / "ray"), *words],
             env=(environment or self.environment) | {"RAY_API_SERVER_ADDRESS": self.address},
             cwd=cwd,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+        )
+
+    def train(self, root, *words):
+        """The job as a process on this machine that connects to the cluster."""
+        return subprocess.run(
+            [
+                sys.executable,
+                str(REPOSITORY / "jobs/train_deepfm.py"),
+                "--set",
+                f"storage.root={root}",
+                *words,
+            ],
+            env=self.environment | {"RAY_ADDRESS": self.node},
             capture_output=True,
             text=True,
             check=False,
@@ -186,12 +207,10 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     assert again.stdout == f"deepfm: done before, {run.uri}\n"
 
 
-def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(tmp_path):
+def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(head, tmp_path):
     config = synthetic_config(tmp_path)
     synthetic_features(config)
-    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
-    words += [*FEW_STEPS, "--set", "deepfm.learning_rate=1e30"]
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=120)
+    done = head.train(tmp_path, *FEW_STEPS, "--set", "deepfm.learning_rate=1e30")
     assert done.returncode == 64, done.stdout + done.stderr
     assert done.stderr.startswith("error: After epoch 1 the model's predictions are not finite")
     assert "Lower deepfm.learning_rate=1e+30 or " in done.stderr
@@ -244,28 +263,17 @@ def test_submitted_literally_to_a_head_started_in_jobs(head, repository):
 def test_a_cluster_with_too_few_cpus_is_named(head, tmp_path):
     config = synthetic_config(tmp_path)
     synthetic_features(config)
-    done = head.ray(
-        *("job", "submit", "--", "python", "train_deepfm.py", "--set", f"storage.root={tmp_path}"),
-        *("--set", "deepfm.num_workers=64", "--set", "deepfm.streams=64"),
-    )
-    assert done.returncode == 1
-    assert "deepfm.num_workers=64 needs as many CPUs" in done.stdout + done.stderr
+    done = head.train(tmp_path, "--set", "deepfm.num_workers=64", "--set", "deepfm.streams=64")
+    assert done.returncode == 64, done.stdout + done.stderr
+    assert "deepfm.num_workers=64 needs as many CPUs" in done.stderr
     (folder,) = (tmp_path / "deepfm").iterdir()
     assert json.loads((folder / "error.json").read_text())["class"] == "ConfigError"
     assert not (folder / "manifest.json").exists()
 
 
-def test_a_cluster_that_does_not_answer(tmp_path):
-    config = synthetic_config(tmp_path)
-    synthetic_features(config)
+def test_a_cluster_that_does_not_answer(monkeypatch):
     (port,) = free_ports(1)
-    done = subprocess.run(
-        [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"],
-        env=environment(RAY_ADDRESS=f"127.0.0.1:{port}"),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
-    assert done.returncode == 75, done.stdout + done.stderr
-    assert f"RAY_ADDRESS=127.0.0.1:{port} cannot be used" in done.stderr
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    named = f"RAY_ADDRESS=127.0.0.1:{port} cannot be used"
+    with pytest.raises(RetryableError, match=named), local_or_cluster():
+        pass
