@@ -144,7 +144,8 @@ def _night(root: Path, users: int) -> list[float]:
 
 def _score(root: Path) -> dict[str, float]:
     """Score all partitions as a worker does."""
-    from recsys_dist.scoring.partitions import PartitionScorer, partitions
+    from recsys_dist.scoring.partitions import partitions
+    from recsys_dist.scoring.scored import PartitionScorer
     from recsys_dist.workspace import Workspace
 
     config = _config(root)
