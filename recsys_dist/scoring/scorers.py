@@ -1,8 +1,8 @@
 """Scorers: whatever ranks items for users. Popularity, overall and recent, ALS, next items, neighbours,
 content, FM, DeepFM over all items, and two-stage.
 
-Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank, N others
-of an item, H history positions, R also rows of a table.
+Legend: B users, I items (index 0 is unknown), C candidates a user, S sources, K list length, R rank, N rows
+of a table, H history positions.
 """
 
 import functools
@@ -62,15 +62,15 @@ class Recent:
     def __init__(self, spec: FeatureSpec, recall: Run) -> None:
         """Take a recall run with the settings that it was made with."""
         daily = recall.table("daily").sort_by("day")
-        self.days_R = daily["day"].cast(pa.int32()).to_numpy()
-        self.items_R, self.counts_R = daily["item"].to_numpy(), daily["count"].to_numpy()
+        self.days_N = daily["day"].cast(pa.int32()).to_numpy()
+        self.items_N, self.counts_N = daily["item"].to_numpy(), daily["count"].to_numpy()
         self.window, self.n = _settings(recall).recent_days, spec.n_items
 
     def before(self, day: int) -> Tensor:
         """[I] float32, each item's number of events from `window` days before a day to before it."""
-        first, last = np.searchsorted(self.days_R, [day - self.window, day])
+        first, last = np.searchsorted(self.days_N, [day - self.window, day])
         counts_I = np.bincount(
-            self.items_R[first:last], weights=self.counts_R[first:last], minlength=self.n + 1
+            self.items_N[first:last], weights=self.counts_N[first:last], minlength=self.n + 1
         )
         return torch.from_numpy(counts_I.astype(np.float32))
 
