@@ -22,7 +22,6 @@ import ray
 import ray.train
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2._internal.callbacks import DatasetsCallback, PlacementGroupCleanerCallback
 from ray.train.v2.api.exceptions import TrainingFailedError
 
 from recsys_dist.config import Config
@@ -160,7 +159,7 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.workers[0]
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop, tracking), daemon=True)
-    trainer = _Trainer(
+    trainer = TorchTrainer(
         _worker,
         train_loop_config=task | {"folder": folder},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
@@ -186,16 +185,6 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
         stop.set()
         printer.join()
     _require_accepted(folder)
-
-
-class _Trainer(TorchTrainer):
-    """Without the processes of Ray Train that are of no use here, each of which takes seconds to start: one
-    for data sets of Ray, and on a local Ray, which ends with its driver, one that cleans up after it."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        local = () if os.environ.get("RAY_ADDRESS") else (PlacementGroupCleanerCallback,)
-        useless = (DatasetsCallback, *local)
-        return [one for one in super()._create_default_callbacks() if not isinstance(one, useless)]
 
 
 def _require_accepted(folder: Path) -> None:

@@ -39,6 +39,7 @@ def related(spark, tmp_path):
                     "item": item,
                     "timestamp": START + dt.timedelta(hours=at),
                     "label": float(label),
+                    "recent": [item, at],
                 }
                 for user, item, at, label, of in rows
                 if of == split
@@ -48,7 +49,11 @@ def related(spark, tmp_path):
             pa.parquet.write_table(table, folder / f"examples/split={split}/part.parquet")
         manifest = features.manifest | {"config": {"split": {"kind": split_kind}}}
         log = features.__class__(features.filesystem, str(folder), str(folder), manifest)
-        (folder / "features.json").write_text(features.spec().model_dump_json())
+        spec = features.spec()
+        ids = spec.model_copy(
+            update={"fields": tuple(spec.field(name) for name in ("user", "item", "recent"))}
+        )
+        (folder / "features.json").write_text(ids.model_dump_json())
         properties = {"spark.sql.shuffle.partitions": str(partitions)}
         spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
         asked = config.model_copy(
@@ -69,6 +74,7 @@ EXAMPLES = pa.schema(
         ("item", pa.int32()),
         ("timestamp", pa.timestamp("us", tz="UTC")),
         ("label", pa.float32()),
+        ("recent", pa.list_(pa.int32())),
     ]
 )
 
@@ -302,6 +308,9 @@ def test_late_events_are_each_user_s_last_ones(related):
     rows += [(1, 9, 90, 0, "train"), (1, 9, 99, 1, "valid")]
     run = related(rows, PLAIN | {"late": 0.25, "window": 2})
     assert late_from(run) == {1: 4, 2: 7, 4: 3, 5: 2}
+    # The state before the first late event, of two of one moment that of the lesser item.
+    states = {row["user"]: row["recent"] for row in run.table(f"{LATE}/users").to_pylist()}
+    assert states == {1: [5, 4], 2: [8, 7], 4: [1, 3], 5: [3, 2]}
     figures = run.manifest["figures"]
     assert figures["late"]["known"] == 4 + 7 + 1 + 3 + 2
     assert figures["known"] == 5 + 10 + 1 + 4 + 4
