@@ -166,14 +166,12 @@ class LearnedPairs:
         self.from_U = np.full(items.spec.n_users + 1, NEVER)
         """[U] microseconds from which on a user's train events are late."""
         self.from_U[moments["user"].to_numpy()] = moments["late_from"].cast(pa.int64()).to_numpy()
-        # What is read says, or not, that a column is never null.
-        self.schema = features.spec().state_schema()
-        names, size = self.schema.names, len(self.from_U)
-        self.late_state = _State(recall.table(f"{LATE}/users", columns=names).cast(self.schema), size)
+        self.columns = features.spec().state_schema().names
+        self.late_state = _State(recall.table(f"{LATE}/users", columns=self.columns), len(self.from_U))
         self.valid_state = None
         if valid:
-            users = features.table("users/as_of=valid", columns=names)
-            self.valid_state = _State(users.cast(self.schema), size)
+            users = features.table("users/as_of=valid", columns=self.columns)
+            self.valid_state = _State(users, len(self.from_U))
         self.events = self.late.settings.events
         self.counted = int(recall.manifest["figures"]["late"]["known"])
         self.where = recall.uri
@@ -198,7 +196,7 @@ class LearnedPairs:
         """Examples (user, timestamp, split and all fields of side user) with users as of when late, or valid,
         began.
         """
-        users, changed = examples["user"].to_numpy(), [examples.select(self.schema.names).cast(self.schema)]
+        users, changed = examples["user"].to_numpy(), [examples.select(self.columns)]
         row_B = np.arange(len(examples))
         late_B, valid_B = self._kinds(examples)
         for state, rows_B in ((self.late_state, late_B), (self.valid_state, valid_B)):
@@ -208,7 +206,7 @@ class LearnedPairs:
                 row_B = np.where(rows_B, sum(map(len, changed)) + found_B, row_B)
                 changed.append(state.users)
         columns = pa.concat_tables(changed).take(pa.array(row_B))
-        for name in self.schema.names:
+        for name in self.columns:
             examples = examples.set_column(examples.schema.get_field_index(name), name, columns[name])
         return examples
 
