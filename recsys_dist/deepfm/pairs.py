@@ -145,20 +145,14 @@ class LearnedPairs:
     by those of what came before them, of valid events by those of the train part. Of other train events
     nothing is known.
 
-    A list is made once, for all that its user does until the next one. So the users of late and valid events
-    are as they were when these began, not as of the event.
-
     Args:
         fields: of side pair.
         items: of the features run.
-        features: that run.
         recall: with both tables.
         valid: are there events of the valid part?
     """
 
-    def __init__(
-        self, fields: tuple[FieldSpec, ...], items: Items, features: Run, recall: Run, valid: bool
-    ) -> None:
+    def __init__(self, fields: tuple[FieldSpec, ...], items: Items, recall: Run, valid: bool) -> None:
         self.late = Pairs(fields, items, recall, f"{LATE}/")
         self.valid = Pairs(fields, items, recall, before_valid(recall)) if valid else None
         self.history = self.late.history
@@ -166,12 +160,6 @@ class LearnedPairs:
         self.from_U = np.full(items.spec.n_users + 1, NEVER)
         """[U] microseconds from which on a user's train events are late."""
         self.from_U[moments["user"].to_numpy()] = moments["late_from"].cast(pa.int64()).to_numpy()
-        self.columns = features.spec().state_schema().names
-        self.late_state = _State(recall.table(f"{LATE}/users", columns=self.columns), len(self.from_U))
-        self.valid_state = None
-        if valid:
-            users = features.table("users/as_of=valid", columns=self.columns)
-            self.valid_state = _State(users, len(self.from_U))
         self.events = self.late.settings.events
         self.counted = int(recall.manifest["figures"]["late"]["known"])
         self.where = recall.uri
@@ -192,54 +180,22 @@ class LearnedPairs:
                 f"hold for new events. Run jobs/recall.py --force."
             )
 
-    def as_of(self, examples: pa.Table) -> pa.Table:
-        """Examples (user, timestamp, split and all fields of side user) with users as of when late, or valid,
-        began.
-        """
-        users, changed = examples["user"].to_numpy(), [examples.select(self.columns)]
-        row_B = np.arange(len(examples))
-        late_B, valid_B = self._kinds(examples)
-        for state, rows_B in ((self.late_state, late_B), (self.valid_state, valid_B)):
-            if state is not None:
-                found_B = state.row_U[users]
-                rows_B = rows_B & (found_B >= 0)
-                row_B = np.where(rows_B, sum(map(len, changed)) + found_B, row_B)
-                changed.append(state.users)
-        columns = pa.concat_tables(changed).take(pa.array(row_B))
-        for name in self.columns:
-            examples = examples.set_column(examples.schema.get_field_index(name), name, columns[name])
-        return examples
-
     def of(self, examples: pa.Table, items_BC: Tensor) -> Tensor:
         """[B, C, 1 + P] float32; 0 where nothing is known.
 
         Args:
-            examples: of `as_of`.
+            examples: user, timestamp, split and the history.
             items_BC: the example's own and the drawn ones, int64.
         """
-        late_B, valid_B = self._kinds(examples)
+        is_valid = examples["split"].to_numpy() == "valid"
+        late = examples["timestamp"].cast(pa.int64()).to_numpy() >= self.from_U[examples["user"].to_numpy()]
         found = torch.zeros(*items_BC.shape, self.late.width)
-        for pairs, rows_B in ((self.late, late_B), (self.valid, valid_B)):
-            chosen = np.flatnonzero(rows_B)
+        for pairs, rows in ((self.late, late & ~is_valid), (self.valid, is_valid)):
+            chosen = np.flatnonzero(rows)
             if pairs is not None and len(chosen):
                 history = examples[self.history].take(pa.array(chosen))
                 found[chosen] = pairs.of(history, items_BC[chosen])
         return found
-
-    def _kinds(self, examples: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-        """[B] bool twice: is it a late train event, is it one of the valid part?"""
-        valid_B = examples["split"].to_numpy() == "valid"
-        moments_B = examples["timestamp"].cast(pa.int64()).to_numpy()
-        return (moments_B >= self.from_U[examples["user"].to_numpy()]) & ~valid_B, valid_B
-
-
-class _State:
-    """Users' fields, and [U] the row of each user, -1 without one."""
-
-    def __init__(self, users: pa.Table, size: int) -> None:
-        self.users = users
-        self.row_U = np.full(size, -1)
-        self.row_U[users["user"].to_numpy()] = np.arange(len(users))
 
 
 def before_valid(recall: Run) -> str:

@@ -32,7 +32,6 @@ from recsys_dist.recall.pairs import (
     in_order,
     late_from,
     save_best,
-    state_before,
     with_counts,
 )
 from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, LATE_FROM
@@ -74,11 +73,7 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
             uri = f"{run.uri}/{LATE}/late_from"
             with steps.measure("late"):
                 write(late_from(train, settings.late, in_time), uri, LATE_FROM)
-            moments = read_table(spark, uri, LATE_FROM)
-            with steps.measure("state"):
-                state = state_before(examples, moments, spec.state_schema())
-                write(state, f"{run.uri}/{LATE}/users", spec.state_schema())
-            early = earlier_events(train, moments)
+            early = earlier_events(train, read_table(spark, uri, LATE_FROM))
             figures["late"] = tables.count(early, f"{LATE}/", f"the first {1 - settings.late:g} of train")
             if "valid" in parts:
                 figures["before_valid"] = tables.count(train, f"{BEFORE_VALID}/", "train")
