@@ -234,7 +234,7 @@ class DeepFM(nn.Module):
         if self.attended:
             x = x + self.attention(user.history, user.age, item.query)
         if pair is not None:
-            x = self._apart(x, pair) + self.pair_hidden(pair)
+            x = x + self.pair_hidden(pair)
         for layer in self.layers:
             x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
         return x.squeeze(-1).float()
@@ -264,14 +264,7 @@ class DeepFM(nn.Module):
         if pair is None:
             return self.fm(user, item)
         with torch.autocast(pair.device.type, enabled=False):
-            fm = self.fm(user, item)
-            return self._apart(fm[..., None], pair).squeeze(-1) + pair @ self.pair_first
-
-    def _apart(self, x: Tensor, pair: Tensor) -> Tensor:
-        """[..., H] the same numbers; those of pairs whose fields are known pass no gradient on. What pairs
-        are worth beside the embeddings can only be learned on events that these have not been fitted to.
-        """
-        return torch.where(pair[..., :1] > 0, x.detach(), x) if self.training else x
+            return self.fm(user, item) + pair @ self.pair_first
 
     @property
     def width(self) -> int:
