@@ -18,6 +18,8 @@ def spark():
         JAVA_OPTIONS: java_options(),
         "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
         "spark.driver.memory": "1g",
+        # Of the default 100 compiled queries one test's would be gone when the next one asks for the same.
+        "spark.sql.codegen.cache.maxEntries": "1000",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
     }.items():
