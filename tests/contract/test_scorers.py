@@ -18,7 +18,7 @@ from recsys_dist.deepfm.items import Items, day_number
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.evaluation.labels import LABELS
 from recsys_dist.schema import DAILY, FACTORS, RELATED, FeatureSpec, FieldSpec
-from recsys_dist.scoring import partitions, scorers
+from recsys_dist.scoring import partitions, scored, scorers
 from recsys_dist.scoring.scorers import Source, TwoStage
 from recsys_dist.scoring.users import Users
 from recsys_dist.workspace import Workspace
@@ -460,7 +460,7 @@ def test_published_lists_do_not_depend_on_the_number_of_workers(tmp_path, monkey
     three, one = (workspace.new("score", {"workers": workers}, runs) for workers in (3, 1))
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     figures = partitions.score_partitions(config, three, date, users)
-    scorer = partitions.PartitionScorer(config, one, date)
+    scorer = scored.PartitionScorer(config, one, date)
     # As many as Ray gives a worker of one CPU: with more, sums are made in another order.
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))

@@ -144,7 +144,7 @@ def test_settings_that_do_not_go_together_are_a_failed_trial(searched):
 
 def test_a_finished_search_is_not_repeated_and_features_are_not_copied(searched, root):
     path, run, *_ = searched
-    assert run_here("tune.py", "--conf", str(path)) == f"tune: done before, {run.uri}\n"
+    assert run_here("tune.py", "--conf", str(path), "--set", OVERRIDE) == f"tune: done before, {run.uri}\n"
     assert [folder.name for folder in Path(f"{root}-experiments").iterdir()] == ["tune"]
     assert [folder.name for folder in root.iterdir()] == ["features"]
 

@@ -132,6 +132,7 @@ def test_recall(spark, shop, submitted):
         assert order == sorted(order)
         assert {row["other"] for row in rows} <= set(range(1, submitted.spec().n_items + 1))
     assert {file["path"].partition("/")[0] for file in run.manifest["files"]} == {
+        "daily",
         "key.json",
         "next_items",
         "neighbors",
