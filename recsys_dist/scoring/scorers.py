@@ -191,11 +191,12 @@ class Ranker:
         user = self.users(users)
         logits_BC = torch.empty(items_BC.shape)
         pair_BCP = self.pairs.of(users.table[self.pairs.history], items_BC) if self.pairs else None
-        for rows, items in self.by_day(users):
-            pair = None if pair_BCP is None else pair_BCP[rows]
-            logits_BC[rows] = self.model.logits(
-                user.take(rows[:, None]), items.take(items_BC[rows]), pair=pair
-            )
+        size = max(1, PAIRS_AT_ONCE // max(1, items_BC.shape[1]))
+        for of_day, items in self.by_day(users):
+            for rows in of_day.split(size):
+                pair = None if pair_BCP is None else pair_BCP[rows]
+                sides = user.take(rows[:, None]), items.take(items_BC[rows])
+                logits_BC[rows] = self.model.logits(*sides, pair=pair)
         return logits_BC
 
     def _item_side(self, day: int) -> Side:
