@@ -150,7 +150,7 @@ def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSp
     sequences = tabled(fields, sequence=True)
     return SideBatch(
         _jagged(arrays, tabled(fields)),
-        torch.from_numpy(np.concatenate([nothing, *numbers], axis=1)),
+        torch.as_tensor(np.concatenate([nothing, *numbers], axis=1)),
         _jagged(arrays, sequences, max(field.last or 1 for field in sequences)) if sequences else None,
     )
 
@@ -169,8 +169,8 @@ def _jagged(
         lengths = (np.arange(positions) < lengths[:, None]).astype(np.int32).ravel()
     return KeyedJaggedTensor(
         keys=[field.name for field in fields],
-        values=torch.from_numpy(values),
-        lengths=torch.from_numpy(lengths),
+        values=torch.as_tensor(values),
+        lengths=torch.as_tensor(lengths),
     )
 
 

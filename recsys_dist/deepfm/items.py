@@ -59,8 +59,8 @@ class Items:
                     f"of the items 1 to {spec.n_items}. Run jobs/featurize.py --force."
                 )
             self._daily = _with_unknown(rows, spec.daily)
-            items = torch.from_numpy(np.append([0], items).astype(np.int64))
-            days = torch.from_numpy(np.append([0], rows["day"].cast(pa.int32()).to_numpy()).astype(np.int64))
+            items = torch.as_tensor(np.append([0], items).astype(np.int64))
+            days = torch.as_tensor(np.append([0], rows["day"].cast(pa.int32()).to_numpy()).astype(np.int64))
             self._keys = _key(items, days)
             self._row = torch.searchsorted(items, torch.arange(spec.n_items + 1))
             self._order = _number_order(static + spec.daily, spec.side("item"))
@@ -79,7 +79,7 @@ class Items:
             values = padded(column, max(width, 1))
         else:
             values = column.to_numpy()[:, None]
-        return torch.from_numpy(np.pad(values.astype(np.int64), ((1, 0), (0, 0))))
+        return torch.as_tensor(np.pad(values.astype(np.int64), ((1, 0), (0, 0))))
 
     def at(self, items: Tensor, days: Tensor) -> SideBatch:
         """The item fields as of the start of days: N rows, in the spec's order.
@@ -110,10 +110,10 @@ class Items:
         Args:
             days: [B] int32, days since 1970 (UTC).
         """
-        distinct, inverse = np.unique(days.numpy(), return_inverse=True)
+        distinct, inverse = np.unique(days.numpy(force=True), return_inverse=True)
         active = (self._first <= distinct[:, None]) & (distinct[:, None] < self._end) & self.present
-        listable = torch.from_numpy(np.pad(active, ((0, 0), (1, 0))))
-        return listable if len(distinct) == 1 else listable[torch.from_numpy(inverse)]
+        listable = torch.as_tensor(np.pad(active, ((0, 0), (1, 0))))
+        return listable if len(distinct) == 1 else listable[torch.as_tensor(inverse)]
 
 
 def days_of(timestamps: pa.ChunkedArray) -> np.ndarray:

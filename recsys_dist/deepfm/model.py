@@ -16,6 +16,7 @@ examples, J items drawn for each.
 import io
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -442,11 +443,15 @@ def initial_rows(seed: int, table: str, start: int, stop: int, dim: int, scale: 
     that a row's value does not depend on how the table is cut over workers. The unknown row is zero.
     """
     rows = np.zeros((stop - start, dim + PADDING), dtype=np.float32)
-    for block in range(start // BLOCK, (stop + BLOCK - 1) // BLOCK):
+
+    def draw(block: int) -> None:
         generator = np.random.default_rng([seed, zlib.crc32(table.encode()), block])
         drawn = generator.standard_normal((BLOCK, dim + 1), dtype=np.float32) * np.float32(scale)
         first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
         rows[first - start : last - start, : dim + 1] = drawn[first - block * BLOCK : last - block * BLOCK]
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, range(start // BLOCK, (stop + BLOCK - 1) // BLOCK)))
     if start <= UNKNOWN < stop:
         rows[UNKNOWN - start] = 0
     return torch.from_numpy(rows)

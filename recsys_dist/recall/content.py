@@ -78,6 +78,7 @@ class ItemVectors:
         pair = torch.arange(len(owner)) + (first - count.cumsum(0) + count)[owner]
         weight = share_BH[row, place][owner] * self.weight_N[pair]
         cell = self.value_N[pair] * len(history_BH) + row[owner]
+        cells = self.width * len(history_BH)
         # Of nothing at all bincount makes whole numbers.
-        summed = np.bincount(cell.numpy(), weight.numpy(), self.width * len(history_BH)).astype(np.float64)
-        return torch.from_numpy(summed).view(self.width, -1)
+        summed = np.bincount(cell.numpy(force=True), weight.numpy(force=True), cells).astype(np.float64)
+        return torch.as_tensor(summed).view(self.width, -1)

@@ -18,6 +18,8 @@ GROUP = 32
 """Columns of a group."""
 USERS_AT_ONCE = 256
 """Users whose scores are computed together: their products keep all cores busy and stay near them."""
+GPU_SCORES = 1 << 31
+"""Scores of the users that a GPU takes together: 8 GiB."""
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,14 @@ def nearest_items(
         listable: see `top_k`.
     """
     found = []
-    scores = users_BR.new_empty(min(USERS_AT_ONCE, len(users_BR)), len(items_IR))
-    for start in range(0, len(users_BR), USERS_AT_ONCE):
-        users = users_BR[start : start + USERS_AT_ONCE]
+    size = USERS_AT_ONCE if users_BR.device.type == "cpu" else max(1, GPU_SCORES // len(items_IR))
+    scores = users_BR.new_empty(min(size, len(users_BR)), len(items_IR))
+    for start in range(0, len(users_BR), size):
+        users = users_BR[start : start + size]
         own = None
         if excluded is not None:
-            first, last = torch.searchsorted(excluded[0], torch.tensor([start, start + len(users)])).tolist()
+            ends = torch.tensor([start, start + len(users)], device=excluded[0].device)
+            first, last = torch.searchsorted(excluded[0], ends).tolist()
             own = (excluded[0][first:last] - start, excluded[1][first:last])
         may = listable
         if listable is not None and len(listable) > 1:

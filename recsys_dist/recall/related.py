@@ -28,9 +28,9 @@ class RelatedItems:
         others = np.zeros((n + 1, place.max(initial=0) + 1), np.int32)
         weights = np.zeros(others.shape, np.float32)
         others[item, place], weights[item, place] = other, weight
-        self.others_IN = torch.from_numpy(others)
+        self.others_IN = torch.as_tensor(others)
         """int32, 0 where there are fewer."""
-        self.weights_IN = torch.from_numpy(weights)
+        self.weights_IN = torch.as_tensor(weights)
         self.mean_weight = float(weight.mean(dtype=np.float64)) if len(weight) else 1.0
 
     def with_weights(self, weights_IN: Tensor) -> "RelatedItems":
@@ -61,7 +61,7 @@ def latest_of(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
     length_B = torch.tensor(pa.compute.list_value_length(column).fill_null(0).to_numpy())
     width = int(length_B.max()) if len(length_B) else 0
     age_BH = length_B[:, None] - 1 - torch.arange(width)
-    return torch.from_numpy(padded(column, width)), age_BH
+    return torch.as_tensor(padded(column, width)), age_BH
 
 
 def recent_share(age_BH: Tensor, recency: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import torch
+
 from recsys_dist import config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import load
@@ -53,7 +55,7 @@ class Models:
 
 
 def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
-    """Load the models of these runs (features, als, recall, deepfm).
+    """Load the models of these runs (features, als, recall, deepfm), on torch's default device.
 
     Raises:
         ConfigError: a source is asked for that the model does not have, or all items to be ranked by pair
@@ -62,7 +64,7 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     features = inputs["features"]
     spec = features.spec()
     items = Items(features, spec)
-    model = load(inputs["deepfm"], spec)
+    model = load(inputs["deepfm"], spec, torch.get_default_device())
     pairs = Pairs(model.pair_fields, items, inputs["recall"]) if model.pair_fields else None
     ranker = Ranker(model, items if model.spec.fields == spec.fields else Items(features, model.spec), pairs)
     sources: dict[str, Scorer] = {

@@ -42,10 +42,13 @@ def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndar
 def _scored(
     config: Config, run: OpenRun, date: dt.date, parts: list[tuple[int, np.ndarray]]
 ) -> list[dict[str, Any]]:
-    """Score partitions by as many workers as there are CPUs."""
-    workers = min(len(parts), int(ray.cluster_resources().get("CPU", 1)))
-    actor = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(ScoringWorker)
-    pool = ActorPool([actor.remote(config, run, date) for _ in range(workers)])
+    """Score partitions by as many workers as there are GPUs or, where there is none, CPUs."""
+    there = ray.cluster_resources()
+    gpus = int(there.get("GPU", 0))
+    workers = min(len(parts), gpus or int(there.get("CPU", 1)))
+    actor = ray.remote(num_cpus=1, num_gpus=min(gpus, 1), max_restarts=3, max_task_retries=3)(ScoringWorker)
+    device = "cuda" if gpus else "cpu"
+    pool = ActorPool([actor.remote(config, run, date, device) for _ in range(workers)])
     try:
         return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
     except RayTaskError as error:
@@ -68,10 +71,10 @@ def partitions(users: np.ndarray, size: int) -> list[tuple[int, np.ndarray]]:
 class ScoringWorker:
     """A process that scores. The driver needs no torch, whose import takes seconds."""
 
-    def __init__(self, config: Config, run: OpenRun, date: dt.date) -> None:
+    def __init__(self, config: Config, run: OpenRun, date: dt.date, device: str) -> None:
         from recsys_dist.scoring.scored import PartitionScorer
 
-        self.scorer = PartitionScorer(config, run, date)
+        self.scorer = PartitionScorer(config, run, date, device)
 
     def score(self, part: int, users: np.ndarray) -> dict[str, Any]:
         """As the PartitionScorer's."""

@@ -48,7 +48,7 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
         if field.kind != "history" or field.of != "item":
             continue
         column = users.table[field.name]
-        history_BH = torch.from_numpy(padded(column, field.last or 1))
+        history_BH = torch.as_tensor(padded(column, field.last or 1))
         length_B = torch.tensor(pc.fill_null(pc.list_value_length(column), 0).to_numpy())
         embedded_BHD = ranker.model.table(field.name)[history_BH][..., :width]
         if field.decay is not None:
@@ -78,4 +78,4 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
         torch.nn.functional.pad(torch.where(speaks, part, torch.zeros_like(part)), (0, short))[..., :ITEMS]
         for part in (best_items, best.values)
     ]
-    return Reasons(kept[0].numpy(), kept[1].numpy())
+    return Reasons(kept[0].numpy(force=True), kept[1].numpy(force=True))

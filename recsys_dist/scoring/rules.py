@@ -167,10 +167,10 @@ class Rules:
         """[B, C] a draw of the Gumbel distribution for each user and item, always the same one. The greatest
         of these plus log weights is a draw with these weights (Gumbel 1954).
         """
-        mixed_B = _mix(users_B.numpy().astype(np.uint64) ^ _mix(np.array([self.seed], np.uint64)))
-        mixed_BC = _mix(items_BC.numpy().astype(np.uint64) ^ mixed_B[:, None])
+        mixed_B = _mix(users_B.numpy(force=True).astype(np.uint64) ^ _mix(np.array([self.seed], np.uint64)))
+        mixed_BC = _mix(items_BC.numpy(force=True).astype(np.uint64) ^ mixed_B[:, None])
         uniform_BC = ((mixed_BC >> np.uint64(11)).astype(np.float64) + 0.5) / 2**53
-        return torch.from_numpy(-np.log(-np.log(uniform_BC))).float()
+        return torch.as_tensor(-np.log(-np.log(uniform_BC))).float()
 
 
 def _mix(numbers: np.ndarray) -> np.ndarray:
@@ -201,4 +201,4 @@ def _indices(items: Items, key: str, path: str) -> tuple[Tensor, dict[str, str]]
             f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those "
             f"of the raw log, one a line."
         )
-    return torch.from_numpy(named), {"path": path, "sha256": sha256}
+    return torch.as_tensor(named), {"path": path, "sha256": sha256}

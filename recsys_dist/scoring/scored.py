@@ -25,14 +25,25 @@ DAYS = 1_000_000
 
 
 class PartitionScorer:
-    """Loads the models once, then scores one partition after another."""
+    """Loads the models once, then scores one partition after another.
 
-    def __init__(self, config: Config, run: OpenRun, date: dt.date) -> None:
+    Args:
+        config: the settings.
+        run: that the lists become part of.
+        date: that they are for.
+        device: on which the models are, and all that is made of them.
+    """
+
+    def __init__(
+        self, config: Config, run: OpenRun, date: dt.date, device: torch.device | str = "cpu"
+    ) -> None:
         self.config, self.run, self.date = config, run, date
-        self.models = load_models(run.inputs, config.score)
+        self.device = torch.device(device)
         # Other draws every day, and the same ones however often a day is done.
         seed = config.seed * DAYS + day_number(date)
-        self.rules = Rules(config.score.rules, self.models.items, seed)
+        with self.device:
+            self.models = load_models(run.inputs, config.score)
+            self.rules = Rules(config.score.rules, self.models.items, seed)
         self.users = run.inputs["features"].dataset("users/as_of=date")
 
     def score(self, part: int, users: np.ndarray) -> dict[str, Any]:
@@ -51,10 +62,11 @@ class PartitionScorer:
         between = (pc.field("user") >= int(users[0])) & (pc.field("user") <= int(users[-1]))
         rows = self.users.to_table(filter=between & pc.field("user").isin(users)).sort_by("user")
         days = np.full(len(rows), day_number(self.date), np.int32)
-        batch = with_context(self.models.items, rows, days, settings.filter_seen)
-        table, figures = published_rows(
-            self.models, self.rules, self.rules.limit(batch), settings.k, self.date, self.run.run_id
-        )
+        with self.device:
+            batch = with_context(self.models.items, rows, days, settings.filter_seen)
+            table, figures = published_rows(
+                self.models, self.rules, self.rules.limit(batch), settings.k, self.date, self.run.run_id
+            )
         self.run.write_table(LISTS, table.replace_schema_metadata({FIGURES: json.dumps(figures)}), part)
         return figures
 
@@ -67,22 +79,23 @@ def published_rows(
     lists, scores_BKS, chosen = rules.ranked(models.published, users, min(k, len(models.items)))
     proposed_BKS = ~torch.isneginf(scores_BKS)
     why = reasons(models.ranker, users, lists)
+    explored_BK = chosen.explored.numpy(force=True)
     names = np.array(list(models.published.sources))
     item_ids = np.append([""], models.items.table["item_id"].to_numpy(zero_copy_only=False))
-    rows, places = np.nonzero(lists.items.numpy() != UNKNOWN)
-    listed = lists.items.numpy()[rows, places]
+    rows, places = np.nonzero(lists.items.numpy(force=True) != UNKNOWN)
+    listed = lists.items.numpy(force=True)[rows, places]
     spoken = why.items[rows, places]
-    n, proposed = len(rows), proposed_BKS.numpy()[rows, places]
+    n, proposed = len(rows), proposed_BKS.numpy(force=True)[rows, places]
     kind = np.where(models.items.counts[listed - 1] == 0, "new", "popular")
     kind = np.where((spoken != UNKNOWN).any(axis=1), "history", kind)
-    kind = np.where(chosen.explored.numpy()[rows, places], "explore", kind)
+    kind = np.where(explored_BK[rows, places], "explore", kind)
     table = pa.table(
         {
             "date": pa.array([date] * n, pa.date32()),
             "user_id": users.table["user_id"].take(pa.array(rows)),
             "rank": pa.array(places + 1, pa.int32()),
             "item_id": pa.array(item_ids[listed], pa.string()),
-            "score": pa.array(lists.scores.numpy()[rows, places]),
+            "score": pa.array(lists.scores.numpy(force=True)[rows, places]),
             "sources": _lists(np.broadcast_to(names, (n, len(names))), proposed),
             "reason": pa.StructArray.from_arrays(
                 [
@@ -93,8 +106,8 @@ def published_rows(
                 fields=list(REASON),
             ),
             "run_id": pa.array([run_id] * n, pa.string()),
-            "source_scores": _lists(scores_BKS.numpy()[rows, places], proposed),
-            "propensity": pa.array(chosen.propensity.numpy()[rows, places]),
+            "source_scores": _lists(scores_BKS.numpy(force=True)[rows, places], proposed),
+            "propensity": pa.array(chosen.propensity.numpy(force=True)[rows, places]),
         },
         schema=TOPK,
     )
@@ -104,7 +117,7 @@ def published_rows(
         "listable": int(users.listable[0].sum()),
         "proposed": dict(zip(names.tolist(), by_source, strict=True)),
         "explained": int((spoken != UNKNOWN).any(axis=1).sum()),
-        "explored": int(chosen.explored.sum()),
+        "explored": int(explored_BK.sum()),
         "files": rules.files,
     }
     return table, figures
@@ -115,7 +128,7 @@ def _allowed(users: Users) -> np.ndarray:
     rows, items = users.excluded
     listable_BI = users.listable.expand(len(users), -1)
     excluded_B = torch.bincount(rows, weights=listable_BI[rows, items].double(), minlength=len(users))
-    return (listable_BI.sum(dim=1) - excluded_B).long().numpy()
+    return (listable_BI.sum(dim=1) - excluded_B).long().numpy(force=True)
 
 
 def _lists(values: np.ndarray, chosen: np.ndarray) -> pa.ListArray:

@@ -30,7 +30,7 @@ class Users:
     @property
     def indices(self) -> Tensor:
         """[B] int64, the users' indices."""
-        return torch.from_numpy(self.table["user"].to_numpy().astype(np.int64))
+        return torch.as_tensor(self.table["user"].to_numpy().astype(np.int64))
 
 
 def with_context(items: Items, rows: pa.Table, days: np.ndarray, filter_seen: SeenFilter) -> Users:
@@ -47,11 +47,11 @@ def with_context(items: Items, rows: pa.Table, days: np.ndarray, filter_seen: Se
     column = SEEN_COLUMN.get(filter_seen)
     empty = torch.empty(0, dtype=torch.int64)
     excluded = tensor_pairs(rows[column]) if column else (empty, empty)
-    moment = torch.from_numpy(days.astype(np.int32))
+    moment = torch.as_tensor(days.astype(np.int32))
     return Users(rows.combine_chunks(), excluded, items.listable(moment), moment)
 
 
 def tensor_pairs(column: pa.ChunkedArray) -> tuple[Tensor, Tensor]:
     """A list column as (row, value) pairs, two [E] int64 tensors."""
     rows, values = pairs(column)
-    return torch.from_numpy(rows), torch.from_numpy(values)
+    return torch.as_tensor(rows), torch.as_tensor(values)

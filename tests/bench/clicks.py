@@ -69,13 +69,15 @@ def _source(path: Path, roles: str) -> dict[str, object]:
     return {"path": str(path), "format": "tsv" if path.suffix == ".item" else "parquet", "columns": columns}
 
 
-def generated(folder: Path, rows: int) -> Run:
-    """A features run of EXAMPLES examples, whose fields have `rows` embeddings in total."""
+def generated(folder: Path, rows: int, examples: int = EXAMPLES, valid: int = 0) -> Run:
+    """A features run of so many examples, whose fields have `rows` embeddings in total; the first `valid` of
+    the examples are also the valid part.
+    """
     config = load(None, [f"storage.root={folder}"])
     each = rows // FIELDS
     generator = np.random.default_rng(3)
     # floor(n^u) is k with probability log(1 + 1/k) / log(n), about 1/k.
-    values = np.floor(each ** generator.random((FIELDS, EXAMPLES))).astype(np.int32)
+    values = np.floor(each ** generator.random((FIELDS, examples), np.float32)).astype(np.int32)
     others = [f"c{number}" for number in range(FIELDS - 2)]
     fields = (
         *(
@@ -91,20 +93,20 @@ def generated(folder: Path, rows: int) -> Run:
         fields=fields,
         n_users=each - 1,
         n_items=each - 1,
-        rows={"train": EXAMPLES, "valid": 0, "test": 0},
+        rows={"train": examples, "valid": valid, "test": 0},
         positives={"train": 0, "valid": 0, "test": 0},
         date="2024-01-02",
         hour=0,
     )
     run = Workspace(config).new("features", {"generated": rows}, {})
     columns = dict(zip(["user", "item", *others], values, strict=True))
-    columns |= {"timestamp": np.zeros(EXAMPLES, np.int64), "value": np.ones(EXAMPLES, np.float32)}
-    columns |= {"label": generator.integers(0, 2, EXAMPLES).astype(np.float32)}
+    columns |= {"timestamp": np.zeros(examples, np.int64), "value": np.ones(examples, np.float32)}
+    columns |= {"label": generator.integers(0, 2, examples).astype(np.float32)}
     schema = spec.examples_schema()
-    run.write_table(
-        "examples/split=train",
-        pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema),
-    )
+    table = pa.table([pa.array(columns[field.name], field.type) for field in schema], schema=schema)
+    run.write_table("examples/split=train", table)
+    if valid:
+        run.write_table("examples/split=valid", table.slice(0, valid))
     number = np.arange(1, each)
     text, never = pa.array(number).cast(pa.string()), pa.nulls(each - 1, pa.timestamp("us", tz="UTC"))
     items = [number, text, text, np.ones(each - 1), np.ones(each - 1, bool), never, never]

@@ -24,8 +24,9 @@ import torch
 
 from recsys_dist.config import REPOSITORY, Config, load
 from recsys_dist.deepfm.items import day_number
+from recsys_dist.scoring import scorers
 from recsys_dist.scoring.models import Models, load_models
-from recsys_dist.scoring.scorers import PAIRS_AT_ONCE, Exhaustive
+from recsys_dist.scoring.scorers import Exhaustive
 from recsys_dist.scoring.users import Users, with_context
 from tests.bench.measure import Measure
 from tests.models import untrained_night
@@ -33,6 +34,7 @@ from tests.synthetic import START
 
 DIM, HIDDEN = 16, (256, 128, 64)
 USERS, ITEMS, CANDIDATES = 1000, 4000, 500
+PAIRS_AT_ONCE = scorers.PAIRS_AT_ONCE["cpu"]
 FEW = 100
 """Users of the exhaustive ranking."""
 REPEATS = 5

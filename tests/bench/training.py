@@ -26,6 +26,7 @@ from recsys_dist.workspace import Run
 from tests.bench.measure import Measure
 from tests.deepfm.workers import run_workers
 
+CPU = torch.device("cpu")
 STEPS, REPEATS, WARM = 30, 3, 5
 ROWS = 5_000_000
 """Of the table that makes a checkpoint large."""
@@ -79,7 +80,7 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
 
 def epochs(config: Config, features: Run, number: int) -> tuple[list[float], float]:
     """Train for some epochs, without evaluations: the seconds of each, and the most memory held, in GiB."""
-    ahead, steps = _ready(config, features)
+    ahead, steps = ready(config, features)
     batches = ahead.from_step(0, number * ahead.examples.steps)
     found = []
     for _ in range(number):
@@ -90,7 +91,9 @@ def epochs(config: Config, features: Run, number: int) -> tuple[list[float], flo
     return found, int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-def _ready(config: Config, features: Run, rows: int | None = None) -> tuple[Any, Any]:
+def ready(
+    config: Config, features: Run, rows: int | None = None, device: torch.device = CPU
+) -> tuple[Any, Any]:
     """This worker's batches and what trains on them; with `rows`, so many in the place of the users'."""
     from recsys_dist.deepfm.examples import Ahead, Examples
     from recsys_dist.deepfm.items import Items
@@ -99,7 +102,7 @@ def _ready(config: Config, features: Run, rows: int | None = None) -> tuple[Any,
     from recsys_dist.deepfm.sharding import shard
     from recsys_dist.deepfm.steps import Steps
 
-    rank, world_size, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     torch.set_num_threads(max(1, torch.multiprocessing.cpu_count() // world_size))
     spec = used_fields(features.spec(), config.deepfm)
     examples = Examples(features, Items(features, spec), config)
@@ -109,14 +112,14 @@ def _ready(config: Config, features: Run, rows: int | None = None) -> tuple[Any,
     model = DeepFM(spec, config.deepfm, device=device, tables="meta", seed=config.seed)
     assert dist.group.WORLD
     sharded, _ = shard(model, dist.group.WORLD, device, config.seed)
-    return Ahead(examples, rank, world_size), Steps(
+    return Ahead(examples, rank, world_size, pin=device.type == "cuda"), Steps(
         sharded, Optimizers(sharded, config.deepfm), device, lambda *_: None
     )
 
 
 def _steps(config: Config, features: Run) -> dict[str, list[float]]:
     """Seconds a step: of the loop's own batches, and of its first one over and over."""
-    ahead, steps = _ready(config, features)
+    ahead, steps = ready(config, features)
     assert ahead.examples.steps >= STEPS
     first = next(ahead.from_step(0, 1))
 
@@ -140,7 +143,7 @@ def _saves(config: Config, features: Run, folder: Path) -> dict[str, list[float]
     """Seconds of steps without and beside a checkpoint, of the wait for it, its bytes, peak memory in MiB."""
     from recsys_dist.deepfm.checkpoint import Checkpoints, Progress
 
-    ahead, trained = _ready(config, features, ROWS)
+    ahead, trained = ready(config, features, ROWS)
     checkpoints = Checkpoints(folder, 0, 1, torch.device("cpu"))
     first = next(ahead.from_step(0, 1))
 

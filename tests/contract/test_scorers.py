@@ -125,11 +125,11 @@ class World:
         settings = load(None, small).deepfm
         model = DeepFM(used_fields(spec, settings), settings).eval().requires_grad_(False)
         for parameter in model.parameters():
-            parameter.copy_(torch.from_numpy(random.integers(-1, 2, parameter.shape)))
+            parameter.copy_(torch.as_tensor(random.integers(-1, 2, parameter.shape)))
         for f in spec.fields:
             model.table(f.name)[0] = 0
-        self.model = model
-        self.ranker = scorers.Ranker(model, self.items)
+        self.model = model.to(torch.get_default_device())
+        self.ranker = scorers.Ranker(self.model, self.items)
 
     def batch(self, users=None, seen=None, listable=None):
         """A batch of these users (all), each of another day, with a third of the items seen and a fifth not
@@ -152,15 +152,15 @@ class World:
         days = day_number(START) + np.arange(len(users)) % 5
         return Users(
             table,
-            (torch.from_numpy(rows), torch.from_numpy(excluded)),
-            torch.from_numpy(listable),
-            torch.from_numpy(days.astype(np.int32)),
+            (torch.as_tensor(rows), torch.as_tensor(excluded)),
+            torch.as_tensor(listable),
+            torch.as_tensor(days.astype(np.int32)),
         )
 
     @functools.cached_property
     def embedded(self):
         """Field to [rows, 4] factors and [rows] weights of its table."""
-        tables = {f.name: self.model.table(f.name).numpy() for f in self.spec.fields}
+        tables = {f.name: self.model.table(f.name).numpy(force=True) for f in self.spec.fields}
         return {name: (table[:, :4], table[:, 4]) for name, table in tables.items()}
 
     @functools.cached_property
@@ -192,12 +192,12 @@ class World:
     def deepfm(self, user, item):
         """The FM and the MLP over all embeddings."""
         (users, _), (items, _) = self.sides(user, item)
-        weights = {name: of.numpy() for name, of in self.model.named_parameters()}
+        weights = {name: of.numpy(force=True) for name, of in self.model.named_parameters()}
         x = weights["user_hidden.weight"] @ users.ravel() + weights["user_hidden.bias"]
         x = x + weights["item_hidden.weight"] @ items.ravel()
         for layer in self.model.layers:
             if isinstance(layer, torch.nn.Linear):
-                x = layer.weight.numpy() @ x + layer.bias.numpy()
+                x = layer.weight.numpy(force=True) @ x + layer.bias.numpy(force=True)
             elif isinstance(layer, torch.nn.ReLU):
                 x = np.maximum(x, 0)
         return self.fm(user, item) + float(x[0])
@@ -237,8 +237,21 @@ def brute_force(world, users, k, score_of):
     return found
 
 
-@functools.cache
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available()]
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request):
+    with torch.device(request.param):
+        yield
+
+
 def world_of(*arguments, **settings):
+    return world_on(torch.get_default_device(), *arguments, **settings)
+
+
+@functools.cache
+def world_on(_, *arguments, **settings):
     return World(*arguments, **settings)
 
 
@@ -460,7 +473,7 @@ def test_published_lists_do_not_depend_on_the_number_of_workers(tmp_path, monkey
     three, one = (workspace.new("score", {"workers": workers}, runs) for workers in (3, 1))
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     figures = partitions.score_partitions(config, three, date, users)
-    scorer = scored.PartitionScorer(config, one, date)
+    scorer = scored.PartitionScorer(config, one, date, DEVICES[-1])
     # As many as Ray gives a worker of one CPU: with more, sums are made in another order.
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))

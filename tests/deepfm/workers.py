@@ -14,8 +14,10 @@ import torch.multiprocessing
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 
-def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> list[Any]:
-    """Call `action(*arguments)` in `world_size` processes that form a gloo group; what each returned."""
+def run_workers(
+    world_size: int, action: Any, folder: Path, *arguments: Any, backend: str = "gloo"
+) -> list[Any]:
+    """Call `action(*arguments)` in `world_size` processes that form a group; what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"group-{world_size}").unlink(
         missing_ok=True
@@ -23,9 +25,17 @@ def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> 
     # Forks of a process that has imported everything, and done nothing else.
     multiprocessing.set_forkserver_preload(["recsys_dist.deepfm.loop"])
     torch.multiprocessing.start_processes(
-        _start, (world_size, action, folder, arguments), nprocs=world_size, start_method="forkserver"
+        _start, (world_size, action, folder, arguments, backend), nprocs=world_size, start_method="forkserver"
     )
-    return [torch.load(folder / f"answer-{rank}", weights_only=True) for rank in range(world_size)]
+    return [
+        torch.load(folder / f"answer-{rank}", weights_only=True, map_location="cpu")
+        for rank in range(world_size)
+    ]
+
+
+def device_of_group() -> torch.device:
+    """Of this process: a GPU where the group is one of GPUs."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def one_step(config: Any, features: Any) -> dict[str, Any]:
@@ -50,6 +60,7 @@ def one_step(config: Any, features: Any) -> dict[str, Any]:
                 ],
             }
     batch = Examples(features, Items(features, model.spec), config).batch(0, 0, rank, world_size)
+    batch = batch.to(device_of_group())
     loss, logits = sharded(batch)
     loss.backward()
     answer |= {"loss": loss.item(), "logits": logits.detach(), "weight": batch.weight}
@@ -112,7 +123,7 @@ def stepped(config: Any, features: Any, piped: bool) -> dict[str, Any]:
     from recsys_dist.deepfm.steps import Steps
     from recsys_dist.deepfm.validation import Ranking
 
-    device = torch.device("cpu")
+    device = device_of_group()
     model, sharded, optimizers, _ = _sharded(config, features)
     items = Items(features, model.spec)
     ahead = Ahead(Examples(features, items, config), dist.get_rank(), dist.get_world_size())
@@ -147,7 +158,7 @@ def planned(config: Any, features: Any, users: int) -> list[dict[str, Any]]:
     spec = spec.model_copy(update={"fields": tuple(fields)})
     model = DeepFM(spec, config.deepfm, tables="meta")
     fuse(model)
-    return make_plan(model, dist.group.WORLD, torch.device("cpu"))[1]
+    return make_plan(model, dist.group.WORLD, device_of_group())[1]
 
 
 def started_from(config: Any, features: Any, run: Any) -> dict[str, Any]:
@@ -167,7 +178,7 @@ def validated(config: Any, features: Any) -> float:
 
     items = Items(features, features.spec())
     model = DeepFM(items.spec, config.deepfm.model_copy(update={"init_scale": 0.5}))
-    return Ranking(features, items, config).ndcg(model, torch.device("cpu"))
+    return Ranking(features, items, config).ndcg(model, device_of_group())
 
 
 def train_in(
@@ -178,7 +189,7 @@ def train_in(
 
     folder.mkdir(exist_ok=True)
     task = Task(config, features, folder, recall, refit_epochs=refit_epochs)
-    return asdict(train(task, torch.device("cpu")))
+    return asdict(train(task, device_of_group()))
 
 
 def told_of_epochs(config: Any, features: Any, folder: Path) -> list[list[str]]:
@@ -198,7 +209,7 @@ def told_of_epochs(config: Any, features: Any, folder: Path) -> list[list[str]]:
         found.append(sorted(names - {path.name for _, _, path in checkpoint.complete(folder)}))
 
     checkpoint._seal = slow
-    train(Task(config, features, folder, on_epoch=on_epoch), torch.device("cpu"))
+    train(Task(config, features, folder, on_epoch=on_epoch), device_of_group())
     return found
 
 
@@ -209,7 +220,7 @@ def restored(config: Any, features: Any, folder: Path) -> dict[str, Any]:
     _, sharded, optimizers, plan = _sharded(config, features)
     path, _ = newest(folder)
     assert path
-    Checkpoints(folder, 1, 1, torch.device("cpu")).load(sharded, optimizers, path)
+    Checkpoints(folder, 1, 1, device_of_group()).load(sharded, optimizers, path)
     states = optimizers.dense.state_dict()["state"]
     return {
         "plan": plan,
@@ -219,13 +230,17 @@ def restored(config: Any, features: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...]) -> None:
+def _start(
+    rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...], backend: str
+) -> None:
     for name in (None, "torch", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     method = f"file://{folder}/group-{world_size}"
-    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size)
     torch.save(action(*arguments), folder / f"answer-{rank}")
     dist.barrier()
     dist.destroy_process_group()
@@ -238,8 +253,8 @@ def _sharded(config: Any, features: Any) -> tuple[Any, Any, Any, list[dict[str, 
     from recsys_dist.deepfm.sharding import shard
 
     spec = used_fields(features.spec(), config.deepfm)
-    model = DeepFM(spec, config.deepfm, tables="meta", seed=config.seed)
-    sharded, plan = shard(model, dist.group.WORLD, torch.device("cpu"), config.seed)
+    model = DeepFM(spec, config.deepfm, device=device_of_group(), tables="meta", seed=config.seed)
+    sharded, plan = shard(model, dist.group.WORLD, device_of_group(), config.seed)
     return model, sharded, Optimizers(sharded, config.deepfm), plan
 
 
@@ -262,7 +277,7 @@ def _whole(state: dict[str, Any]) -> dict[str, torch.Tensor | None]:
     whole: dict[str, torch.Tensor | None] = {}
     for name, tensor in state.items():
         if isinstance(tensor, ShardedTensor):
-            out = torch.empty(tensor.size()) if dist.get_rank() == 0 else None
+            out = torch.empty(tensor.size(), device=device_of_group()) if dist.get_rank() == 0 else None
             tensor.gather(dst=0, out=out)
             whole[name] = out
         else:
