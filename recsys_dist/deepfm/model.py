@@ -141,7 +141,8 @@ class DeepFM(nn.Module):
             if self.attended:
                 decays = [settings.attention[name] for name in self.attended]
                 self.attention = Attention(decays, dim, widths[0], device)
-        self._initialise(seed)
+        with torch.device("cpu"):  # the same numbers, whatever the default device is
+            self._initialise(seed)
 
     def _convolution(self, fields: int, device: torch.device | str) -> Convolution | None:
         if not self.settings.convolution:

@@ -1,5 +1,6 @@
 """Training on 1 or 2 processes without Ray, for the tests beside this file."""
 
+import io
 import logging
 import multiprocessing
 import time
@@ -19,23 +20,38 @@ def run_workers(
 ) -> list[Any]:
     """Call `action(*arguments)` in `world_size` processes that form a group; what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
+    if backend == "nccl":
+        assert world_size == 1, "one GPU, which forks of a process that has used it cannot"
+        return [_alone(action, *arguments)]
     (folder / f"group-{world_size}").unlink(
         missing_ok=True
     )  # of a folder that was copied: addresses of the dead
     # Forks of a process that has imported everything, and done nothing else.
     multiprocessing.set_forkserver_preload(["recsys_dist.deepfm.loop"])
     torch.multiprocessing.start_processes(
-        _start, (world_size, action, folder, arguments, backend), nprocs=world_size, start_method="forkserver"
+        _start, (world_size, action, folder, arguments), nprocs=world_size, start_method="forkserver"
     )
-    return [
-        torch.load(folder / f"answer-{rank}", weights_only=True, map_location="cpu")
-        for rank in range(world_size)
-    ]
+    return [torch.load(folder / f"answer-{rank}", weights_only=True) for rank in range(world_size)]
 
 
 def device_of_group() -> torch.device:
     """Of this process: a GPU where the group is one of GPUs."""
     return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _alone(action: Any, *arguments: Any) -> Any:
+    """What it returns on the GPU, in this process, brought to the processor."""
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        answer = io.BytesIO()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.save(action(*arguments), answer)
+    finally:
+        dist.destroy_process_group()
+    answer.seek(0)
+    return torch.load(answer, weights_only=True, map_location="cpu")
 
 
 def one_step(config: Any, features: Any) -> dict[str, Any]:
@@ -230,17 +246,13 @@ def restored(config: Any, features: Any, folder: Path) -> dict[str, Any]:
     }
 
 
-def _start(
-    rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...], backend: str
-) -> None:
+def _start(rank: int, world_size: int, action: Any, folder: Path, arguments: tuple[Any, ...]) -> None:
     for name in (None, "torch", "torch.fx"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     method = f"file://{folder}/group-{world_size}"
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    dist.init_process_group(backend, init_method=method, rank=rank, world_size=world_size)
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=world_size)
     torch.save(action(*arguments), folder / f"answer-{rank}")
     dist.barrier()
     dist.destroy_process_group()
