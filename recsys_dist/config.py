@@ -421,7 +421,8 @@ class Recall(Section):
     neighbors_recency: float = Field(3.0, gt=0)
     """neighbors: as next_items_recency."""
     recent_days: int = Field(30, ge=1)
-    """recent: items are ranked by their number of counted events in the so many days before the list's."""
+    """recent: items are ranked by their number of events, of all parts, in the so many days before the
+    list's."""
     content: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """content: the categorical fields of side item that items are compared by; null: all there are."""
     content_recency: float = Field(10.0, gt=0)
@@ -805,6 +806,9 @@ class Score(Section):
     the sources that propose them. null: all."""
     partition_users: int = Field(2000, ge=1)
     """Users a task scores at a time."""
+    users_megabytes: int = Field(1024, ge=0)
+    """A table of all users, factors or embeddings, is held by every worker up to this size. Of a larger one
+    the rows are read that a task's users have."""
     users: str | None = None
     """Path or URI of a text file with a user id a line: only their lists are made, and take the place of
     those that they have for the date; everybody else's stay. Default: all users."""
@@ -839,6 +843,10 @@ class Evaluation(Section):
     must_beat: Literal["popularity", "als"] | None = "popularity"
     """The lists (of `score.mode`) are published only when they are better than this model's on that metric;
     null: always."""
+    may_fall: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """By how much metrics of the lists may be less than in the evaluation of the lists that were published
+    last, beyond what may be chance, such as {ndcg@10: 0.005}: where one fell by more, the night ends (exit
+    code 65)."""
 
     @model_validator(mode="after")
     def _metric(self) -> "Evaluation":

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_dist.config import Config
-from recsys_dist.deepfm.model import DeepFM, publish, used_fields
+from recsys_dist.deepfm.model import DeepFM, used_fields
+from recsys_dist.deepfm.published import publish
 from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, RELATED
 from recsys_dist.workspace import Run, Workspace
 from tests.synthetic import synthetic_features

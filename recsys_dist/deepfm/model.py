@@ -13,14 +13,12 @@ fields, H width of the first hidden layer, A history fields with attention, L gr
 examples, J items drawn for each.
 """
 
-import io
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.fx
 import torch.nn.functional as F
@@ -34,9 +32,8 @@ from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
 from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, recency
 from recsys_dist.deepfm.pairs import pair_specs
-from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec, VocabularySpec
-from recsys_dist.workspace import OpenRun, Run
+from recsys_dist.errors import ConfigError
+from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
 
 PADDING = 4
 """Columns of a table beyond the factors: the first-order weight and three unused ones, since fused
@@ -458,84 +455,6 @@ def initial_rows(seed: int, table: str, start: int, stop: int, dim: int, scale: 
     return torch.from_numpy(rows)
 
 
-def publish(run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: dict[str, Tensor]) -> None:
-    """Write model/ of a deepfm run: the weights as safetensors and a description, nothing pickled.
-
-    Args:
-        run: the open run.
-        spec: the fields that the model was made for, of `used_fields`.
-        settings: its sizes.
-        state: the unsharded DeepFM's state_dict.
-    """
-    run.filesystem.create_dir(f"{run.path}/model", recursive=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with run.filesystem.open_output_stream(f"{run.path}/model/model.safetensors") as stream:
-        stream.write(safetensors.torch.save(tensors))
-    told = {
-        "model": settings.model,
-        "settings": settings.model_dump(mode="json"),
-        "fields": [field.model_dump(mode="json") for field in spec.fields],
-        "vocabularies": {name: found.model_dump(mode="json") for name, found in spec.vocabularies.items()},
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-    }
-    run.write_json("model/model.json", told)
-
-
-class Description(NamedTuple):
-    """What model.json says of a published model."""
-
-    uri: str
-    """Of its run."""
-    settings: config.DeepFM
-    fields: tuple[FieldSpec, ...]
-    vocabularies: dict[str, VocabularySpec]
-
-    def require_continued(self, spec: FeatureSpec) -> None:
-        """Raise a ConfigError where an index of the model may mean something else in `spec`."""
-        trained = spec.model_copy(update={"vocabularies": self.vocabularies})
-        spec.require_continues(trained, "the features run", f"the model of {self.uri}")
-
-
-def description(run: Run) -> Description:
-    """The description of the published model of a deepfm run."""
-    found: dict[str, Any] = run.json("model/model.json")
-    return Description(
-        run.uri,
-        config.DeepFM.model_validate(found["settings"]),
-        tuple(FieldSpec.model_validate(field) for field in found["fields"]),
-        {name: VocabularySpec.model_validate(of) for name, of in found["vocabularies"].items()},
-    )
-
-
-def load(run: Run, spec: FeatureSpec, device: torch.device | str = "cpu") -> DeepFM:
-    """The published model of a deepfm run: unsharded, in eval mode.
-
-    Raises:
-        DataError: the model was made for other fields than `spec` has, or its files do not fit together.
-        ConfigError: an index may mean something else in `spec` than it did in the training.
-    """
-    made = description(run)
-    spec = used_fields(spec, made.settings)
-    if made.fields != spec.fields:
-        raise DataError(
-            f"The model of {run.uri} was trained on the fields {_names(made.fields)}, and the features run "
-            f"has {_names(spec.fields)}, or the same ones with other vocabularies. Use the features run "
-            f"{run.inputs.get('features')} that its manifest names."
-        )
-    made.require_continued(spec)
-    with run.filesystem.open_input_stream(f"{run.path}/model/model.safetensors") as stream:
-        content = io.BytesIO(stream.read())
-    try:
-        state = safetensors.torch.load(content.getvalue())
-        model = DeepFM(spec, made.settings, tables="meta")
-        model.load_state_dict(state, assign=True)
-    except (safetensors.SafetensorError, RuntimeError, ValueError) as error:
-        raise DataError(
-            f"{run.uri}/model cannot be read: {error}. Restore it or train again with --force."
-        ) from None
-    return model.to(device).eval().requires_grad_(False)
-
-
 def _tables(fields: Sequence[FieldSpec], dim: int, device: torch.device | str) -> EmbeddingBagCollection:
     tables = [
         EmbeddingBagConfig(
@@ -560,7 +479,3 @@ def _value_weights(
     count = sum(field.cardinality for field in fields if field.type not in INDEXED)
     # Not an empty parameter: it would never get a gradient, for which data parallel workers wait.
     return nn.Parameter(torch.empty(count, dim + 1, device=device)) if count else None
-
-
-def _names(fields: tuple[FieldSpec, ...]) -> str:
-    return ", ".join(field.name for field in fields)

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.checkpoint import read_into
-from recsys_dist.deepfm.model import description
+from recsys_dist.deepfm.published import description
 from recsys_dist.deepfm.sharding import held_rows
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import FeatureSpec, FieldSpec

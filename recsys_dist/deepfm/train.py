@@ -220,7 +220,8 @@ def _worker(task: dict[str, Any]) -> None:
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
     from recsys_dist.deepfm.checkpoint import complete, load_weights, problem_of
-    from recsys_dist.deepfm.model import DeepFM, publish, used_fields
+    from recsys_dist.deepfm.model import DeepFM, used_fields
+    from recsys_dist.deepfm.published import publish
 
     history, folder, line = fitted.history, fitted.folder, best(fitted.history)
     found = {step: path for step, _, path in complete(folder)}

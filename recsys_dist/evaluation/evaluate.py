@@ -17,37 +17,51 @@ import torch
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.evaluation.metrics import METRICS, coverage, novelty
+from recsys_dist.evaluation.metrics import (
+    METRICS,
+    coverage,
+    diversity,
+    gini,
+    novelty,
+    recommendation_popularity,
+    serendipity,
+)
 from recsys_dist.evaluation.report import write_report
-from recsys_dist.evaluation.significance import bootstrap, coverage_interval
+from recsys_dist.evaluation.significance import bootstrap, coverage_interval, fallen, randomisation
+from recsys_dist.recall.content import ItemVectors
+from recsys_dist.recall.inner_product import top_k
 from recsys_dist.schema import LISTS, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.scorers import Scorer
 from recsys_dist.scoring.users import with_context
-from recsys_dist.workspace import OpenRun, Run
+from recsys_dist.workspace import OpenRun, Run, Workspace
 
 USERS_AT_ONCE = 4096
+BESIDE_HITS = ("serendipity", "diversity", "popularity", "coverage", "novelty", "gini")
+"""Metrics beside METRICS: of each user, or of all lists together."""
 
 
 def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     """Write lists/, metrics.json and report.html, and return the run's figures with the verdict.
 
     Raises:
-        ConfigError: evaluation.metric is none that is computed.
+        ConfigError: evaluation.metric, or one of evaluation.may_fall, is none that is computed.
         DataError: no user has a positive event in the test part.
     """
-    names = [f"{name}@{k}" for name in (*METRICS, "coverage", "novelty") for k in config.evaluation.k]
-    if config.evaluation.metric not in names:
-        raise ConfigError(
-            f"evaluation.metric={config.evaluation.metric!r}, expected one of {', '.join(names)}"
-        )
+    names = [f"{name}@{k}" for name in (*METRICS, *BESIDE_HITS) for k in config.evaluation.k]
+    asked = {"metric": [config.evaluation.metric], "may_fall": list(config.evaluation.may_fall)}
+    for key, wanted in asked.items():
+        wrong = [name for name in wanted if name not in names]
+        if wrong:
+            raise ConfigError(
+                f"evaluation.{key}: {', '.join(wrong)} is not computed, expected are {', '.join(names)}"
+            )
     models = load_models(run.inputs, config.score)
     users, truth = held_out(run.inputs["features"], config.score.filter_seen)
-    results = {}
-    tables = []
+    results, values, tables, catalogue = {}, {}, [], Catalogue(models.items)
     for name, scorer in models.all().items():
         items_UK, scores_UK = rank(config, models.items, scorer, users)
-        results[name] = measure(config, items_UK, truth, users, models.items)
+        results[name], values[name] = measure(config, items_UK, truth, users, catalogue)
         tables.append(_lists(name, users, items_UK, scores_UK))
     lists = pa.concat_tables(tables)
     run.write_table("lists", lists)
@@ -64,9 +78,10 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
         },
         "users": len(users),
         "models": results,
+        "compared": _compared(config, values),
     }
     run.write_json("metrics.json", metrics)
-    verdict = _verdict(config, results)
+    verdict = _verdict(config, results, published_last(run.workspace))
     write_report(run, metrics, verdict, lists)
     return {"users": len(users), "verdict": verdict, "models": results}
 
@@ -116,12 +131,41 @@ def rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> t
     return np.concatenate(items), np.concatenate(scores)
 
 
+class Catalogue:
+    """What lists are measured by beside who was hit.
+
+    Args:
+        items: of the features run.
+    """
+
+    def __init__(self, items: Items) -> None:
+        self.present, self.counts = items.present, items.counts
+        self.counts_I = np.append([0], items.counts)
+        names = items.spec.attributes(None, "recall.content")
+        self.vectors = ItemVectors([items.values(name) for name in names]) if names else None
+
+    def measure(self, items_UK: np.ndarray, hits_UK: np.ndarray) -> dict[str, np.ndarray]:
+        """Name and [U] of what lists are beside relevant; no diversity where items have no attributes."""
+        counts = torch.from_numpy(self.counts_I.astype(np.float32))
+        popular = top_k(counts[None], items_UK.shape[1]).items.numpy()
+        lengths_U = (items_UK != UNKNOWN).sum(axis=1)
+        found = {
+            "serendipity": serendipity(hits_UK, np.isin(items_UK, popular)),
+            "popularity": recommendation_popularity(self.counts_I[items_UK], lengths_U),
+        }
+        if self.vectors:
+            found["diversity"] = diversity(self.vectors.likeness(torch.from_numpy(items_UK)).numpy())
+        return found
+
+
 def measure(
-    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, catalogue: Items
-) -> dict[str, dict[str, float]]:
-    """Every metric of these lists, with its interval: users and truth are those of `held_out`."""
+    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, catalogue: Catalogue
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """Every metric of these lists, with its interval; and [U] those that are of users. Users and truth are
+    those of `held_out`.
+    """
     relevant_U = np.bincount(truth[:, 0], minlength=len(users))
-    width = len(catalogue) + 1
+    width = len(catalogue.counts) + 1
     wanted = truth[:, 0] * width + truth[:, 1]
     hits_UK = np.isin(np.arange(len(users))[:, None] * width + items_UK, wanted)
     per_user = {
@@ -129,6 +173,9 @@ def measure(
         for name, metric in METRICS.items()
         for k in config.evaluation.k
     }
+    for k in config.evaluation.k:
+        beside = catalogue.measure(items_UK[:, :k], hits_UK[:, :k])
+        per_user |= {f"{name}@{k}": of for name, of in beside.items()}
     intervals = bootstrap(np.stack(list(per_user.values()), axis=1), config.evaluation.bootstrap, config.seed)
     figures = {
         name: {"value": float(values.mean()), "low": float(low), "high": float(high)}
@@ -140,7 +187,33 @@ def measure(
         low, high = coverage_interval(present_I, len(users))
         figures[f"coverage@{k}"] = {"value": coverage(present_I), "low": low, "high": high}
         figures[f"novelty@{k}"] = {"value": novelty(listed_I, catalogue.counts)}
-    return figures
+        figures[f"gini@{k}"] = {"value": gini(present_I)}
+    return figures, per_user
+
+
+def _compared(config: Config, values: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+    """What the models' `evaluation.metric` is less than that of the lists that are published, the interval of
+    this, and p: the same users, in pairs.
+    """
+    metric, model = config.evaluation.metric, config.score.published
+    if metric not in values[model]:
+        return {"metric": metric, "with": model, "models": {}}
+    settings, found = config.evaluation, {}
+    for name, of in values.items():
+        if name != model:
+            difference_U = of[metric] - values[model][metric]
+            ((low, high),) = bootstrap(difference_U[:, None], settings.bootstrap, config.seed)
+            p = randomisation(difference_U, settings.bootstrap, config.seed)
+            mean = float(difference_U.mean())
+            found[name] = {"value": mean, "low": float(low), "high": float(high), "p": p}
+    return {"metric": metric, "with": model, "models": found}
+
+
+def published_last(workspace: Workspace) -> Run | None:
+    """The evaluation of the lists that were published last, if any still is there."""
+    evaluations = {run.run_id: run for run in workspace.runs("evaluation")}
+    published = [evaluations.get(run.inputs["evaluation"]) for run in workspace.runs("score")]
+    return next((run for run in reversed(published) if run), None)
 
 
 def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
@@ -157,8 +230,38 @@ def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndar
     )
 
 
-def _verdict(config: Config, results: dict[str, Any]) -> dict[str, Any]:
-    """May the lists of score.mode be published? They must be better than the declared model's."""
+def _verdict(config: Config, results: dict[str, Any], last: Run | None = None) -> dict[str, Any]:
+    """May the lists of score.mode be published? They must be better than the declared model's, and no
+    declared metric may have fallen too much since `last`, the evaluation of the lists that were published
+    last.
+    """
+    verdict = _against_rival(config, results)
+    if last is None:
+        return verdict
+    earlier = last.json("metrics.json")["models"].get(verdict["model"], {})
+    changes, wrong = {}, []
+    for metric, most in config.evaluation.may_fall.items():
+        before, now = earlier.get(metric), results[verdict["model"]][metric]
+        if before is not None:
+            fell, chance = fallen(_interval(before), _interval(now))
+            changes[metric] = {"before": before["value"], "now": now["value"], "chance": chance}
+            if fell - chance > most:
+                wrong.append(
+                    f"{metric} fell from {before['value']:.4f} to {now['value']:.4f}, by {fell:.4f}, of "
+                    f"which {chance:.4f} may be chance and {most:g} is allowed (evaluation.may_fall)"
+                )
+    passed = verdict["passed"] and not wrong
+    text = "; ".join([verdict["text"], *wrong])
+    return verdict | {"passed": passed, "text": text, "last": last.run_id, "changes": changes}
+
+
+def _interval(figure: dict[str, float]) -> tuple[float, float, float]:
+    value = figure["value"]
+    return value, figure.get("low", value), figure.get("high", value)
+
+
+def _against_rival(config: Config, results: dict[str, Any]) -> dict[str, Any]:
+    """Are the lists of score.mode better than the declared model's?"""
     metric, rival = config.evaluation.metric, config.evaluation.must_beat
     model = config.score.published
     ours = results[model][metric]["value"]

@@ -2,9 +2,10 @@
 
 Rankings are measured from who was hit where.
 
-Legend: U users, K list length. `hits_UK` [U, K] bool: the item at that place is relevant (a short list ends
-in False). `relevant_U` [U] int: how many distinct relevant items the user has, at least 1. Every user with a
-relevant item counts, one without a list with 0. Each function returns [U] float64; the figure is its mean.
+Legend: U users, K list length, I items. `hits_UK` [U, K] bool: the item at that place is relevant (a short
+list ends in False). `relevant_U` [U] int: how many distinct relevant items the user has, at least 1. Every
+user with a relevant item counts, one without a list with 0. A function of users returns [U] float64; the
+figure is its mean.
 """
 
 from collections.abc import Callable
@@ -69,6 +70,51 @@ METRICS: dict[str, Callable[[Hits, Counts], Values]] = {
 """Name in metrics.json (before the @) to function."""
 
 
+def serendipity(hits_UK: Hits, expected_UK: Hits) -> Values:
+    """Share of the K places that hold what is relevant and was not to be expected, which is what the K most
+    popular items are (Ge et al. 2010, with popularity as the primitive model of Murakami et al. 2008).
+
+    Args:
+        hits_UK: see above.
+        expected_UK: bool: is the item at that place one of the K most popular?
+    """
+    return np.asarray((hits_UK & ~expected_UK).mean(axis=1))
+
+
+def recommendation_popularity(train_UK: Counts, lengths_U: Counts) -> Values:
+    """Mean number of train events of a list's items, 0 for a user without a list (ARP: Yin et al. 2012).
+
+    Args:
+        train_UK: [U, K] train events of the item at that place, 0 where a list ended before.
+        lengths_U: [U] items of each list.
+    """
+    return np.asarray(train_UK.sum(axis=1) / np.maximum(lengths_U, 1), np.float64)
+
+
+def diversity(likeness_U: Values) -> Values:
+    """1 - the mean cosine of the attributes of two items of a list (intra-list diversity: Ziegler et al.
+    2005); 0 for a list of fewer than two items.
+
+    Args:
+        likeness_U: [U] that mean, NaN for a list of fewer than two items.
+    """
+    return np.nan_to_num(1 - likeness_U)
+
+
+def gini(listed_I: NDArray[np.int64]) -> float:
+    """Gini coefficient of how often the catalogue's items are listed: 0 where all are listed equally often,
+    near 1 where a few make all lists (Fleder and Hosanagar 2009). 0 where nothing is listed.
+
+    Args:
+        listed_I: [I] number of lists that each item of the catalogue is in.
+    """
+    n, total = len(listed_I), int(listed_I.sum())
+    if not total:
+        return 0.0
+    ascending_I = np.sort(listed_I)
+    return float((2 * np.arange(1, n + 1) - n - 1) @ ascending_I / (n * total))
+
+
 def coverage(listed_I: NDArray[np.int64]) -> float:
     """Share of the catalogue that is in at least one list (Ge et al. 2010).
 
@@ -120,6 +166,15 @@ def logloss(labels_N: Values, logits_N: Values) -> float:
     """The mean of -log of the probability given to the true label, of logits."""
     logits_N = np.asarray(logits_N, np.float64)
     return float(np.mean(np.logaddexp(0, logits_N) - labels_N * logits_N))
+
+
+def calibration(labels_N: Values, logits_N: Values) -> float:
+    """The mean predicted probability over the share of positive labels: 1 where neither is too high (He et
+    al. 2014, "Practical lessons from predicting clicks on ads at Facebook"). Infinite without a positive.
+    """
+    predicted = float(np.mean(1 / (1 + np.exp(-np.asarray(logits_N, np.float64)))))
+    positive = float(np.mean(labels_N))
+    return predicted / positive if positive else float("inf")
 
 
 def _auc(labels_N: Values, scores_N: Values, groups_N: Counts) -> tuple[Values, Counts]:

@@ -69,6 +69,26 @@ class ItemVectors:
             scores_BI[rows] = found_IB.T.float()
         return scores_BI
 
+    def likeness(self, lists_BK: Tensor) -> Tensor:
+        """[B] float64: the mean cosine of two items of a list, NaN for a list of fewer than two.
+
+        The cosines of all pairs add up to (|sum of vectors|^2 - sum of |vectors|^2) / 2.
+
+        Args:
+            lists_BK: int64, 0 where there is no item.
+        """
+        length_B = (lists_BK != 0).sum(1).double()
+        pairs_B = length_B * (length_B - 1)
+        # 1, or 0 where nothing tells the item apart.
+        square_I = torch.segment_reduce(self.weight_N.square(), "sum", offsets=self.first_I)
+        found_B = torch.empty(len(lists_BK), dtype=torch.float64)
+        size = max(1, ROOM // max(self.n, self.width))
+        for start in range(0, len(lists_BK), size):
+            rows = slice(start, start + size)
+            sum_VB = self._summed(lists_BK[rows], torch.ones(lists_BK[rows].shape))
+            found_B[rows] = sum_VB.square().sum(0) - square_I[lists_BK[rows]].sum(1)
+        return torch.where(pairs_B > 0, found_B / pairs_B, torch.nan)
+
     def _summed(self, history_BH: Tensor, share_BH: Tensor) -> Tensor:
         """[V, B] float64: the sum of the vectors of each history's items, each with its share."""
         row, place = torch.nonzero(history_BH, as_tuple=True)

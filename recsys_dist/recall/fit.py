@@ -66,7 +66,9 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
         counted = counted_events(examples, settings, parts)
         figures = tables.count(counted, "", " and ".join(parts))
         with steps.measure("daily"):
-            figures["daily"] = tables.count_daily(counted, figures["known"])
+            # Of all parts: a list is made of the days before its own, which its morning knows.
+            every = counted_events(examples, settings, ("train", "valid", "test"))
+            figures["daily"] = tables.count_daily(every, events)
         if settings.late:
             train = counted_events(examples, settings, ("train",))
             in_time = features.manifest["config"]["split"]["kind"] == "global_time"

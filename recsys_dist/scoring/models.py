@@ -6,8 +6,8 @@ import torch
 
 from recsys_dist import config
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.model import load
 from recsys_dist.deepfm.pairs import Pairs
+from recsys_dist.deepfm.published import load_parts
 from recsys_dist.errors import ConfigError
 from recsys_dist.scoring.scorers import (
     FM,
@@ -64,11 +64,15 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     features = inputs["features"]
     spec = features.spec()
     items = Items(features, spec)
-    model = load(inputs["deepfm"], spec, torch.get_default_device())
+    most = score.users_megabytes << 20
+    model, rows = load_parts(inputs["deepfm"], spec, torch.get_default_device(), most)
     pairs = Pairs(model.pair_fields, items, inputs["recall"]) if model.pair_fields else None
-    ranker = Ranker(model, items if model.spec.fields == spec.fields else Items(features, model.spec), pairs)
+    own = items if model.spec.fields == spec.fields else Items(features, model.spec)
+    ranker = Ranker(model, own, pairs, rows)
     sources: dict[str, Scorer] = {
-        "als": Factors(spec, inputs["als"].table("user_factors"), inputs["als"].table("item_factors")),
+        "als": Factors(
+            spec, inputs["als"].dataset("user_factors"), inputs["als"].table("item_factors"), most
+        ),
         "next_items": NextItems(spec, inputs["recall"]),
         "neighbors": Neighbors(spec, inputs["recall"]),
         "popularity": Popularity(items),

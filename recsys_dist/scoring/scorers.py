@@ -12,6 +12,8 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
+import pyarrow.dataset
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.deepfm.pairs import Pairs
+from recsys_dist.deepfm.published import UserRows
 from recsys_dist.recall.content import ItemVectors
 from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
@@ -84,17 +87,43 @@ class Recent:
 
 
 class Factors:
-    """Inner products of user and item factors: ALS. Who or what has no factors is not listed."""
+    """Inner products of user and item factors: ALS. Who or what has no factors is not listed.
 
-    def __init__(self, spec: FeatureSpec, user_factors: pa.Table, item_factors: pa.Table) -> None:
-        """Take the tables of an als run (schema FACTORS)."""
-        self.users_UR, self.known_U = _dense(user_factors, spec.n_users)
-        self.items_IR, self.known_I = _dense(item_factors, spec.n_items)
+    Args:
+        spec: of the features run.
+        user_factors: of an als run (schema FACTORS).
+        item_factors: likewise.
+        most: users' factors of more bytes are not held, but read for the users of a batch.
+    """
+
+    def __init__(
+        self,
+        spec: FeatureSpec,
+        user_factors: pa.dataset.Dataset,
+        item_factors: pa.Table,
+        most: int | None = None,
+    ) -> None:
+        self.items_IR, self.known_I = _dense(item_factors, np.arange(spec.n_items + 1))
+        self.user_factors, self.held = user_factors, None
+        if most is None or 4 * (spec.n_users + 1) * self.items_IR.shape[1] <= most:
+            self.held = self._of(user_factors.to_table(), np.arange(spec.n_users + 1))
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
-        listable = users.listable & self.known_I & self.known_U[users.indices, None]
-        return nearest_items(self.users_UR[users.indices], self.items_IR, k, users.excluded, listable)
+        if self.held is None:
+            indices, rows = np.unique(users.table["user"].to_numpy(), return_inverse=True)
+            index = pa.compute.field("index")
+            between = (index >= int(indices[0])) & (index <= int(indices[-1]))
+            found = self.user_factors.to_table(filter=between & index.isin(indices))
+            users_UR, known_U = self._of(found, indices)
+            rows_B = torch.as_tensor(rows)
+        else:
+            (users_UR, known_U), rows_B = self.held, users.indices
+        listable = users.listable & self.known_I & known_U[rows_B, None]
+        return nearest_items(users_UR[rows_B], self.items_IR, k, users.excluded, listable)
+
+    def _of(self, factors: pa.Table, indices: np.ndarray) -> tuple[Tensor, Tensor]:
+        return _dense(factors, indices, self.items_IR.shape[1])
 
 
 class Related:
@@ -163,8 +192,13 @@ class Content:
 class Ranker:
     """A DeepFM with the item side of the whole catalogue, computed once, or once a day with daily fields."""
 
-    def __init__(self, model: DeepFM, items: Items, pairs: Pairs | None = None) -> None:
-        """Take a published model, the items of the features run it was trained on, and its pair fields."""
+    def __init__(
+        self, model: DeepFM, items: Items, pairs: Pairs | None = None, rows: UserRows | None = None
+    ) -> None:
+        """Take a published model, the items of the features run it was trained on, its pair fields, and where
+        its table of users is, if not in the model.
+        """
+        self.rows = rows
         self.spec = items.spec
         self.model = model
         self.items = items
@@ -178,7 +212,8 @@ class Ranker:
 
     def users(self, users: Users) -> Side:
         """The user side of a batch."""
-        return self.model.user_side(side_batch(users.table, self.spec.side("user", "context")))
+        table = self.rows.put(users.table) if self.rows else users.table
+        return self.model.user_side(side_batch(table, self.spec.side("user", "context")))
 
     def by_day(self, users: Users) -> Iterator[tuple[Tensor, Side]]:
         """The batch in groups for which the items' fields are the same: rows of it and the catalogue."""
@@ -370,13 +405,15 @@ def _settings(recall: Run) -> Recall:
     return Recall.model_validate(recall.manifest["config"]["recall"])
 
 
-def _dense(factors: pa.Table, n: int) -> tuple[Tensor, Tensor]:
-    """Factors by index, [n + 1, R] with zeros where there are none, and [n + 1] bool: is there one?"""
+def _dense(factors: pa.Table, indices: np.ndarray, rank: int = 1) -> tuple[Tensor, Tensor]:
+    """Factors of these indices [N], ascending: [N, R] with zeros where there are none; and [N] bool: is there
+    one? Where nobody has any, R is `rank`.
+    """
     vectors = factors["vector"].combine_chunks()
-    rank = len(vectors[0]) if len(vectors) else 1
-    dense = np.zeros((n + 1, rank), np.float32)
-    index = factors["index"].to_numpy()
-    dense[index] = pa.compute.list_flatten(vectors).to_numpy().reshape(len(index), rank)
-    known = np.zeros(n + 1, bool)
-    known[index] = True
+    rank = len(vectors[0]) if len(vectors) else rank
+    dense = np.zeros((len(indices), rank), np.float32)
+    row = np.searchsorted(indices, factors["index"].to_numpy())
+    dense[row] = pa.compute.list_flatten(vectors).to_numpy().reshape(len(row), rank)
+    known = np.zeros(len(indices), bool)
+    known[row] = True
     return torch.as_tensor(dense), torch.as_tensor(known)

@@ -87,12 +87,21 @@ def _ours(config: Config, run: Run) -> dict[str, Any]:
 
 
 def _in_turns(config: Config, run: Run, folder: Path, loader: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Examples a second (median) and peak memory of both sides, and the seconds of every epoch."""
+    """Examples a second (median) and peak memory of both sides, and the seconds of every epoch.
+
+    Args:
+        config: of our side.
+        run: what is trained on.
+        folder: the same for FuxiCTR.
+        loader: of FuxiCTR.
+        repeats: of FuxiCTR's turns, which may be long; ours are always as many as can be.
+    """
     os.environ.update(MALLOC)
     sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for _ in range(repeats):
+    for repeat in range(REPEATS):
         sides["ours"].append(_ours(config, run))
-        sides["theirs"].append(fuxictr(config, folder, **loader, epochs=EPOCHS))
+        if repeat < repeats:
+            sides["theirs"].append(fuxictr(config, folder, **loader, epochs=EPOCHS))
     print(json.dumps({folder.name: sides}), flush=True)
     rows = run.spec().rows["train"]
     return {name: _summary(rows, answers) for name, answers in sides.items()}

@@ -10,6 +10,7 @@ import functools
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset
 import pytest
 import torch
 
@@ -356,17 +357,26 @@ class TestRecent(Contract):
 
 
 class TestALS(Contract):
+    MOST = None
+
     def scorer(self, world):
         tables = [
             pa.table({"index": known, "vector": factors[known].tolist()}).cast(FACTORS)
             for factors, missing in ((world.user_factors, 2), (world.item_factors, 3))
             for known in [[index for index in range(1, len(factors)) if index != missing]]
         ]
-        return scorers.Factors(world.spec, *tables)
+        users, items = tables
+        return scorers.Factors(world.spec, pa.dataset.dataset(users), items, self.MOST)
 
     def score(self, world, users, row, item):
         user = int(users.indices[row])
         return None if user == 2 or item == 3 else int(world.user_factors[user] @ world.item_factors[item])
+
+
+class TestALSOfTheBatch(TestALS):
+    """The users' factors are read batch by batch."""
+
+    MOST = 0
 
 
 class TestNextItems(Contract):
@@ -461,7 +471,7 @@ def test_every_model_keeps_the_contract():
 
 
 def test_published_lists_do_not_depend_on_the_number_of_workers(tmp_path, monkeypatch, request):
-    """Three Ray workers, and one that is this process."""
+    """Three Ray workers that hold all users' rows, and one, this process, that reads those of a task."""
     config = synthetic_config(tmp_path)
     candidates = {name: Proposals(quota=9) for name in ("als", "next_items", "recent", "content", "fm")}
     changed = {"partition_users": 7, "candidates": candidates, "most": 20}
@@ -473,7 +483,10 @@ def test_published_lists_do_not_depend_on_the_number_of_workers(tmp_path, monkey
     three, one = (workspace.new("score", {"workers": workers}, runs) for workers in (3, 1))
     monkeypatch.setattr("os.cpu_count", lambda: 3)
     figures = partitions.score_partitions(config, three, date, users)
-    scorer = scored.PartitionScorer(config, one, date, DEVICES[-1])
+    lean = config.model_copy(update={"score": config.score.model_copy(update={"users_megabytes": 0})})
+    scorer = scored.PartitionScorer(lean, one, date, DEVICES[-1])
+    assert scorer.models.ranker.rows is not None
+    assert scorer.models.sources["als"].held is None
     # As many as Ray gives a worker of one CPU: with more, sums are made in another order.
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))

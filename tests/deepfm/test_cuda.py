@@ -6,10 +6,9 @@ import torch
 from recsys_dist.deepfm.checkpoint import complete, load_weights, problem_of
 from recsys_dist.deepfm.model import DeepFM
 from recsys_dist.deepfm.reports import lines
-from tests.deepfm.workers import decayed, one_step, restored, run_workers, stepped, train_in
+from tests.deepfm.workers import alone, decayed, one_step, restored, stepped, train_in
 from tests.synthetic import synthetic_config, synthetic_features
 
-BACKEND = "nccl"
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -30,11 +29,10 @@ def with_settings(config, **settings):
 
 @pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "data_parallel"])
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
-def test_a_step_equals_the_processors(config, features, tmp_path, sharding, optimizer):
+def test_a_step_equals_the_processors(config, features, sharding, optimizer):
     chosen = dict.fromkeys(("user", "item", "recent", "genres"), sharding)
     config = with_settings(config, sharding=chosen, table_optimizer=optimizer)
-    (cpu,) = run_workers(1, one_step, tmp_path / "cpu", config, features)
-    (gpu,) = run_workers(1, one_step, tmp_path / "gpu", config, features, backend=BACKEND)
+    cpu, gpu = (alone(backend, one_step, config, features) for backend in ("gloo", "nccl"))
     assert {row["table"]: row["sharding"] for row in gpu["plan"]} == {
         row["table"]: row["sharding"] for row in cpu["plan"]
     }
@@ -43,36 +41,30 @@ def test_a_step_equals_the_processors(config, features, tmp_path, sharding, opti
     torch.testing.assert_close(gpu["logits"], cpu["logits"], rtol=1e-4, atol=1e-5)
 
 
-def test_the_pipeline_equals_a_plain_loop(config, features, tmp_path):
-    found = {
-        piped: run_workers(1, stepped, tmp_path / str(piped), config, features, piped, backend=BACKEND)[0]
-        for piped in (True, False)
-    }
-    torch.testing.assert_close(found[True], found[False], rtol=1e-5, atol=1e-6)
+def test_the_pipeline_equals_a_plain_loop(config, features):
+    piped, plain = (alone("nccl", stepped, config, features, piped) for piped in (True, False))
+    torch.testing.assert_close(piped, plain, rtol=1e-5, atol=1e-6)
 
 
-def test_lazy_decay_equals_decay_of_all_rows(config, features, tmp_path):
+def test_lazy_decay_equals_decay_of_all_rows(config, features):
     config = with_settings(config, embedding_weight_decay=0.5)
-    (found,) = run_workers(1, decayed, tmp_path, config, features, backend=BACKEND)
+    found = alone("nccl", decayed, config, features)
     torch.testing.assert_close(found["lazy"], found["whole"], rtol=1e-5, atol=1e-6)
     assert any(found["behind"].values())
 
 
 def test_training_goes_on_from_a_checkpoint_and_comes_to_the_processors_figures(config, features, tmp_path):
-    (cpu,) = run_workers(1, train_in, tmp_path / "cpu", config, features, tmp_path / "on-cpu")
-    (whole,) = run_workers(
-        1, train_in, tmp_path / "gpu", config, features, tmp_path / "on-gpu", backend=BACKEND
-    )
-    short = with_settings(config, epochs=1)
+    cpu = alone("gloo", train_in, config, features, tmp_path / "on-cpu")
+    whole = alone("nccl", train_in, config, features, tmp_path / "on-gpu")
     folder = tmp_path / "in-parts"
-    run_workers(1, train_in, tmp_path / "first", short, features, folder, backend=BACKEND)
-    (rest,) = run_workers(1, train_in, tmp_path / "rest", config, features, folder, backend=BACKEND)
+    alone("nccl", train_in, with_settings(config, epochs=1), features, folder)
+    rest = alone("nccl", train_in, config, features, folder)
     assert [line["resumed_from"] for line in lines(folder / "history.jsonl")][-1] > 0
     assert abs(whole["best"] - cpu["best"]) < 2e-3
     torch.testing.assert_close(rest, whole, rtol=1e-3, atol=1e-3)
     path = complete(folder)[-1][2]
     assert problem_of(path) is None
-    (state,) = run_workers(1, restored, tmp_path / "again", config, features, folder, backend=BACKEND)
+    state = alone("nccl", restored, config, features, folder)
     weights = DeepFM(features.spec(), config.deepfm).state_dict()
     load_weights(path, weights)
     for name, tensor in weights.items():
@@ -81,7 +73,7 @@ def test_training_goes_on_from_a_checkpoint_and_comes_to_the_processors_figures(
 
 
 def test_bfloat16_learns_as_well(config, features, tmp_path):
-    (plain,) = run_workers(1, train_in, tmp_path / "32", config, features, tmp_path / "f32", backend=BACKEND)
+    plain = alone("nccl", train_in, config, features, tmp_path / "f32")
     config = with_settings(config, precision="bfloat16")
-    (half,) = run_workers(1, train_in, tmp_path / "16", config, features, tmp_path / "f16", backend=BACKEND)
+    half = alone("nccl", train_in, config, features, tmp_path / "f16")
     assert abs(half["best"] - plain["best"]) < 0.02

@@ -12,7 +12,8 @@ from recsys_dist.config import DeepFM as DeepFMSettings
 from recsys_dist.deepfm.batches import Batch, side_batch
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items, days_of
-from recsys_dist.deepfm.model import BLOCK, DeepFM, initial_rows, load, publish, used_fields
+from recsys_dist.deepfm.model import BLOCK, DeepFM, initial_rows, used_fields
+from recsys_dist.deepfm.published import load, publish
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features

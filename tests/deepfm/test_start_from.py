@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
-from recsys_dist.deepfm.model import DeepFM, initial_rows, publish
+from recsys_dist.deepfm.model import DeepFM, initial_rows
+from recsys_dist.deepfm.published import publish
 from recsys_dist.deepfm.start_from import earlier_run, take_over
 from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Workspace

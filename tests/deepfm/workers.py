@@ -15,14 +15,9 @@ import torch.multiprocessing
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 
-def run_workers(
-    world_size: int, action: Any, folder: Path, *arguments: Any, backend: str = "gloo"
-) -> list[Any]:
-    """Call `action(*arguments)` in `world_size` processes that form a group; what each returned."""
+def run_workers(world_size: int, action: Any, folder: Path, *arguments: Any) -> list[Any]:
+    """Call `action(*arguments)` in `world_size` processes that form a gloo group; what each returned."""
     folder.mkdir(parents=True, exist_ok=True)
-    if backend == "nccl":
-        assert world_size == 1, "one GPU, which forks of a process that has used it cannot"
-        return [_alone(action, *arguments)]
     (folder / f"group-{world_size}").unlink(
         missing_ok=True
     )  # of a folder that was copied: addresses of the dead
@@ -34,15 +29,13 @@ def run_workers(
     return [torch.load(folder / f"answer-{rank}", weights_only=True) for rank in range(world_size)]
 
 
-def device_of_group() -> torch.device:
-    """Of this process: a GPU where the group is one of GPUs."""
-    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
-
-
-def _alone(action: Any, *arguments: Any) -> Any:
-    """What it returns on the GPU, in this process, brought to the processor."""
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+def alone(backend: str, action: Any, *arguments: Any) -> Any:
+    """What `action(*arguments)` returns in this process, with a group of its own, brought to the processor: a
+    fork of a process that has imported fbgemm for GPUs cannot use one.
+    """
+    if backend == "nccl":
+        torch.cuda.set_device(0)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         answer = io.BytesIO()
         with warnings.catch_warnings():
@@ -52,6 +45,11 @@ def _alone(action: Any, *arguments: Any) -> Any:
         dist.destroy_process_group()
     answer.seek(0)
     return torch.load(answer, weights_only=True, map_location="cpu")
+
+
+def device_of_group() -> torch.device:
+    """Of this process: a GPU where the group is one of GPUs."""
+    return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def one_step(config: Any, features: Any) -> dict[str, Any]:
@@ -119,7 +117,8 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
                         rows.detach().mul_(1 - rate * decay)
             optimizers.begin(factor, epoch)
             optimizers.zero_grad()
-            loss, _ = sharded(examples.batch(0, step, dist.get_rank(), dist.get_world_size()))
+            batch = examples.batch(0, step, dist.get_rank(), dist.get_world_size())
+            loss, _ = sharded(batch.to(device_of_group()))
             loss.backward()
             optimizers.step()
         before = _whole(tables)
@@ -152,7 +151,7 @@ def stepped(config: Any, features: Any, piped: bool) -> dict[str, Any]:
         else:
             optimizers.begin(1.0)
             optimizers.zero_grad()
-            loss, _ = sharded(next(batches))
+            loss, _ = sharded(next(batches).to(device))
             loss.backward()
             optimizers.step()
             losses.append(loss.item())

@@ -1,9 +1,15 @@
 """The evaluation of untrained models on synthetic features, against what the tables say."""
 
+import itertools
+import math
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 
 from recsys_dist.config import load
-from recsys_dist.evaluation.evaluate import _verdict, evaluate
+from recsys_dist.evaluation.evaluate import _verdict, evaluate, published_last
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
 from tests.synthetic import listable, synthetic_config
@@ -68,6 +74,82 @@ def test_an_item_that_could_not_be_listed_counts_as_missed(evaluated):
             }
             shares.append(len(relevant & listed) / len(relevant))
         assert figures["recall@20"]["value"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_differences_are_of_the_same_users(evaluated):
+    _, _, run = evaluated
+    metrics = run.json("metrics.json")
+    assert (metrics["compared"]["metric"], metrics["compared"]["with"]) == ("ndcg@10", "two_stage")
+    values = {name: figures["ndcg@10"]["value"] for name, figures in metrics["models"].items()}
+    assert set(metrics["compared"]["models"]) == set(values) - {"two_stage"}
+    for name, found in metrics["compared"]["models"].items():
+        assert found["value"] == pytest.approx(values[name] - values["two_stage"])
+        assert found["low"] <= found["value"] <= found["high"]
+        assert 0 < found["p"] <= 1
+
+
+def test_lists_by_attributes_popularity_and_surprise(evaluated):
+    """Diversity, popularity and serendipity in plain Python."""
+    features, positives, run = evaluated
+    items = {row["item"]: row for row in features.table("items").to_pylist()}
+    having = Counter(genre for row in items.values() for genre in set(row["genres"]))
+    weight = {genre: math.log((1 + len(items)) / (1 + n)) for genre, n in having.items()}
+    popular = sorted(items, key=lambda item: (-items[item]["count"], item))[:10]
+
+    def cosine(a, b):
+        a, b = set(items[a]["genres"]), set(items[b]["genres"])
+        lengths = [sum(weight[genre] ** 2 for genre in of) ** 0.5 for of in (a, b)]
+        return sum(weight[genre] ** 2 for genre in a & b) / (lengths[0] * lengths[1]) if all(lengths) else 0
+
+    rows = [row for row in run.table("lists").to_pylist() if row["rank"] <= 10]
+    for model, figures in run.json("metrics.json")["models"].items():
+        apart, counts, surprises = [], [], []
+        for user, truth in positives.items():
+            listed = [row["item"] for row in rows if (row["user"], row["model"]) == (user, model)]
+            pairs = list(itertools.combinations(listed, 2))
+            apart.append(1 - sum(cosine(*pair) for pair in pairs) / len(pairs) if pairs else 0)
+            counts.append(sum(items[item]["count"] for item in listed) / max(len(listed), 1))
+            relevant = {row["item"] for row in truth}
+            surprises.append(len((set(listed) & relevant) - set(popular)) / 10)
+        for name, of in (("diversity", apart), ("popularity", counts), ("serendipity", surprises)):
+            assert figures[f"{name}@10"]["value"] == pytest.approx(sum(of) / len(of)), (model, name)
+
+
+@pytest.mark.parametrize(("most", "passed"), [(0.0, False), (0.2, True)])
+def test_a_metric_that_fell_by_more_than_chance_and_what_is_allowed(most, passed):
+    config = load(None, [f"evaluation.may_fall={{ndcg@10: {most}, hit_rate@10: 0}}"])
+    now = {"two_stage": 0.2, "popularity": 0.1}
+    results = {
+        name: {
+            metric: {"value": of, "low": of - 0.03, "high": of + 0.03}
+            for metric in ("ndcg@10", "hit_rate@10")
+        }
+        for name, of in now.items()
+    }
+    figure = {"value": 0.3, "low": 0.28, "high": 0.32}
+    before = {"models": {"two_stage": {"ndcg@10": figure}}}  # which had no hit rate
+    last = SimpleNamespace(run_id="before", json=lambda _: before)
+    found = _verdict(config, results, last)
+    assert found["passed"] == passed
+    assert ("ndcg@10 fell from 0.3000 to 0.2000, by 0.1000, of which 0.0361" in found["text"]) != passed
+    assert list(found["changes"]) == ["ndcg@10"]
+    assert _verdict(config, results, None)["passed"]
+
+
+def test_the_lists_published_last_are_those_of_the_latest_score_run(tmp_path):
+    config = synthetic_config(tmp_path)
+    workspace = Workspace(config)
+
+    def commit(stage, **inputs):
+        return workspace.new(stage, {}, inputs).commit(config, {})
+
+    assert published_last(workspace) is None
+    first, second, _ = (commit("evaluation") for _ in range(3))
+    commit("score", evaluation=first)
+    commit("score", evaluation=second)
+    assert published_last(workspace).run_id == second.run_id
+    shutil.rmtree(second.path)
+    assert published_last(workspace).run_id == first.run_id
 
 
 def test_coverage_is_of_the_items_that_are_there(evaluated):

@@ -1,12 +1,25 @@
 """Metrics against fractions worked out by hand."""
 
 from math import log2
+from statistics import NormalDist
 
 import numpy as np
 import pytest
 
-from recsys_dist.evaluation.metrics import METRICS, auc, coverage, grouped_auc, logloss, novelty
-from recsys_dist.evaluation.significance import bootstrap, coverage_interval
+from recsys_dist.evaluation.metrics import (
+    METRICS,
+    auc,
+    calibration,
+    coverage,
+    diversity,
+    gini,
+    grouped_auc,
+    logloss,
+    novelty,
+    recommendation_popularity,
+    serendipity,
+)
+from recsys_dist.evaluation.significance import bootstrap, coverage_interval, fallen, randomisation
 
 # Three users, lists of four: hits at ranks 1 and 3 of two relevant items, at rank 2 of six, none of one.
 HITS = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=bool)
@@ -40,6 +53,56 @@ def test_coverage_and_novelty():
     listed, train = np.array([2, 1, 0, 0]), np.array([4, 2, 2, 0])
     assert coverage(listed) == 1 / 2
     assert novelty(listed, train) == pytest.approx((2 * 1 + 1 * 2) / 3)
+
+
+def test_serendipity_is_of_what_is_hit_and_not_among_the_most_popular():
+    expected = np.array([[1, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=bool)
+    assert serendipity(HITS, expected).tolist() == [1 / 4, 0, 0]
+
+
+def test_popularity_is_the_mean_of_what_is_listed():
+    train = np.array([[4, 2, 0, 0], [3, 3, 3, 3], [0, 0, 0, 0]])
+    assert recommendation_popularity(train, np.array([2, 4, 0])).tolist() == [3, 3, 0]
+
+
+def test_diversity_of_a_list_of_one_is_0():
+    assert diversity(np.array([0.25, np.nan])).tolist() == [0.75, 0]
+
+
+def test_gini():
+    assert gini(np.array([3, 3, 3])) == 0
+    assert gini(np.array([0, 0, 0, 8])) == 3 / 4
+    # Of all pairs of items the mean distance, 2 x (1 + 2 + 1) / 9, over twice the mean, 4.
+    assert gini(np.array([1, 2, 3])) == pytest.approx((2 * (1 + 2 + 1) / 9) / 4)
+    assert gini(np.zeros(3, int)) == 0
+
+
+def test_calibration():
+    logits = np.log([3.0, 1.0, 1 / 3])  # probabilities 3/4, 1/2, 1/4
+    assert calibration(np.array([1, 0, 0]), logits) == pytest.approx(3 / 2)
+    assert calibration(np.array([1, 1, 1]), logits) == pytest.approx(1 / 2)
+    assert calibration(np.zeros(3), logits) == float("inf")
+
+
+def test_randomisation_of_few_users_is_the_share_of_all_ways_to_swap():
+    """Of the 16 ways to swap in 1, 2, 3, 4 the sum is 10 or more, either way, in two."""
+    assert randomisation(np.array([1.0, 2, 3, 4]), 20_000, seed=1) == pytest.approx(2 / 16, abs=0.01)
+    assert randomisation(np.array([0.0, 0, 1, 2, 3, 4]), 20_000, seed=1) == pytest.approx(2 / 16, abs=0.01)
+    assert randomisation(np.array([1.0, -1, 1, -1]), 500, seed=1) == 1
+    assert randomisation(np.zeros(5), 100, seed=1) == 1
+
+
+def test_randomisation_agrees_with_the_t_test_on_many_users():
+    differences = np.random.default_rng(3).normal(0.05, 1, 2000)
+    t = differences.mean() / (differences.std(ddof=1) / 2000**0.5)
+    normal = 2 * (1 - NormalDist().cdf(abs(t)))
+    assert randomisation(differences, 5000, seed=2) == pytest.approx(normal, abs=0.02)
+
+
+def test_what_has_fallen_and_what_of_it_may_be_chance():
+    fell, chance = fallen((0.30, 0.28, 0.32), (0.20, 0.17, 0.23))
+    assert fell == pytest.approx(0.10)
+    assert chance == pytest.approx((0.02**2 + 0.03**2) ** 0.5)
 
 
 def test_bootstrap_interval_covers_the_mean_and_narrows_with_users():

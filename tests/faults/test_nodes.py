@@ -9,7 +9,7 @@ import psutil
 import pytest
 from ray.cluster_utils import Cluster
 
-from recsys_dist.deepfm.model import load
+from recsys_dist.deepfm.published import load
 from tests.faults.test_training import (
     DEADLINE_SECONDS,
     SETTINGS,

@@ -13,7 +13,8 @@ import torch
 from recsys_dist.config import REPOSITORY
 from recsys_dist.config import load as load_config
 from recsys_dist.deepfm.checkpoint import complete, load_weights
-from recsys_dist.deepfm.model import DeepFM, load
+from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.published import load
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import run_workers, train_in
 from tests.processes import DEADLINE_SECONDS, stopped_at_the_end, wait_for

@@ -17,7 +17,7 @@ import pytest
 
 from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import REPOSITORY
-from recsys_dist.deepfm.model import load
+from recsys_dist.deepfm.published import load
 from recsys_dist.errors import RetryableError
 from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features

@@ -165,13 +165,13 @@ def test_only_what_is_fitted_on_counts(related):
 @pytest.mark.parametrize(
     "settings", [{}, {"events": "any", "late": 0.2}, {"fit_on": "train_valid", "max_events": 2}]
 )
-def test_days_are_counted_once_each_from_all_that_is_fitted_on(related, settings):
+def test_days_are_counted_once_each_from_all_parts(related, settings):
     rows = random_rows(7, hours=200)
     rows += [(1, 3, 23 + at, 1, "train") for at in (0, 1)]  # the last hour of a day and the first of the next
     rows += [(2, 5, 300, 1, "valid"), (2, 5, 400, 1, "test")]
     counts = Counter()
-    for _, item, at, label, split in rows:
-        if split in ("train", *["valid"] * ("fit_on" in settings)) and (label or "events" in settings):
+    for _, item, at, label, _ in rows:
+        if label or "events" in settings:
             counts[item, (START + dt.timedelta(hours=at)).date()] += 1
     run = related(rows, settings, partitions=5)
     found = [tuple(row.values()) for row in run.table("daily").select(DAILY.names).to_pylist()]
