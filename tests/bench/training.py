@@ -4,8 +4,8 @@ Both run in one process a worker, in turns, with the settings of conf/movielens_
 epoch or more. What is counted are steps after the first few, which still allocate.
 
 What a checkpoint costs is measured with a table of 5 million rows in the place of the users': how long `save`
-keeps the loop waiting, and how much longer BESIDE steps take with one at their beginning, which is on disk before
-they end or is waited for. The first checkpoint, which gets its memory, is told apart.
+keeps the loop waiting, and how much longer BESIDE steps take with one at their beginning, which is on disk
+before they end or is waited for. The first checkpoint, which gets its memory, is told apart.
 """
 
 import itertools
