@@ -487,6 +487,10 @@ class Pair(Section):
         return self
 
 
+FIT_ON = {"train": ("train",), "train_valid": ("train", "valid")}
+"""Values of `fit_on` to parts of the examples."""
+
+
 class DeepFM(Section):
     """The ranking model and its training. A number that may change from epoch to epoch is one, or a list of
     one for each, of which the last holds on."""
@@ -518,8 +522,11 @@ class DeepFM(Section):
     """The same of histories of items, which the MLP also reads weighted by the candidate item."""
     pair: tuple[Pair, ...] = ()
     """What the user's longest history of liked items says of the item, by the tables of a recall run
-    (`recall.late` above 0). They add their own weight and their part of the first layer. Learned on late
-    train events by tables of what came before these, so that no event speaks for itself."""
+    (`recall.late` above 0). An MLP of them and of the logit is added to the logit. It is learned on late
+    train events, by tables of what came before these and beside embeddings that are not fitted to them; then
+    the embeddings are fitted anew, to all events."""
+    pair_hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((64, 32), min_length=1)
+    """Widths of that MLP's layers."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: the MLP is computed in it where the processor or GPU has it, else in float32; weights, tables
     and the factorisation machine stay float32."""
@@ -544,7 +551,8 @@ class DeepFM(Section):
     negatives_from: Literal["catalogue", "batch", "next_items"] = "catalogue"
     """batch: the items drawn for a positive are other positives of its stream in the same step, whatever
     `negatives_power` says. next_items: one half of them are from the catalogue, one half what next items
-    proposes for the example's history, which is what the model has to tell apart (with `pair` only)."""
+    proposes for the example's history, which is what the model has to tell apart (with `pair` only, while
+    that is learned; catalogue when the embeddings are fitted anew)."""
     negatives_outside_history: bool = False
     """No item is drawn for an example that is in its longest history of items."""
     objective: Literal["logistic", "softmax", "bpr", "squared"] = "softmax"

@@ -262,6 +262,10 @@ class FeatureSpec(BaseModel):
         ]
         return pa.schema(base + _columns(self.side("user"), "user"))
 
+    def state_schema(self) -> pa.Schema:
+        """recall/before=late/users/: a user's fields as of the first late event."""
+        return pa.schema([("user", pa.int32()), *_columns(self.side("user"), "user")])
+
     def items_schema(self) -> pa.Schema:
         """items/: an item, ascending by index; `count` is its number of positive train examples.
 

@@ -78,5 +78,13 @@ def random_recall(config: Config, features: Run) -> Run:
     }
     columns = {"user": list(late), "late_from": list(late.values())}
     recall.write_table(f"{LATE}/late_from", pa.table(columns).cast(LATE_FROM))
+    first = [
+        row
+        for row in train.sort_by([("timestamp", "ascending"), ("item", "ascending")]).to_pylist()
+        if row["timestamp"] == late.get(row["user"])
+    ]
+    schema = features.spec().state_schema()
+    state = {row["user"]: {name: row[name] for name in schema.names} for row in reversed(first)}
+    recall.write_table(f"{LATE}/users", pa.Table.from_pylist(list(state.values()), schema=schema))
     known = sum(m < late.get(user, m + dt.timedelta(1)) for user, of in moments.items() for m in of)
     return recall.commit(config, {"late": {"known": known}})

@@ -116,10 +116,9 @@ class Examples:
         pair_fields = catalogue.spec.side("pair")
         if pair_fields:
             assert recall is not None
-            self.pairs = LearnedPairs(pair_fields, catalogue, recall, "valid" in parts)
+            self.pairs = LearnedPairs(pair_fields, catalogue, run, recall)
             train = RowGroups(run.dataset("examples"), [], pc.field("split") == "train", 0)
             self.pairs.require_earlier(sum(train.each(self.pairs.earlier, ["user", "timestamp", "label"])))
-            columns = [*columns, "split"]
         room = settings.cache_megabytes << 20
         groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room)
         counted = groups.each(functools.partial(_count, settings=settings), ["label", "value"])
@@ -206,6 +205,8 @@ class Examples:
         settings, seed = self.config.deepfm, self.config.seed
         own, share = self._share(rank, world_size)
         parts = [self.shuffled.take(epoch, step, stream) for stream in own]
+        if self.pairs:
+            parts = [self.pairs.as_of(part) for part in parts]
         table = self.shuffled.padded(parts, share)
         real = np.arange(share) < sum(map(len, parts))
         items = np.zeros((share, 1 + settings.negatives), np.int64)

@@ -1,6 +1,7 @@
 """Layers of DeepFM that torch does not have, or not for every device.
 
-Legend: N rows, F fields, D factors, H width of a layer, A history fields with attention, L their length;
+Legend: N rows, F fields, P pair fields, D factors, H width of a layer, A history fields with attention, L
+their length;
 `...` are leading dimensions, which broadcast.
 """
 
@@ -141,6 +142,41 @@ class Attention(nn.Module):
         pooled = torch.einsum("...al,...ald->...ad", weights, history)
         pairs = torch.cat([pooled, pooled * query.unsqueeze(-2)], dim=-1)
         return self.projection(pairs.flatten(-2))
+
+
+class PairHead(nn.Module):
+    """What pair fields add to a logit: an MLP over them and the logit itself, which may so take from it too.
+
+    What they are worth beside a logit can only be learned on examples that the logit is not fitted to. So
+    where they are known, no gradient passes to it.
+
+    Args:
+        fields: P.
+        hidden: widths of the layers.
+        device: of the parameters.
+    """
+
+    def __init__(self, fields: int, hidden: Sequence[int], device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.norm = BatchNorm(2 + fields, device)
+        layers: list[nn.Module] = []
+        for before, width in zip((2 + fields, *hidden), hidden, strict=False):
+            layers += [nn.Linear(before, width, device=device), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], 1, device=device))
+
+    def forward(self, pair: Tensor, logit: Tensor) -> Tensor:
+        """[...] the logit with what the fields add, which is nothing where they are not known.
+
+        Args:
+            pair: [..., 1 + P] 1 where the fields are known, and they.
+            logit: [...].
+        """
+        known = pair[..., 0] > 0
+        with torch.autocast(pair.device.type, enabled=False):
+            x = torch.cat([pair, logit.detach().float().unsqueeze(-1)], dim=-1)
+            added = self.layers(self.norm(x, known)).squeeze(-1)
+        plain = torch.where(known, logit.detach(), logit) if self.training else logit
+        return plain + torch.where(known, added, 0)
 
 
 def recency(age: Tensor, decay: float) -> Tensor:

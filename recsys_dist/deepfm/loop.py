@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recsys_dist.config import Config
+from recsys_dist.config import FIT_ON, Config
 from recsys_dist.deepfm.batches import Batch
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
 from recsys_dist.deepfm.examples import Ahead, Examples
@@ -58,7 +58,8 @@ class Task:
     start_from: Run | None = None
     """Whose model the first attempt starts from."""
     refit_epochs: int | None = None
-    """Fit on train and valid for so many epochs; None: on train, until valid no longer gets better."""
+    """Fit on the parts of `deepfm.fit_on` for so many epochs; None: on train, until valid no longer gets
+    better."""
     on_epoch: Callable[[dict[str, Any]], None] | None = None
     """Called by every worker with an epoch's line of the history, when its checkpoint is complete: nothing is
     being written then, so that whoever ends the training in this call may remove what there is."""
@@ -85,7 +86,7 @@ def train(task: Task, device: torch.device) -> Progress:
     spec = used_fields(task.features.spec(), settings)
     items = Items(task.features, spec)
     refit = task.refit_epochs is not None
-    parts = ("train", "valid") if refit else ("train",)
+    parts = FIT_ON[settings.fit_on] if refit else ("train",)
     examples = Examples(task.features, items, task.config, parts, task.recall)
     valid = None if refit else validation(task.features, items, task.config, recall=task.recall)
     model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)

@@ -30,11 +30,13 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from recsys_dist import config
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
-from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, recency
+from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, PairHead, recency
 from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
 
+PAIR_HEAD = "pair_head."
+"""What begins with this in a state_dict says what pair fields are worth."""
 PADDING = 4
 """Columns of a table beyond the factors: the first-order weight and three unused ones, since fused
 tables need a multiple of 4."""
@@ -115,8 +117,6 @@ class DeepFM(nn.Module):
         self.item_values = _value_weights(self.item_fields, dim, device)
         if self.linear:
             self.bias = nn.Parameter(torch.zeros((), device=device))
-            if self.pair_fields:
-                self.pair_first = nn.Parameter(torch.zeros(1 + len(self.pair_fields), device=device))
         # None without an MLP, to which it belongs.
         self.user_convolution = self._convolution(len(self.user_fields), device)
         self.item_convolution = self._convolution(len(self.item_fields), device)
@@ -133,11 +133,11 @@ class DeepFM(nn.Module):
                 layers += [BatchNorm(width, device)] if settings.batch_norm else []
                 layers += [nn.ReLU(inplace=True), nn.Dropout(in_epoch(settings.dropout, 0))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
-            if self.pair_fields:
-                self.pair_hidden = nn.Linear(1 + len(self.pair_fields), widths[0], bias=False, device=device)
             if self.attended:
                 decays = [settings.attention[name] for name in self.attended]
                 self.attention = Attention(decays, dim, widths[0], device)
+        if self.pair_fields:
+            self.pair_head = PairHead(len(self.pair_fields), settings.pair_hidden, device)
         with torch.device("cpu"):  # the same numbers, whatever the default device is
             self._initialise(seed)
 
@@ -218,22 +218,17 @@ class DeepFM(nn.Module):
             across = torch.einsum("...d,...d->...", user.sum, item.sum)
         return first + user.pair + item.pair + across
 
-    def mlp(
-        self, user: Side, item: Side, counted: Tensor | None = None, pair: Tensor | None = None
-    ) -> Tensor:
+    def mlp(self, user: Side, item: Side, counted: Tensor | None = None) -> Tensor:
         """The deep part; leading shapes broadcast.
 
         Args:
             user: users.
             item: items.
             counted: bool: which rows batch normalisation learns from; None: all.
-            pair: [..., 1 + P] the pair fields, of a model that has them.
         """
         x = user.hidden + item.hidden
         if self.attended:
             x = x + self.attention(user.history, user.age, item.query)
-        if pair is not None:
-            x = x + self.pair_hidden(pair)
         for layer in self.layers:
             x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
         return x.squeeze(-1).float()
@@ -253,24 +248,23 @@ class DeepFM(nn.Module):
             raise ValueError(
                 f"{len(self.pair_fields)} pair fields, and {'no ' * (pair is None)}values of them"
             )
-        if not self.deep:
-            return self._linear(user, item, pair)
-        deep = self.mlp(user, item, counted, pair)
-        return self._linear(user, item, pair) + deep if self.linear else deep
+        logit = self._plain(user, item, counted)
+        return logit if pair is None else self.pair_head(pair, logit)
 
-    def _linear(self, user: Side, item: Side, pair: Tensor | None) -> Tensor:
-        """The FM with the first order of the pair fields."""
-        if pair is None:
+    def _plain(self, user: Side, item: Side, counted: Tensor | None) -> Tensor:
+        """The logit without pair fields."""
+        if not self.deep:
             return self.fm(user, item)
-        with torch.autocast(pair.device.type, enabled=False):
-            return self.fm(user, item) + pair @ self.pair_first
+        deep = self.mlp(user, item, counted)
+        return self.fm(user, item) + deep if self.linear else deep
 
     @property
     def width(self) -> int:
         """Numbers of the widest array that `logits` makes of a pair."""
         history = sum(field.last or 1 for field in self.user_fields if field.name in self.attended)
         hidden = self.user_hidden.out_features if self.deep else 0
-        return max(1, hidden, history + 4 * self.dim, 1 + len(self.pair_fields))
+        pair = max(2 + len(self.pair_fields), *self.settings.pair_hidden) if self.pair_fields else 0
+        return max(1, hidden, history + 4 * self.dim, pair)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss, summed with the batch's weights, and the logits [B, 1 + J], the example's own first."""
@@ -372,12 +366,6 @@ class DeepFM(nn.Module):
                     layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
                     if layer.bias is not None:
                         layer.bias.zero_()
-        if self.deep and self.pair_fields:
-            # He et al. 2015, as if these were all inputs: they matter more than any other.
-            deviation = (2 / self.pair_hidden.in_features) ** 0.5
-            self.pair_hidden.weight.copy_(
-                torch.randn(self.pair_hidden.weight.shape, generator=generator) * deviation
-            )
         for values in (self.user_values, self.item_values):
             if values is not None:
                 values.copy_(torch.randn(values.shape, generator=generator) * scale)
@@ -387,6 +375,13 @@ class DeepFM(nn.Module):
                 fan_in = layer.weight[0].numel()
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * fan_in**-0.5)
                 if layer.bias is not None:
+                    layer.bias.zero_()
+        if self.pair_fields:
+            for layer in self.pair_head.layers:
+                if isinstance(layer, nn.Linear):
+                    # At first it adds nothing.
+                    deviation = (2 / layer.in_features) ** 0.5 * (layer.out_features > 1)
+                    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
                     layer.bias.zero_()
 
 

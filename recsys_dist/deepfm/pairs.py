@@ -141,25 +141,32 @@ def _related(recall: Run, name: str, n: int) -> RelatedItems:
 
 
 class LearnedPairs:
-    """The pair fields of examples, by tables that know of nothing that is not earlier: of late train events
-    by those of what came before them, of valid events by those of the train part. Of other train events
-    nothing is known.
+    """The pair fields of train examples: of late ones by tables that know of nothing but what came before
+    them; of the others nothing is known.
+
+    A list is made once, for all that its user does until the next one. So the users of late events are as
+    they were when these began, not as of the event.
 
     Args:
         fields: of side pair.
         items: of the features run.
-        recall: with both tables.
-        valid: are there events of the valid part?
+        features: that run.
+        recall: with the tables.
     """
 
-    def __init__(self, fields: tuple[FieldSpec, ...], items: Items, recall: Run, valid: bool) -> None:
+    def __init__(self, fields: tuple[FieldSpec, ...], items: Items, features: Run, recall: Run) -> None:
         self.late = Pairs(fields, items, recall, f"{LATE}/")
-        self.valid = Pairs(fields, items, recall, before_valid(recall)) if valid else None
         self.history = self.late.history
         moments = recall.table(f"{LATE}/late_from")
         self.from_U = np.full(items.spec.n_users + 1, NEVER)
         """[U] microseconds from which on a user's train events are late."""
         self.from_U[moments["user"].to_numpy()] = moments["late_from"].cast(pa.int64()).to_numpy()
+        # What is read says, or not, that a column is never null.
+        self.schema = features.spec().state_schema()
+        self.states = recall.table(f"{LATE}/users", columns=self.schema.names).cast(self.schema)
+        """Users as of when their late events began."""
+        self.row_U = np.full(len(self.from_U), -1)
+        self.row_U[self.states["user"].to_numpy()] = np.arange(len(self.states))
         self.events = self.late.settings.events
         self.counted = int(recall.manifest["figures"]["late"]["known"])
         self.where = recall.uri
@@ -180,22 +187,36 @@ class LearnedPairs:
                 f"hold for new events. Run jobs/recall.py --force."
             )
 
+    def as_of(self, examples: pa.Table) -> pa.Table:
+        """Examples (user, timestamp and all fields of side user), the late ones with users as of when these
+        began.
+        """
+        state_B = self.row_U[examples["user"].to_numpy()]
+        own = examples.select(self.schema.names).cast(self.schema)
+        row_B = np.where(self._late(examples), len(own) + state_B, np.arange(len(own)))
+        columns = pa.concat_tables([own, self.states]).take(pa.array(row_B))
+        for name in self.schema.names:
+            examples = examples.set_column(examples.schema.get_field_index(name), name, columns[name])
+        return examples
+
     def of(self, examples: pa.Table, items_BC: Tensor) -> Tensor:
         """[B, C, 1 + P] float32; 0 where nothing is known.
 
         Args:
-            examples: user, timestamp, split and the history.
+            examples: of `as_of`.
             items_BC: the example's own and the drawn ones, int64.
         """
-        is_valid = examples["split"].to_numpy() == "valid"
-        late = examples["timestamp"].cast(pa.int64()).to_numpy() >= self.from_U[examples["user"].to_numpy()]
         found = torch.zeros(*items_BC.shape, self.late.width)
-        for pairs, rows in ((self.late, late & ~is_valid), (self.valid, is_valid)):
-            chosen = np.flatnonzero(rows)
-            if pairs is not None and len(chosen):
-                history = examples[self.history].take(pa.array(chosen))
-                found[chosen] = pairs.of(history, items_BC[chosen])
+        chosen = np.flatnonzero(self._late(examples))
+        if len(chosen):
+            history = examples[self.history].take(pa.array(chosen))
+            found[chosen] = self.late.of(history, items_BC[chosen])
         return found
+
+    def _late(self, examples: pa.Table) -> np.ndarray:
+        """[B] bool: is it a late event, of a user whose state is known?"""
+        users_B, moments_B = examples["user"].to_numpy(), examples["timestamp"].cast(pa.int64()).to_numpy()
+        return (moments_B >= self.from_U[users_B]) & (self.row_U[users_B] >= 0)
 
 
 def before_valid(recall: Run) -> str:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.checkpoint import read_into
+from recsys_dist.deepfm.model import PAIR_HEAD
 from recsys_dist.deepfm.published import description
 from recsys_dist.deepfm.sharding import held_rows
 from recsys_dist.errors import ConfigError
@@ -91,7 +92,12 @@ def take_over(
         for of in (spec.fields, fields.values())
     )
     same = mine_of_numbers == theirs_of_numbers
-    order = [field.name for field in spec.fields] == list(fields)
+    own, others = (
+        [(field.side == "pair", field.name) for field in of] for of in (spec.fields, fields.values())
+    )
+    order, pairs = (
+        [f for f in own if f[0] == pair] == [f for f in others if f[0] == pair] for pair in (False, True)
+    )
     taken = []
     with _local(run) as folder, safetensors.safe_open(f"{folder}/{WEIGHTS}", "pt") as weights:
         for name in sorted(set(state) & set(weights.keys())):
@@ -102,7 +108,9 @@ def take_over(
                 if not _means_the_same(spec.field(field), fields[field]):
                     continue
                 _copy_rows(theirs, shape[0], mine)
-            elif tuple(mine.shape) == shape and (same if name.endswith("_values") else order):
+            elif tuple(mine.shape) == shape and (
+                same if name.endswith("_values") else pairs if name.startswith(PAIR_HEAD) else order
+            ):
                 mine.copy_(theirs[...] if shape else weights.get_tensor(name))
             else:
                 continue

@@ -24,7 +24,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from recsys_dist.config import Config
+from recsys_dist.config import FIT_ON, Config
 from recsys_dist.deepfm.reports import (
     DATA,
     HISTORY,
@@ -123,17 +123,41 @@ class _Fitted:
     history: list[dict[str, Any]]
     """Of the fit on train."""
     folder: Path
-    """With the checkpoint of `step`: that of this fit, or of the refit."""
+    """Of the last fit, whose best checkpoint is published; a refit's best one is its last."""
+    pairs: Path | None = None
+    """Of the fit that learned what pair fields are worth, where it is another one."""
 
-    @property
-    def step(self) -> int:
-        """The best step of the last fit; a refit's last one."""
-        return int(best(lines(self.folder / HISTORY))["step"])
+
+def _best_checkpoint(folder: Path) -> Path:
+    """That of a fit's best step.
+
+    Raises:
+        DataError: it is not there, or not what was saved.
+    """
+    from recsys_dist.deepfm.checkpoint import complete, problem_of
+
+    step = int(best(lines(folder / HISTORY))["step"])
+    found = {of: path for of, _, path in complete(folder)}
+    if step not in found:
+        raise DataError(
+            f"{folder} has no checkpoint of step {step}, the best one by {HISTORY}, but of "
+            f"{', '.join(map(str, found)) or 'none'}: train again, --force."
+        )
+    wrong = problem_of(found[step])
+    if wrong:
+        raise DataError(
+            f"checkpoint {found[step]} is refused: {wrong}. It is the best one: train again, --force."
+        )
+    return found[step]
 
 
 def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -> _Fitted:
-    """Fit on train, and where it is asked for once more on train and valid."""
-    folder = run.training
+    """Fit on train, and where it is asked for once more on train and valid.
+
+    With pair fields always once more, without them: the first fit's embeddings know nothing of the late
+    events on which it learned what the fields are worth, and the published ones know all.
+    """
+    folder, settings = run.training, config.deepfm
     inputs = run.inputs
     read = {"features": inputs["features"], "recall": inputs.get("recall")}
     task = {"config": config, **read, "start_from": before}
@@ -143,12 +167,17 @@ def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -
     fitted = _Fitted(lines(folder / HISTORY), folder)
     epochs = best(fitted.history)["epoch"]
     print(f"  the best epoch is {epochs} (* marks an epoch better than all before)")
-    if config.deepfm.fit_on == "train":
+    if settings.fit_on == "train" and not settings.pair:
         return fitted
-    print(f"  fitted anew on train and valid for {epochs} epochs:")
+    parts = " and ".join(FIT_ON[settings.fit_on])
+    print(f"  fitted anew on {'all of ' * bool(settings.pair)}{parts} for {epochs} epochs:")
     again.mkdir(exist_ok=True)
+    if settings.pair:
+        drawn = "catalogue" if settings.negatives_from == "next_items" else settings.negatives_from
+        plain = settings.model_copy(update={"pair": (), "negatives_from": drawn})
+        task |= {"config": config.model_copy(update={"deepfm": plain}), "recall": None}
     _train(config, again, task | {"refit_epochs": epochs}, tracking)
-    return _Fitted(fitted.history, again)
+    return _Fitted(fitted.history, again, folder if settings.pair else None)
 
 
 def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Tracking) -> None:
@@ -219,24 +248,18 @@ def _worker(task: dict[str, Any]) -> None:
 
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
-    from recsys_dist.deepfm.checkpoint import complete, load_weights, problem_of
-    from recsys_dist.deepfm.model import DeepFM, used_fields
+    from recsys_dist.deepfm.checkpoint import load_weights
+    from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
     from recsys_dist.deepfm.published import publish
 
     history, folder, line = fitted.history, fitted.folder, best(fitted.history)
-    found = {step: path for step, _, path in complete(folder)}
-    if fitted.step not in found:
-        raise DataError(
-            f"{folder} has no checkpoint of step {fitted.step}, the best one by {HISTORY}, but of "
-            f"{', '.join(map(str, found)) or 'none'}: train again, --force."
-        )
-    path = found[fitted.step]
-    wrong = problem_of(path)
-    if wrong:
-        raise DataError(f"checkpoint {path} is refused: {wrong}. It is the best one: train again, --force.")
+    path = _best_checkpoint(folder)
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     state = DeepFM(spec, config.deepfm).state_dict()
-    load_weights(path, state)
+    head = {name: of for name, of in state.items() if fitted.pairs and name.startswith(PAIR_HEAD)}
+    load_weights(path, {name: of for name, of in state.items() if name not in head})
+    if fitted.pairs:
+        load_weights(_best_checkpoint(fitted.pairs), head)
     publish(run, spec, config.deepfm, state)
     run.remove("checkpoint")  # of a driver that was killed before the commit
     run.filesystem.create_dir(f"{run.path}/checkpoint")

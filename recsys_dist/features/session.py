@@ -43,6 +43,9 @@ else:
     # Spark's Python side logs every failed query with its Java stack; our errors say what was wrong.
     PySparkLogger.getLogger("SQLQueryContextLogger").setLevel(logging.CRITICAL)
 
+# Where Java dies, py4j writes to the root log where it stood. What Java died of is told by us.
+logging.getLogger().addFilter(lambda record: record.getMessage() != "Exception while sending command.")
+
 RUNTIME = {
     "spark.sql.session.timeZone": "UTC",
     # What is no number or date is found by try_cast and set aside; anything else must not become null.

@@ -9,7 +9,7 @@ import pyspark
 from pyspark.sql import Column, DataFrame
 from pyspark.sql import functions as F
 
-from recsys_dist.config import Config, Recall
+from recsys_dist.config import FIT_ON, Config, Recall
 from recsys_dist.errors import DataError
 from recsys_dist.features.session import (
     Steps,
@@ -24,7 +24,6 @@ from recsys_dist.features.session import (
 from recsys_dist.recall.neighbors import baskets, mirrored, similarity, together
 from recsys_dist.recall.next_items import following, weight
 from recsys_dist.recall.pairs import (
-    FIT_ON,
     PAIR_BYTES,
     counted_events,
     daily_counts,
@@ -32,6 +31,7 @@ from recsys_dist.recall.pairs import (
     in_order,
     late_from,
     save_best,
+    state_before,
     with_counts,
 )
 from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, LATE_FROM
@@ -75,7 +75,11 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
             uri = f"{run.uri}/{LATE}/late_from"
             with steps.measure("late"):
                 write(late_from(train, settings.late, in_time), uri, LATE_FROM)
-            early = earlier_events(train, read_table(spark, uri, LATE_FROM))
+            moments = read_table(spark, uri, LATE_FROM)
+            with steps.measure("state"):
+                state = state_before(examples, moments, spec.state_schema())
+                write(state, f"{run.uri}/{LATE}/users", spec.state_schema())
+            early = earlier_events(train, moments)
             figures["late"] = tables.count(early, f"{LATE}/", f"the first {1 - settings.late:g} of train")
             if "valid" in parts:
                 figures["before_valid"] = tables.count(train, f"{BEFORE_VALID}/", "train")

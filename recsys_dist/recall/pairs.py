@@ -6,6 +6,7 @@ before they are moved. All that is added up are whole numbers: the same in any o
 
 from collections.abc import Sequence
 
+import pyarrow as pa
 from pyspark.sql import Column, DataFrame, Window
 from pyspark.sql import functions as F
 
@@ -15,7 +16,6 @@ from recsys_dist.schema import RELATED
 
 PAIR_BYTES = 16
 """Of a pair of items that is moved, about."""
-FIT_ON = {"train": ("train",), "train_valid": ("train", "valid")}
 """recall.fit_on to the parts of examples/."""
 SENT = 500_000
 """A number for each of so many items is sent to every task in place of moving the pairs to it."""
@@ -85,6 +85,22 @@ def earlier_events(events: DataFrame, moments: DataFrame) -> DataFrame:
     joined = events.join(moments, "user", "left")
     early = F.col("late_from").isNull() | (F.col("timestamp") < F.col("late_from"))
     return joined.where(early).select("user", "item", "timestamp")
+
+
+def state_before(examples: DataFrame, moments: DataFrame, schema: pa.Schema) -> DataFrame:
+    """Each user's fields as of when his events become late: those of the first late event, which has the
+    state before it.
+
+    Args:
+        examples: of a features run.
+        moments: of `late_from`.
+        schema: `user`, and the fields of side user.
+    """
+    joined = examples.where(F.col("split") == "train").join(moments, "user")
+    first = joined.where(F.col("timestamp") == F.col("late_from"))
+    names = [name for name in schema.names if name != "user"]
+    of_user = first.groupBy("user").agg(F.min_by(F.struct(*names), "item").alias("state"))
+    return of_user.select("user", "state.*")
 
 
 def with_counts(pairs: DataFrame, counts: DataFrame, n_items: int) -> DataFrame:

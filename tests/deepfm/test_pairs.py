@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import numpy as np
@@ -7,12 +8,16 @@ import pytest
 import torch
 
 from recsys_dist.config import DeepFM as Settings
-from recsys_dist.config import load
+from recsys_dist.config import load as load_config
 from recsys_dist.deepfm import pairs as module
+from recsys_dist.deepfm import train
+from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.model import DeepFM, used_fields
+from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.pairs import Pairs, pair_specs
+from recsys_dist.deepfm.published import load
+from recsys_dist.deepfm.reports import best, lines
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import LATE, RELATED
 from recsys_dist.workspace import Workspace
@@ -100,14 +105,15 @@ def test_some_items_have_the_values_that_they_have_among_all(night, items, monke
 
 def test_examples_learn_from_tables_of_what_is_earlier(night, items):
     config, features, recall = night
-    examples = Examples(features, items, config, ("train", "valid"), recall)
-    late, main = (Pairs(items.spec.side("pair"), items, recall, folder) for folder in (f"{LATE}/", ""))
+    examples = Examples(features, items, config, ("train",), recall)
+    late = Pairs(items.spec.side("pair"), items, recall, f"{LATE}/")
     moments = {row["user"]: row["late_from"] for row in recall.table(f"{LATE}/late_from").to_pylist()}
-    kinds = {"early": 0, "late": 0, "valid": 0}
+    states = {row["user"]: row for row in recall.table(f"{LATE}/users").to_pylist()}
+    kinds, older = {"early": 0, "late": 0}, 0
     for step in range(examples.steps):
         batch = examples.batch(0, step, 0, 1)
         table = features.table("examples", filter=pc.field("label") == 1)
-        by_number = table.filter(pc.field("split") != "test")
+        by_number = table.filter(pc.field("split") == "train")
         taken = batch.item.indices["item"].values().view(len(batch.user), -1).long()
         users = batch.user.indices["user"].values().tolist()
         for row in range(len(batch.user)):
@@ -118,15 +124,18 @@ def test_examples_learn_from_tables_of_what_is_earlier(night, items):
                 0
             ]
             is_late = users[row] in moments and of["timestamp"] >= moments[users[row]]
-            kind = "valid" if of["split"] == "valid" else "late" if is_late else "early"
+            kind = "late" if is_late else "early"
             kinds[kind] += 1
-            history = pa.chunked_array([pa.array([of["recent"]], pa.list_(pa.int32()))])
-            if kind == "early":
-                assert batch.pair[row].eq(0).all()
-            else:
-                expected = (main if kind == "valid" else late).of(history, taken[row : row + 1])[0]
-                assert torch.equal(batch.pair[row], expected)
+            recent = of["recent"]
+            if is_late:  # as of when late events began
+                recent = states[users[row]]["recent"]
+                older += recent != of["recent"]
+            assert batch.user.indices["recent"].lengths()[row] == len(recent)
+            history = pa.chunked_array([pa.array([recent], pa.list_(pa.int32()))])
+            expected = late.of(history, taken[row : row + 1])[0] if is_late else torch.zeros(())
+            assert torch.equal(batch.pair[row], expected.expand(batch.pair[row].shape))
     assert min(kinds.values()) > 20, kinds
+    assert older > 20
 
 
 def test_a_table_that_knows_late_events_is_refused(night, items):
@@ -150,30 +159,54 @@ def test_a_recall_run_without_them_is_refused(night, items):
 
 
 @pytest.mark.parametrize("kind", ["lr", "fm", "dnn", "deepfm"])
-def test_the_logit_gains_their_weights_and_their_part_of_the_first_layer(night, items, kind):
+def test_an_mlp_of_them_and_the_logit_is_added_where_they_are_known(night, items, kind):
     config, features, recall = night
-    settings = config.deepfm.model_copy(update={"model": kind, "init_scale": 0.5})
-    spec = used_fields(features.spec(), settings)
-    model = DeepFM(spec, settings, seed=5).requires_grad_(False)
+    settings = config.deepfm.model_copy(update={"model": kind, "init_scale": 0.5, "pair_hidden": (5, 4)})
+    model = DeepFM(used_fields(features.spec(), settings), settings, seed=5).eval()
     plain = settings.model_copy(update={"pair": ()})
-    without = DeepFM(used_fields(features.spec(), plain), plain, seed=5).requires_grad_(False)
-    without.load_state_dict(
-        {name: w for name, w in model.state_dict().items() if not name.startswith("pair_")}
-    )
+    without = DeepFM(used_fields(features.spec(), plain), plain, seed=5).eval()
+    without.load_state_dict({n: w for n, w in model.state_dict().items() if not n.startswith("pair_head.")})
     batch = Examples(features, items, config, ("train",), recall).batch(0, 0, 0, 1)
     user = model.user_side(batch.user).leading(-1, 1)
     item = model.item_side(batch.item).leading(len(batch.user), -1)
-    if kind != "dnn":
-        model.pair_first.copy_(torch.tensor([0.3, -1.0, 0.5, 2.0]))
-    expected = without.fm(user, item) + batch.pair @ model.pair_first if kind != "dnn" else 0.0
-    if kind in ("dnn", "deepfm"):
-        shifted = user._replace(
-            hidden=user.hidden + torch.zeros_like(item.hidden) + batch.pair @ model.pair_hidden.weight.T
-        )
-        expected = expected + without.mlp(shifted, item)
-    torch.testing.assert_close(model.logits(user, item, pair=batch.pair), expected, rtol=1e-5, atol=1e-5)
+    logit = without.logits(user, item)
+    torch.testing.assert_close(model.logits(user, item, pair=batch.pair), logit)  # at first it adds nothing
+    with torch.no_grad():
+        for number, parameter in enumerate(model.pair_head.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        model.pair_head.norm.mean.fill_(0.5)
+        model.pair_head.norm.variance.fill_(4)
+    head = {name: w.detach() for name, w in model.pair_head.named_parameters()}
+    x = torch.cat([batch.pair, logit.detach()[..., None]], -1)
+    x = (x - 0.5) / 2 * head["norm.weight"] + head["norm.bias"]
+    for layer in (0, 2, 4):
+        x = x @ head[f"layers.{layer}.weight"].T + head[f"layers.{layer}.bias"]
+        x = x.relu() if layer < 4 else x
+    known = batch.pair[..., 0] > 0
+    assert 0 < known.sum() < known.numel()
+    expected = logit + torch.where(known, x[..., 0], 0)
+    found = model.logits(user, item, pair=batch.pair)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(ValueError, match="3 pair fields, and no values"):
         model.logits(user, item)
+
+
+def test_late_examples_move_no_embedding_and_the_others_not_the_head(night, items):
+    """What the head learns it learns beside embeddings that do not know the event."""
+    config, features, recall = night
+    batch = Examples(features, items, config, ("train",), recall).batch(0, 0, 0, 1)
+    late = batch.pair[:, 0, 0] > 0
+    for rows in (late, ~late):
+        model = DeepFM(used_fields(features.spec(), config.deepfm), config.deepfm, seed=5).train()
+        loss, _ = model(dataclasses.replace(batch, weight=batch.weight * rows))
+        loss.backward()
+        moved = {
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and parameter.grad.abs().sum() > 0
+        }
+        assert moved
+        assert {name.startswith("pair_head.") for name in moved} == {bool((rows == late).all())}
 
 
 def test_training_with_them_is_the_same_on_two_workers(night, tmp_path):
@@ -193,6 +226,46 @@ def test_training_with_them_is_the_same_on_two_workers(night, tmp_path):
     ]
     assert done[0]["step"] == done[1]["step"] > 0
     assert done[0]["best"] == pytest.approx(done[1]["best"], abs=1e-3)
+
+
+@pytest.mark.parametrize("fit_on", ["train", "train_valid"])
+def test_the_head_of_the_first_fit_is_published_with_embeddings_that_know_all(
+    night, tmp_path, monkeypatch, fit_on
+):
+    config, features, recall = night
+    changed = {"fit_on": fit_on, "negatives_from": "next_items", "epochs": 2}
+    config = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changed)})
+    run = Workspace(config).new("deepfm", {"fit_on": fit_on}, {"features": features, "recall": recall})
+    run.training.mkdir(parents=True)
+    fits = []
+
+    def fit(_, folder, task, tracking):
+        fits.append((task["config"].deepfm, folder, task.get("refit_epochs"), task["recall"]))
+        few = task["config"], features, folder, task.get("refit_epochs"), task["recall"]
+        run_workers(1, train_in, tmp_path / str(len(fits)), *few)
+
+    monkeypatch.setattr(train, "_train", fit)
+    fitted = train._fit(config, run, None, None)
+    (first, folder, epochs, read), (second, again, refit_epochs, nothing) = fits
+    assert (len(first.pair), epochs, read) == (3, None, recall)
+    assert (second.pair, second.negatives_from, nothing) == ((), "catalogue", None)
+    assert refit_epochs == best(lines(folder / "history.jsonl"))["epoch"]
+    told = {of: (path / "data.json").read_text() for of, path in (("first", folder), ("second", again))}
+    assert "train: " in told["first"]
+    assert ("train and valid: " if fit_on == "train_valid" else "train: ") in told["second"]
+    train._publish(config, run, fitted)
+    model = load(run.commit(config, {}), features.spec())
+    state, parts = model.state_dict(), {folder: {}, again: {}}
+    for name, tensor in state.items():
+        parts[folder if name.startswith(PAIR_HEAD) else again][name] = torch.empty_like(tensor)
+    for of, tensors in parts.items():
+        load_weights(train._best_checkpoint(of), tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(state[name], tensor), name
+    assert any(tensor.abs().sum() for tensor in parts[folder].values())
+    before = {name: torch.empty_like(tensor) for name, tensor in parts[again].items()}
+    load_weights(train._best_checkpoint(folder), before)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in parts[again].items())
 
 
 LATE_SET = "recall.late=0.1"
@@ -215,4 +288,4 @@ LATE_SET = "recall.late=0.1"
 )
 def test_what_cannot_be_is_refused_by_name(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        load(None, overrides)
+        load_config(None, overrides)

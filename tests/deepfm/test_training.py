@@ -443,16 +443,21 @@ def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp
     assert metrics[best] != metrics[-1]
 
 
-def test_a_refit_learns_from_valid_too_and_measures_nothing(config, features, tmp_path):
-    small = config.model_copy(update={"deepfm": config.deepfm.model_copy(update={"batch_size": 40})})
+@pytest.mark.parametrize("fit_on", ["train_valid", "train"])
+def test_a_refit_learns_from_valid_too_where_that_is_asked_for_and_measures_nothing(
+    config, features, tmp_path, fit_on
+):
+    changed = {"batch_size": 40, "fit_on": fit_on}
+    small = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changed)})
     progress = run_workers(1, train_in, tmp_path, small, features, tmp_path, 2)[0]
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert not any("metric" in line for line in lines)
     items = Items(features, features.spec())
-    steps = [Examples(features, items, small, parts).steps for parts in (("train", "valid"), ("train",))]
-    assert steps[0] > steps[1]
-    assert progress["step"] == progress["best_step"] == 2 * steps[0]
+    parts = {"train_valid": ("train", "valid"), "train": ("train",)}
+    steps = {name: Examples(features, items, small, of).steps for name, of in parts.items()}
+    assert steps["train_valid"] > steps["train"]
+    assert progress["step"] == progress["best_step"] == 2 * steps[fit_on]
 
 
 def test_the_next_batch_is_the_one_that_is_asked_for(plain, features):
