@@ -1,8 +1,7 @@
 """Layers of DeepFM that torch does not have, or not for every device.
 
 Legend: N rows, F fields, P pair fields, D factors, H width of a layer, A history fields with attention, L
-their length;
-`...` are leading dimensions, which broadcast.
+their length; `...` are leading dimensions, which broadcast.
 """
 
 from collections.abc import Sequence

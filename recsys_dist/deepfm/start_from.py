@@ -20,13 +20,13 @@ from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.checkpoint import read_into
 from recsys_dist.deepfm.model import PAIR_HEAD
-from recsys_dist.deepfm.published import description
+from recsys_dist.deepfm.published import WEIGHTS, description
 from recsys_dist.deepfm.sharding import held_rows
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run, Workspace
 
-WEIGHTS, CHECKPOINT = "model/model.safetensors", "checkpoint"
+CHECKPOINT = "checkpoint"
 
 
 def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec) -> Run | None:

@@ -139,8 +139,9 @@ class Catalogue:
     """
 
     def __init__(self, items: Items) -> None:
-        self.present, self.counts = items.present, items.counts
+        self.present = items.present
         self.counts_I = np.append([0], items.counts)
+        """Positive train events, of the unknown item 0."""
         names = items.spec.attributes(None, "recall.content")
         self.vectors = ItemVectors([items.values(name) for name in names]) if names else None
 
@@ -165,7 +166,7 @@ def measure(
     those of `held_out`.
     """
     relevant_U = np.bincount(truth[:, 0], minlength=len(users))
-    width = len(catalogue.counts) + 1
+    width = len(catalogue.counts_I)
     wanted = truth[:, 0] * width + truth[:, 1]
     hits_UK = np.isin(np.arange(len(users))[:, None] * width + items_UK, wanted)
     per_user = {
@@ -186,7 +187,7 @@ def measure(
         present_I = listed_I[catalogue.present]
         low, high = coverage_interval(present_I, len(users))
         figures[f"coverage@{k}"] = {"value": coverage(present_I), "low": low, "high": high}
-        figures[f"novelty@{k}"] = {"value": novelty(listed_I, catalogue.counts)}
+        figures[f"novelty@{k}"] = {"value": novelty(listed_I, catalogue.counts_I[1:])}
         figures[f"gini@{k}"] = {"value": gini(present_I)}
     return figures, per_user
 

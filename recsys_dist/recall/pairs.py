@@ -16,7 +16,6 @@ from recsys_dist.schema import RELATED
 
 PAIR_BYTES = 16
 """Of a pair of items that is moved, about."""
-"""recall.fit_on to the parts of examples/."""
 SENT = 500_000
 """A number for each of so many items is sent to every task in place of moving the pairs to it."""
 

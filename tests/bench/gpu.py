@@ -3,9 +3,9 @@
 python -m tests.bench.gpu
 python -m tests.bench.gpu --device cpu --rows 100000 --examples 100000 --items 10000   to see that it works
 
-Training is the job's own loop, with its input, checkpoints (written while it trains) and evaluations; counted
-are the last epochs' steps. Where the time goes is read off torch's profiler: kernels of the tables, all other
-kernels, and the time in which the GPU has nothing to do. Beside it the same steps on one batch in memory.
+Training steps are counted end to end and beside it on one batch in memory. Where the time goes is read off
+torch's profiler: kernels of the tables, all others, and the time in which the GPU has nothing to do. Last
+comes the job's own loop, with evaluations and with checkpoints that are written while it trains.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from recsys_dist.config import Config, load
 from recsys_dist.deepfm.loop import Task, train
 from recsys_dist.deepfm.reports import HISTORY, lines
 from recsys_dist.deepfm.train import quiet
-from recsys_dist.recall.inner_product import nearest_items
+from recsys_dist.recall.inner_product import GPU_SCORES, nearest_items
 from recsys_dist.workspace import Run
 from tests.bench import clicks
 from tests.bench.training import ready
@@ -151,7 +151,7 @@ def search(number: int, device: torch.device) -> dict[str, Any]:
     items = torch.randn(number + 1, RANK, device=device, generator=generator)
     seen = torch.randint(1, number + 1, (USERS, SEEN), device=device, generator=generator)
     excluded = torch.arange(USERS, device=device).repeat_interleave(SEEN), seen.flatten()
-    block = max(1, min(USERS, (1 << 31) // number))
+    block = max(1, min(USERS, GPU_SCORES // number))
 
     def products() -> None:
         out = torch.empty(block, number + 1, device=device)
