@@ -3,14 +3,14 @@ the whole table before every step: a weight is multiplied by the factors of all 
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
 from torch import Tensor
-from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from recsys_dist.deepfm.kernels import fused
 
 
 class TableDecay:
@@ -33,7 +33,7 @@ class TableDecay:
         """Logarithm of the product of the first n factors since `catch_up`."""
         self.missing = torch.ones(1, device=self.device)
         """What a row lacks that has been multiplied by the first n factors: the product of the others."""
-        for number, tables in enumerate(_fused(model)):
+        for number, tables in enumerate(fused(model)):
             self.rows.append([weights.detach() for weights in tables.split_embedding_weights()])
             self.seen.append([w.new_zeros(len(w), dtype=torch.int32) for w in self.rows[-1]])
             tables.register_forward_pre_hook(self._hook(number), with_kwargs=True)
@@ -70,13 +70,3 @@ class TableDecay:
                 seen[rows] = len(self.logs) - 1
 
         return hook
-
-
-def _fused(model: DistributedModelParallel) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
-    """The groups of tables, in an order that does not change."""
-    for module in model.modules():
-        if isinstance(module, ShardedEmbeddingBagCollection):
-            for lookup in module._lookups:  # nothing else leads to the kernels
-                for kernel in lookup.modules():
-                    if isinstance(kernel, SplitTableBatchedEmbeddingBagsCodegen):
-                        yield kernel

@@ -16,6 +16,7 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 
 from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
+from recsys_dist.deepfm.kernels import choose
 from recsys_dist.deepfm.model import DeepFM, initial_rows
 from recsys_dist.deepfm.optimizer import fuse
 from recsys_dist.errors import ConfigError
@@ -103,6 +104,7 @@ def shard(
         plan=plan,
         sharders=[Sharder()],
     )
+    choose(sharded)
     _initialise(sharded, model.dim, model.settings, seed)
     return sharded, described
 
