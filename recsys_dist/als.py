@@ -4,32 +4,40 @@ Implicit feedback: Hu, Koren, Volinsky, "Collaborative Filtering for Implicit Fe
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.dataset
 import pyspark
-from pyspark.ml.recommendation import ALS
+from pyspark.ml.recommendation import ALS, ALSModel
+from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from recsys_dist.config import Config
+from recsys_dist.config import FIT_ON, Als, Config
 from recsys_dist.errors import DataError
 from recsys_dist.features.session import MEBIBYTE, Steps, remove_checksums, spark_uri, start, write
 from recsys_dist.schema import FACTORS
-from recsys_dist.workspace import OpenRun
+from recsys_dist.workspace import OpenRun, Run
 
 CHECKPOINT_EVERY = 10
 """Sweeps. Each makes Spark's plan longer, until planning it overflows the stack."""
+CHECKPOINTS, TRIED = "checkpoints", "tried"
+"""Folders of the run that are needed only while it is made."""
+FACTORS_OF = ("user_factors", "item_factors")
 
 
 def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
-    """Fit on the train part and write user_factors/ and item_factors/, ascending by index.
+    """Fit on the parts of `als.fit_on` and write user_factors/ and item_factors/, ascending by index.
 
-    A user or item without an event that is fitted on has no factors.
+    A user or item without an event that is fitted on has no factors. With `als.grid` every combination is
+    fitted on train first, and the settings with the best NDCG@10 on valid are taken.
 
     Returns:
-        the run's figures: ratings, factors, seconds a step.
+        the run's figures: ratings, factors, settings, what was tried, seconds a step.
 
     Raises:
-        DataError: the train part has nothing to fit on.
+        DataError: there is nothing to fit on, or with `als.grid` nothing to measure by.
     """
     settings = config.als
     features = run.inputs["features"]
@@ -39,47 +47,101 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
         session = start("train_als", config, size)
         spark = session.__enter__()
     try:
-        examples = spark.read.parquet(spark_uri(f"{features.uri}/examples/split=train"))
-        if settings.implicit:
-            events = examples.where("label > 0").select(
-                "user", "item", F.lit(1.0).cast("float").alias("rating")
-            )
-        else:
-            events = examples.select("user", "item", F.col("value").alias("rating"))
+        blocks = max(spark.sparkContext.defaultParallelism, math.ceil(size / (32 * MEBIBYTE)))
+        spark.sparkContext.setCheckpointDir(spark_uri(f"{run.uri}/{CHECKPOINTS}"))
+        tried: list[dict[str, Any]] = []
+        if settings.grid:
+            with steps.measure("try"):
+                settings, tried = _best(config, run, spark, blocks)
         with steps.measure("read"):
-            # In one order, because the result depends on it in the last digits.
-            events = events.repartition("user").sortWithinPartitions("user", "item", "rating").cache()
+            events = _events(spark, features, settings, FIT_ON[settings.fit_on]).cache()
             ratings = events.count()
         if not ratings:
-            raise DataError(f"{features.uri}/examples: the train part has no events to fit ALS on")
-        checkpoints = f"{run.path}/checkpoints"
-        blocks = max(spark.sparkContext.defaultParallelism, math.ceil(size / (32 * MEBIBYTE)))
-        spark.sparkContext.setCheckpointDir(spark_uri(f"{run.uri}/checkpoints"))
-        als = ALS(
-            rank=settings.rank,
-            maxIter=settings.iterations,
-            regParam=settings.reg,
-            alpha=settings.alpha,
-            implicitPrefs=settings.implicit,
-            numUserBlocks=blocks,
-            numItemBlocks=blocks,
-            checkpointInterval=CHECKPOINT_EVERY,
-            seed=config.seed,
-            userCol="user",
-            itemCol="item",
-            ratingCol="rating",
-        )
+            parts = " and ".join(FIT_ON[settings.fit_on])
+            raise DataError(f"{features.uri}/examples: no events of {parts} to fit ALS on")
         with steps.measure("fit"):
-            model = als.fit(events)
+            model = _als(settings, config.seed, blocks).fit(events)
         with steps.measure("write"):
-            figures: dict[str, Any] = {"ratings": ratings}
-            for name, factors in (("user_factors", model.userFactors), ("item_factors", model.itemFactors)):
-                rows = factors.select(F.col("id").alias("index"), F.col("features").alias("vector"))
-                rows = rows.repartitionByRange("index").sortWithinPartitions("index")
-                write(rows, f"{run.uri}/{name}", FACTORS)
-                figures[name] = factors.count()
-            run.filesystem.delete_dir(checkpoints)
+            written = _write(model, run, "")
+            for folder in (CHECKPOINTS, TRIED):
+                run.remove(folder)
             remove_checksums(run.filesystem, run.path)
     finally:
         session.__exit__(None, None, None)
-    return {**figures, "rank": settings.rank, "spark": pyspark.__version__, "seconds": steps.seconds}
+    chosen = settings.model_dump(include={"implicit", "rank", "reg", "alpha", "iterations"})
+    told = {"ratings": ratings, **written, **chosen, "tried": tried}
+    return {**told, "spark": pyspark.__version__, "seconds": steps.seconds}
+
+
+def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tuple[Als, list[dict[str, Any]]]:
+    """The combination of the grid that ranks best on valid, and what was found of each."""
+    from recsys_dist.deepfm.items import Items  # torch takes seconds, and without a grid nothing needs it
+    from recsys_dist.evaluation.evaluate import Catalogue, held_out, measure, rank
+    from recsys_dist.scoring.scorers import Factors
+
+    features = run.inputs["features"]
+    spec = features.spec()
+    items = Items(features, spec)
+    catalogue = Catalogue(items)
+    users, truth = held_out(features, config.score.filter_seen, "valid")
+    by_ten = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"k": (10,)})})
+    events: dict[bool, DataFrame] = {}
+    tried = []
+    points = config.als.points()
+    for number, point in enumerate(points):
+        if point.implicit not in events:
+            events[point.implicit] = _events(spark, features, point, ("train",)).cache()
+        _write(_als(point, config.seed, blocks).fit(events[point.implicit]), run, f"{TRIED}/{number}/")
+        folder = f"{run.path}/{TRIED}/{number}"
+        user_factors, item_factors = (
+            pa.dataset.dataset(f"{folder}/{name}", filesystem=run.filesystem) for name in FACTORS_OF
+        )
+        lists = rank(by_ten, items, Factors(spec, user_factors, item_factors.to_table()), users)[0]
+        ndcg = measure(by_ten, lists, truth, users, catalogue)[0]["ndcg@10"]["value"]
+        values: dict[str, Any] = {key: getattr(point, key) for key in config.als.grid}
+        tried.append({**values, "ndcg@10": ndcg})
+        text = " ".join(f"{key}={value}" for key, value in values.items())
+        print(f"  {number + 1} of {len(points)}  {text}  valid NDCG@10 {ndcg:.4f}", flush=True)
+    best = max(range(len(points)), key=lambda number: tried[number]["ndcg@10"])
+    return points[best], tried
+
+
+def _events(spark: SparkSession, features: Run, settings: Als, parts: Sequence[str]) -> DataFrame:
+    """user, item, rating of what is fitted on."""
+    examples = spark.read.parquet(spark_uri(f"{features.uri}/examples")).where(F.col("split").isin(*parts))
+    if settings.implicit:
+        rating = F.lit(1.0).cast("float")
+        examples = examples.where("label > 0")
+    else:
+        rating = F.col("value")
+    events = examples.select("user", "item", rating.alias("rating"))
+    # In one order, because the result depends on it in the last digits.
+    return events.repartition("user").sortWithinPartitions("user", "item", "rating")
+
+
+def _als(settings: Als, seed: int, blocks: int) -> ALS:
+    return ALS(
+        rank=settings.rank,
+        maxIter=settings.iterations,
+        regParam=settings.reg,
+        alpha=settings.alpha,
+        implicitPrefs=settings.implicit,
+        numUserBlocks=blocks,
+        numItemBlocks=blocks,
+        checkpointInterval=CHECKPOINT_EVERY,
+        seed=seed,
+        userCol="user",
+        itemCol="item",
+        ratingCol="rating",
+    )
+
+
+def _write(model: ALSModel, run: OpenRun, folder: str) -> dict[str, int]:
+    """Write both tables into a folder of the run, and return their numbers of rows."""
+    found = {}
+    for name, factors in zip(FACTORS_OF, (model.userFactors, model.itemFactors), strict=True):
+        rows = factors.select(F.col("id").alias("index"), F.col("features").alias("vector"))
+        rows = rows.repartitionByRange("index").sortWithinPartitions("index")
+        write(rows, f"{run.uri}/{folder}{name}", FACTORS)
+        found[name] = factors.count()
+    return found

@@ -4,6 +4,7 @@ import codecs
 import copy
 import datetime as dt
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -385,6 +386,25 @@ class Als(Section):
     """Confidence of an implicit event: 1 + alpha."""
     iterations: int = Field(15, ge=1)
     """Alternating sweeps."""
+    fit_on: Literal["train", "train_valid"] = "train"
+    """The parts whose events the factors are fitted on. train_valid: figures on valid then mean nothing."""
+    grid: dict[
+        Literal["implicit", "rank", "reg", "alpha", "iterations"],
+        Annotated[tuple[bool | int | float, ...], Field(min_length=1)],
+    ] = {}
+    """Values to try by key, such as {rank: [64, 128], reg: [0.05, 0.2]}. Every combination is fitted on
+    train, and the one with the best NDCG@10 on valid is taken."""
+
+    @model_validator(mode="after")
+    def _each_is_valid(self) -> "Als":
+        self.points()
+        return self
+
+    def points(self) -> list["Als"]:
+        """These settings with every combination of the grid's values, in order."""
+        given = self.model_dump(exclude={"grid"})
+        combined = itertools.product(*self.grid.values()) if self.grid else ()
+        return [Als(**given | dict(zip(self.grid, values, strict=True))) for values in combined]
 
 
 class Recall(Section):

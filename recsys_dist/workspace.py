@@ -50,7 +50,7 @@ class Stage:
 
 STAGES = {
     "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
-    "als": Stage("train_als.py", ("features",), ("seed", "als")),
+    "als": Stage("train_als.py", ("features",), ("seed", "als", "score.filter_seen")),
     "recall": Stage("recall.py", ("features",), ("seed", "recall")),
     "deepfm": Stage(
         "train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen"), pairs_read=("recall",)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from recsys_dist.config import Als
 from recsys_dist.errors import DataError
@@ -84,5 +85,26 @@ def test_nothing_to_fit_on(features, tmp_path):
     )
     (tmp_path / "examples" / "split=train").mkdir()
     pq.write_table(table.drop_columns(["split"]), tmp_path / "examples" / "split=train" / "part.parquet")
-    with pytest.raises(DataError, match="the train part has no events to fit ALS on"):
+    with pytest.raises(DataError, match="no events of train to fit ALS on"):
         fitted(config, empty)
+
+
+def test_of_a_grid_the_best_on_valid_is_taken_and_fitted_on_what_is_asked(features):
+    config, run = features
+    grid = {"reg": [1000.0, 0.01], "rank": [4]}
+    config = config.model_copy(update={"als": Als(rank=2, grid=grid, fit_on="train_valid")})
+    als = fitted(config, run)
+    figures = als.manifest["figures"]
+    assert [(point["reg"], point["rank"]) for point in figures["tried"]] == [(1000.0, 4), (0.01, 4)]
+    assert figures["tried"][1]["ndcg@10"] > figures["tried"][0]["ndcg@10"]
+    assert (figures["reg"], figures["rank"]) == (0.01, 4)
+    assert {len(vector) for vector in als.table("item_factors")["vector"].to_pylist()} == {4}
+    events = run.table("examples").to_pandas()
+    assert figures["ratings"] == (events.split.isin(["train", "valid"]) & (events.label > 0)).sum()
+    assert {file["path"].split("/")[0] for file in als.manifest["files"]} == {*FACTORS, "key.json"}
+
+
+@pytest.mark.parametrize("grid", [{"ranks": [1]}, {"rank": [0]}, {"rank": []}])
+def test_a_grid_of_what_cannot_be(grid):
+    with pytest.raises(ValidationError):
+        Als(grid=grid)
