@@ -717,6 +717,34 @@ class Distribution(Section):
         return self
 
 
+Compared = Literal[
+    "popularity",
+    "cosine",
+    "jaccard",
+    "pearson",
+    "next_items",
+    "als_explicit",
+    "als",
+    "mf",
+    "fm",
+    "dnn",
+    "deepfm",
+    "two_stage",
+]
+
+
+class Compare(Section):
+    """Which models `jobs/compare.py` holds against each other."""
+
+    models: Annotated[tuple[Compared, ...], Field(min_length=1)] = typing.get_args(Compared)
+    """In the order of the table. cosine, jaccard, pearson: item neighbours by these; mf to deepfm rank all
+    items; two_stage: DeepFM with pair fields on the candidates of score.candidates."""
+    settings: dict[Compared, tuple[str, ...]] = {}
+    """By model: overrides that only it is trained with, such as [deepfm.embedding_dim=32]."""
+    root: str | None = None
+    """URI or path under which the runs live; default: `storage.root` followed by `-comparison`."""
+
+
 class Tune(Section):
     """The search for better settings of the ranking model, by Ray Tune with ASHA (Li et al. 2020)."""
 
@@ -952,6 +980,7 @@ class Config(Section):
     deepfm: DeepFM = DeepFM()
     mlflow: MLflow = MLflow()
     tune: Tune = Tune()
+    compare: Compare = Compare()
     score: Score = Score()
     evaluation: Evaluation = Evaluation()
     spark: Spark = Spark()

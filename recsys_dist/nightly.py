@@ -49,20 +49,20 @@ def run_night(conf: str | None, overrides: Sequence[str], samples: int) -> None:
     for stage in STAGES:
         pins = [f"storage.pin.{name}={run.run_id}" for name, run in done.items()]
         workspace = Workspace(load(conf, [*pins, *overrides]))
-        found = _find(workspace, stage, config)
+        found = find(workspace, stage, config)
         if found:
             print(f"=== {stage}: done before, {found.uri}", flush=True)
         else:
             print(f"=== {stage}", flush=True)
             start = time.perf_counter()
             try:
-                _run_stage(stage, config, conf, [*pins, *overrides])
+                run_stage(stage, config, conf, [*pins, *overrides])
             except StageFailed:
                 if "evaluation" in done:
                     print(_summary(done, seconds))
                 raise
             seconds[stage] = time.perf_counter() - start
-            found = _find(workspace, stage, config)
+            found = find(workspace, stage, config)
             if found is None:
                 raise RetryableError(
                     f"The {stage} run that was just made does not fit what was asked: the log or the code "
@@ -113,7 +113,12 @@ def command(stage: str, config: Config, conf: str | None, overrides: Sequence[st
     return [sys.executable, str(script), *words]
 
 
-def _run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> None:
+def run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence[str]) -> None:
+    """Make a run of a stage, in a process of its own.
+
+    Raises:
+        StageFailed: with its exit code.
+    """
     environment = dict(os.environ)
     if stage in SPARK_STAGES:
         job.require_java()
@@ -124,7 +129,7 @@ def _run_stage(stage: str, config: Config, conf: str | None, overrides: Sequence
         raise StageFailed(stage, code if code > 0 else 128 - code)
 
 
-def _find(workspace: Workspace, stage: str, config: Config) -> Run | None:
+def find(workspace: Workspace, stage: str, config: Config) -> Run | None:
     """The run of a stage that need not be made: the pinned one, or one with an equal key."""
     pinned = config.storage.pin.get(stage)  # type: ignore[call-overload]
     if pinned:

@@ -62,7 +62,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     for name, scorer in models.all().items():
         items_UK, scores_UK = rank(config, models.items, scorer, users)
         results[name], values[name] = measure(config, items_UK, truth, users, catalogue)
-        tables.append(_lists(name, users, items_UK, scores_UK))
+        tables.append(lists_of(name, users, items_UK, scores_UK))
     lists = pa.concat_tables(tables)
     run.write_table("lists", lists)
     metrics = {
@@ -78,7 +78,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
         },
         "users": len(users),
         "models": results,
-        "compared": _compared(config, values),
+        "compared": compared(config, values, config.score.published),
     }
     run.write_json("metrics.json", metrics)
     verdict = _verdict(config, results, published_last(run.workspace))
@@ -192,11 +192,11 @@ def measure(
     return figures, per_user
 
 
-def _compared(config: Config, values: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
-    """What the models' `evaluation.metric` is less than that of the lists that are published, the interval of
-    this, and p: the same users, in pairs.
+def compared(config: Config, values: dict[str, dict[str, np.ndarray]], model: str) -> dict[str, Any]:
+    """What the models' `evaluation.metric` is less than that of one of them, the interval of this, and p: the
+    same users, in pairs.
     """
-    metric, model = config.evaluation.metric, config.score.published
+    metric = config.evaluation.metric
     if metric not in values[model]:
         return {"metric": metric, "with": model, "models": {}}
     settings, found = config.evaluation, {}
@@ -217,7 +217,8 @@ def published_last(workspace: Workspace) -> Run | None:
     return next((run for run in reversed(published) if run), None)
 
 
-def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
+def lists_of(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
+    """[U, K] items and scores as rows of schema LISTS."""
     rows, places = np.nonzero(items_UK != UNKNOWN)
     return pa.table(
         {

@@ -54,6 +54,21 @@ class Models:
         }
 
 
+def load_ranker(inputs: dict[str, Run], items: Items, most: int | None = None) -> Ranker:
+    """Load the model of these runs (features, deepfm; recall, where it has pair fields) on torch's default
+    device.
+
+    Args:
+        inputs: by stage.
+        items: of the features run.
+        most: a table of users of more bytes is not held, but read for the users of a batch.
+    """
+    model, rows = load_parts(inputs["deepfm"], items.spec, torch.get_default_device(), most)
+    pairs = Pairs(model.pair_fields, items, inputs["recall"]) if model.pair_fields else None
+    own = items if model.spec.fields == items.spec.fields else Items(inputs["features"], model.spec)
+    return Ranker(model, own, pairs, rows)
+
+
 def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     """Load the models of these runs (features, als, recall, deepfm), on torch's default device.
 
@@ -65,10 +80,8 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     spec = features.spec()
     items = Items(features, spec)
     most = score.users_megabytes << 20
-    model, rows = load_parts(inputs["deepfm"], spec, torch.get_default_device(), most)
-    pairs = Pairs(model.pair_fields, items, inputs["recall"]) if model.pair_fields else None
-    own = items if model.spec.fields == spec.fields else Items(features, model.spec)
-    ranker = Ranker(model, own, pairs, rows)
+    ranker = load_ranker(inputs, items, most)
+    model = ranker.model
     sources: dict[str, Scorer] = {
         "als": Factors(
             spec, inputs["als"].dataset("user_factors"), inputs["als"].table("item_factors"), most

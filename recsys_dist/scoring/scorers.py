@@ -48,9 +48,10 @@ class Scorer(Protocol):
 class Popularity:
     """The items with the most positive train events, the same for everyone."""
 
-    def __init__(self, items: Items) -> None:
-        """Take the items of a features run."""
-        self.counts_I = torch.as_tensor(np.append([0], items.counts).astype(np.float32))
+    def __init__(self, items: Items, counts: np.ndarray | None = None) -> None:
+        """Take the items of a features run; and [I] their numbers of events, if not of train."""
+        counts = items.counts if counts is None else counts
+        self.counts_I = torch.as_tensor(np.append([0], counts).astype(np.float32))
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""

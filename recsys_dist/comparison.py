@@ -1,0 +1,292 @@
+"""All models under one protocol, on one log: how well each ranks, in what time and in how much memory.
+
+What is chosen (ALS' settings, the number of epochs) is chosen on valid; the figures are of test, by models
+that are then fitted on train and valid. Every training is the job that a night runs, in a process of its own;
+what was trained before is not trained again.
+"""
+
+import datetime as dt
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_dist import nightly
+from recsys_dist.config import FIT_ON, Config, load
+from recsys_dist.deepfm.items import Items
+from recsys_dist.evaluation.evaluate import Catalogue, compared, held_out, lists_of, measure, rank
+from recsys_dist.scoring.models import load_models, load_ranker
+from recsys_dist.scoring.scorers import Exhaustive, Factors, NextItems, Popularity, Related, Scorer
+from recsys_dist.workspace import OpenRun, Run, Workspace
+
+PARTS = "train_valid"
+"""What every model is fitted on in the end."""
+FITTED = [f"{section}.fit_on={PARTS}" for section in ("recall", "als", "deepfm")]
+MEASURES = ("cosine", "jaccard", "pearson")
+GRID = "als.grid={rank: [64, 128], reg: [0.05, 0.15, 0.4]}"
+PAIR = (
+    "deepfm.pair=[{name: next, measure: next_items}, {name: next_one, measure: next_items, recency: 0.7}, "
+    "{name: next_many, measure: next_items, recency: 12}, {name: near, measure: neighbors}, "
+    "{name: near_many, measure: neighbors, recency: 20}, {name: since, measure: since}]"
+)
+"""Of the two-stage model, where neither the conf file's section `deepfm` nor `compare.settings` has any."""
+AT = (10, 20)
+"""Lengths of the lists that the table tells of."""
+EVERY = 0.5
+"""Seconds between two looks at the memory."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is compared."""
+
+    label: str
+    stage: str
+    """Whose run it is read from."""
+    overrides: tuple[str, ...] = ()
+    """Beside those of the configuration."""
+
+
+MODELS = {
+    "popularity": Model("Popularity", "features"),
+    **{measure: Model(f"Neighbours, {measure}", "recall") for measure in MEASURES},
+    "next_items": Model("Next items", "recall"),
+    "als_explicit": Model("ALS, explicit", "als", ("als.implicit=false",)),
+    "als": Model("ALS, implicit", "als", ("als.implicit=true",)),
+    "mf": Model("MF", "deepfm", ("deepfm.model=mf", "deepfm.pair=[]")),
+    "fm": Model("FM", "deepfm", ("deepfm.model=fm", "deepfm.pair=[]")),
+    # A DNN has no FM part, which a list of candidates may name.
+    "dnn": Model(
+        "DNN", "deepfm", ("deepfm.model=dnn", "deepfm.pair=[]", "score.candidates={popularity: 50}")
+    ),
+    "deepfm": Model("DeepFM, all items", "deepfm", ("deepfm.model=deepfm", "deepfm.pair=[]")),
+    "two_stage": Model("Two-stage DeepFM", "deepfm", ("deepfm.model=deepfm",)),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one run."""
+
+    seconds: float
+    peak_gib: float
+    """The most memory that its processes held at once; what they share is counted once."""
+
+
+class Trained:
+    """The runs of the models, made where they are not there.
+
+    Args:
+        conf: as in `load`.
+        overrides: likewise; they hold for all models.
+    """
+
+    def __init__(self, conf: str | None, overrides: Sequence[str]) -> None:
+        self.conf = conf
+        config = load(conf, overrides)
+        root = config.compare.root or f"{config.storage.root.rstrip('/')}-comparison"
+        # The first measure is the one that a night's lists go by.
+        measures = dict.fromkeys((*config.recall.measures, *MEASURES))
+        self.overrides = [*overrides, f"storage.root={root}", *FITTED]
+        lengths = sorted({*AT, *config.evaluation.k})
+        self.overrides += [f"recall.measures=[{', '.join(measures)}]", "recall.late=0.2"]
+        self.overrides += [f"evaluation.k={lengths}", "evaluation.metric=ndcg@10"]
+        self.config = load(conf, self.overrides)
+        self.workspace = Workspace(self.config)
+        self.costs = self._costs()
+        self.runs: dict[str, Run] = {}
+        """By stage, and by name of the models that have one of their own."""
+
+    def make(self, names: Sequence[str]) -> None:
+        """Train these models, and what they need before."""
+        needed = ["features", "recall"]
+        for stage in needed:
+            self.runs[stage] = self._run(stage, stage, self.overrides)
+        for name in dict.fromkeys(("als", *names)):
+            model = MODELS[name]
+            if model.stage not in needed:
+                self.runs[name] = self._run(model.stage, name, self.settings(name))
+
+    def settings(self, name: str) -> list[str]:
+        """The overrides that a model is trained with."""
+        own = self.config.compare.settings.get(name, ())  # type: ignore[call-overload]
+        more = []
+        if MODELS[name].stage == "als" and not self.config.als.grid:
+            more.append(GRID)
+        if name == "two_stage" and not self.config.deepfm.pair:
+            more.append(PAIR)
+        return [*self.overrides, *more, *MODELS[name].overrides, *own]
+
+    def cost(self, name: str) -> Cost | None:
+        """Of the run that a model is read from; None where that is not known, or where nothing is fitted."""
+        if MODELS[name].stage == "features":
+            return None
+        return self.costs.get(self.runs[name if name in self.runs else MODELS[name].stage].run_id)
+
+    def _run(self, stage: str, name: str, overrides: list[str]) -> Run:
+        pins = [f"storage.pin.{known}={run.run_id}" for known, run in self.runs.items() if known in BEFORE]
+        config = load(self.conf, [*overrides, *pins])
+        found = nightly.find(Workspace(config), stage, config)
+        label = MODELS[name].label if name in MODELS else name
+        if found:
+            print(f"=== {label}: done before, {found.uri}", flush=True)
+            return found
+        print(f"=== {label}", flush=True)
+        with _peak() as peak:
+            nightly.run_stage(stage, config, self.conf, [*overrides, *pins])
+        made = nightly.find(Workspace(config), stage, config)
+        assert made, "it was just made"
+        begin, end = (dt.datetime.fromisoformat(made.manifest[moment]) for moment in ("started", "ended"))
+        self.costs[made.run_id] = Cost((end - begin).total_seconds(), peak() / 2**30)
+        with self.workspace.filesystem.open_output_stream(self._file) as stream:
+            stream.write(json.dumps({run_id: vars(cost) for run_id, cost in self.costs.items()}).encode())
+        return made
+
+    @property
+    def _file(self) -> str:
+        return f"{self.workspace.path}/costs.json"
+
+    def _costs(self) -> dict[str, Cost]:
+        if not self.workspace.filesystem.get_file_info(self._file).is_file:
+            return {}
+        with self.workspace.filesystem.open_input_stream(self._file) as stream:
+            return {run_id: Cost(**cost) for run_id, cost in json.loads(stream.read()).items()}
+
+
+BEFORE = ("features", "recall")
+"""Stages that all models share the run of."""
+
+
+def compare(conf: str | None, overrides: Sequence[str]) -> None:
+    """Train the models of `compare.models`, measure them on test, print the table and write a comparison run.
+
+    Args:
+        conf: as in `load`.
+        overrides: likewise.
+
+    Raises:
+        StageFailed: a training failed, with its exit code.
+        DataError: no user has a positive event in the test part.
+    """
+    trained = Trained(conf, overrides)
+    config, names = trained.config, trained.config.compare.models
+    trained.make(names)
+    run = trained.workspace.new("comparison", {}, trained.runs)
+    figures = measured(config, run, trained, names)
+    committed = run.commit(config, figures)
+    print("\n".join(["", *table(figures), "", f"Comparison: {committed.uri}"]))
+
+
+def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
+    """Write lists/ and metrics.json of these models, and return what is told of them."""
+    features = trained.runs["features"]
+    items = Items(features, features.spec())
+    users, truth = held_out(features, config.score.filter_seen)
+    catalogue = Catalogue(items)
+    results, values, tables = {}, {}, []
+    for name in names:
+        items_UK, scores_UK = rank(config, items, scorer(name, trained, items), users)
+        results[name], values[name] = measure(config, items_UK, truth, users, catalogue)
+        tables.append(lists_of(name, users, items_UK, scores_UK))
+    run.write_table("lists", pa.concat_tables(tables))
+    reference = "two_stage" if "two_stage" in names else names[-1]
+    costs = {name: vars(cost) for name in names if (cost := trained.cost(name))}
+    figures = {
+        "users": len(users),
+        "models": results,
+        "compared": compared(config, values, reference),
+        "costs": costs,
+    }
+    run.write_json("metrics.json", figures)
+    return figures
+
+
+def scorer(name: str, trained: Trained, items: Items) -> Scorer:
+    """A model that ranks all items, as of the test part."""
+    runs, config, spec = trained.runs, trained.config, items.spec
+    recall = runs["recall"]
+    made: dict[str, Callable[[], Scorer]] = {
+        "popularity": lambda: Popularity(items, _counts(runs["features"], len(items))),
+        "next_items": lambda: NextItems(spec, recall),
+        "two_stage": lambda: load_models(_inputs(runs, name), config.score).two_stage,
+        **dict.fromkeys(("als", "als_explicit"), lambda: _factors(runs[name], items)),
+    }
+    if name in MEASURES:
+        related = recall.table(f"neighbors/measure={name}")
+        return Related(spec, related, config.recall.neighbors_recency)
+    if name in made:
+        return made[name]()
+    return Exhaustive(load_ranker(_inputs(runs, name), items))
+
+
+def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:
+    return {stage: runs[stage] for stage in (*BEFORE, "als")} | {"deepfm": runs[name]}
+
+
+def _factors(run: Run, items: Items) -> Scorer:
+    return Factors(items.spec, run.dataset("user_factors"), run.table("item_factors"))
+
+
+def _counts(features: Run, n: int) -> np.ndarray:
+    """[I] positive events of the parts that models are fitted on."""
+    kept = pc.field("split").isin(FIT_ON[PARTS]) & (pc.field("label") > 0)
+    events = features.table("examples", columns=["item"], filter=kept)
+    return np.bincount(events["item"].to_numpy(), minlength=n + 1)[1:]
+
+
+def table(figures: dict[str, Any]) -> list[str]:
+    """The figures as a table in Markdown."""
+    metrics = ("ndcg@10", "recall@10", "recall@20")
+    apart = figures["compared"]["models"]
+    reference = MODELS[figures["compared"]["with"]].label
+    head = [
+        *("NDCG@10", "Recall@10", "Recall@20"),
+        f"NDCG@10 less {reference}'s",
+        "fitted in, s",
+        "memory, GiB",
+    ]
+    lines = [f"| {figures['users']:,} test users | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
+    for name, found in figures["models"].items():
+        first, *others = (found[metric] for metric in metrics)
+        cells = [f"{first['value']:.4f} ({first['low']:.4f}-{first['high']:.4f})"]
+        cells += [f"{other['value']:.4f}" for other in others]
+        cells.append(_difference(apart[name]) if name in apart else "")
+        cost = figures["costs"].get(name)
+        cells += [f"{cost['seconds']:.0f}", f"{cost['peak_gib']:.1f}"] if cost else ["", ""]
+        lines.append(f"| {MODELS[name].label} | {' | '.join(cells)} |")
+    return lines
+
+
+def _difference(found: dict[str, float]) -> str:
+    chance = found["low"] <= 0 <= found["high"]
+    return f"{found['value']:+.4f} ({'may be chance, ' if chance else ''}p {found['p']:.4f})"
+
+
+@contextmanager
+def _peak() -> Iterator[Callable[[], int]]:
+    """What the block's processes held at most, all together, in bytes; this process does not count."""
+    most, ended = 0, threading.Event()
+
+    def look() -> None:
+        nonlocal most
+        while not ended.wait(EVERY):
+            held = 0
+            for child in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):
+                    held += child.memory_full_info().pss
+            most = max(most, held)
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    try:
+        yield lambda: most
+    finally:
+        ended.set()
+        looking.join()
