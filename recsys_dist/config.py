@@ -846,6 +846,9 @@ class Evaluation(Section):
     """List lengths."""
     bootstrap: int = Field(1000, ge=100)
     """Resamplings of the users for the 95% intervals."""
+    head_share: float = Field(0.5, gt=0, lt=1)
+    """Models are also measured on the head of the items, which are the fewest most popular ones that have
+    this share of the positive train events, and on the tail, which are all others."""
     metric: str = "ndcg@10"
     """The metric that decides whether a model may be published."""
     must_beat: Literal["popularity", "als"] | None = "popularity"

@@ -17,19 +17,11 @@ import torch
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.evaluation.metrics import (
-    METRICS,
-    coverage,
-    diversity,
-    gini,
-    novelty,
-    recommendation_popularity,
-    serendipity,
-)
+from recsys_dist.evaluation.measured import BySegment, Catalogue, figures, measure
+from recsys_dist.evaluation.metrics import METRICS, Values
 from recsys_dist.evaluation.report import write_report
-from recsys_dist.evaluation.significance import bootstrap, coverage_interval, fallen, randomisation
-from recsys_dist.recall.content import ItemVectors
-from recsys_dist.recall.inner_product import top_k
+from recsys_dist.evaluation.segments import known_events, told, user_segments
+from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
 from recsys_dist.schema import LISTS, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.scorers import Scorer
@@ -58,11 +50,16 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             )
     models = load_models(run.inputs, config.score)
     users, truth = held_out(run.inputs["features"], config.score.filter_seen)
-    results, values, tables, catalogue = {}, {}, [], Catalogue(models.items)
+    catalogue = Catalogue(models.items, config.evaluation.head_share)
+    by_segment = BySegment(user_segments(known_events(run.inputs["features"], users)), truth, catalogue)
+    results, values, tables = {}, {}, []
     for name, scorer in models.all().items():
         items_UK, scores_UK = rank(config, models.items, scorer, users)
-        results[name], values[name] = measure(config, items_UK, truth, users, catalogue)
         tables.append(_lists(name, users, items_UK, scores_UK))
+        measured = measure(config.evaluation.k, items_UK, truth, catalogue)
+        results[name] = figures(config, measured, len(users), catalogue)
+        values[name] = measured.of_users
+        by_segment.add(name, measured, config)
     lists = pa.concat_tables(tables)
     run.write_table("lists", lists)
     metrics = {
@@ -75,10 +72,12 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             f"own before the test part (filter_seen: {config.score.filter_seen})",
             "fitted_on": "train",
             "intervals": f"95%, over users, {config.evaluation.bootstrap} resamplings",
+            "segments": told(config.evaluation.head_share),
         },
         "users": len(users),
         "models": results,
         "compared": _compared(config, values),
+        "segments": by_segment.found(),
     }
     run.write_json("metrics.json", metrics)
     verdict = _verdict(config, results, published_last(run.workspace))
@@ -131,68 +130,7 @@ def rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> t
     return np.concatenate(items), np.concatenate(scores)
 
 
-class Catalogue:
-    """What lists are measured by beside who was hit.
-
-    Args:
-        items: of the features run.
-    """
-
-    def __init__(self, items: Items) -> None:
-        self.present = items.present
-        self.counts_I = np.append([0], items.counts)
-        """Positive train events, of the unknown item 0."""
-        names = items.spec.attributes(None, "recall.content")
-        self.vectors = ItemVectors([items.values(name) for name in names]) if names else None
-
-    def measure(self, items_UK: np.ndarray, hits_UK: np.ndarray) -> dict[str, np.ndarray]:
-        """Name and [U] of what lists are beside relevant; no diversity where items have no attributes."""
-        counts = torch.from_numpy(self.counts_I.astype(np.float32))
-        popular = top_k(counts[None], items_UK.shape[1]).items.numpy()
-        lengths_U = (items_UK != UNKNOWN).sum(axis=1)
-        found = {
-            "serendipity": serendipity(hits_UK, np.isin(items_UK, popular)),
-            "popularity": recommendation_popularity(self.counts_I[items_UK], lengths_U),
-        }
-        if self.vectors:
-            found["diversity"] = diversity(self.vectors.likeness(torch.from_numpy(items_UK)).numpy())
-        return found
-
-
-def measure(
-    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, catalogue: Catalogue
-) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Every metric of these lists, with its interval; and [U] those that are of users. Users and truth are
-    those of `held_out`.
-    """
-    relevant_U = np.bincount(truth[:, 0], minlength=len(users))
-    width = len(catalogue.counts_I)
-    wanted = truth[:, 0] * width + truth[:, 1]
-    hits_UK = np.isin(np.arange(len(users))[:, None] * width + items_UK, wanted)
-    per_user = {
-        f"{name}@{k}": metric(hits_UK[:, :k], relevant_U)
-        for name, metric in METRICS.items()
-        for k in config.evaluation.k
-    }
-    for k in config.evaluation.k:
-        beside = catalogue.measure(items_UK[:, :k], hits_UK[:, :k])
-        per_user |= {f"{name}@{k}": of for name, of in beside.items()}
-    intervals = bootstrap(np.stack(list(per_user.values()), axis=1), config.evaluation.bootstrap, config.seed)
-    figures = {
-        name: {"value": float(values.mean()), "low": float(low), "high": float(high)}
-        for (name, values), (low, high) in zip(per_user.items(), intervals, strict=True)
-    }
-    for k in config.evaluation.k:
-        listed_I = np.bincount(items_UK[:, :k].ravel(), minlength=width)[1:]
-        present_I = listed_I[catalogue.present]
-        low, high = coverage_interval(present_I, len(users))
-        figures[f"coverage@{k}"] = {"value": coverage(present_I), "low": low, "high": high}
-        figures[f"novelty@{k}"] = {"value": novelty(listed_I, catalogue.counts_I[1:])}
-        figures[f"gini@{k}"] = {"value": gini(present_I)}
-    return figures, per_user
-
-
-def _compared(config: Config, values: dict[str, dict[str, np.ndarray]]) -> dict[str, Any]:
+def _compared(config: Config, values: dict[str, dict[str, Values]]) -> dict[str, Any]:
     """What the models' `evaluation.metric` is less than that of the lists that are published, the interval of
     this, and p: the same users, in pairs.
     """
