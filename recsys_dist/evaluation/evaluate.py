@@ -17,12 +17,13 @@ import torch
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.evaluation.large import measured_by_spark
 from recsys_dist.evaluation.measured import BySegment, Catalogue, figures, measure
 from recsys_dist.evaluation.metrics import METRICS, Values
 from recsys_dist.evaluation.report import write_report
 from recsys_dist.evaluation.segments import known_events, told, user_segments
 from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
-from recsys_dist.schema import LISTS, UNKNOWN, SeenFilter, without_seen
+from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.scorers import Scorer
 from recsys_dist.scoring.users import with_context
@@ -34,7 +35,7 @@ BESIDE_HITS = ("serendipity", "diversity", "popularity", "coverage", "novelty", 
 
 
 def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
-    """Write lists/, metrics.json and report.html, and return the run's figures with the verdict.
+    """Write lists/, relevant/, metrics.json and report.html, and return the run's figures with the verdict.
 
     Raises:
         ConfigError: evaluation.metric, or one of evaluation.may_fall, is none that is computed.
@@ -52,16 +53,27 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     users, truth = held_out(run.inputs["features"], config.score.filter_seen)
     catalogue = Catalogue(models.items, config.evaluation.head_share)
     by_segment = BySegment(user_segments(known_events(run.inputs["features"], users)), truth, catalogue)
-    results, values, tables = {}, {}, []
-    for name, scorer in models.all().items():
+    scorers = models.all()
+    large = len(scorers) * len(users) * max(config.evaluation.k) >= config.evaluation.spark_rows
+    measured, tables = {}, []
+    for name, scorer in scorers.items():
         items_UK, scores_UK = rank(config, models.items, scorer, users)
         tables.append(_lists(name, users, items_UK, scores_UK))
-        measured = measure(config.evaluation.k, items_UK, truth, catalogue)
-        results[name] = figures(config, measured, len(users), catalogue)
-        values[name] = measured.of_users
-        by_segment.add(name, measured, config)
+        if not large:
+            measured[name] = measure(config.evaluation.k, items_UK, truth, catalogue)
     lists = pa.concat_tables(tables)
     run.write_table("lists", lists)
+    run.write_table("relevant", _relevant(users, truth))
+    found = (
+        measured_by_spark(config, run, list(scorers), users, catalogue, len(lists))
+        if large
+        else measured.items()
+    )
+    results, values = {}, {}
+    for name, of in found:
+        results[name] = figures(config, of, len(users), catalogue)
+        by_segment.add(name, of, config)
+        values[name] = of.of_users
     metrics = {
         "protocol": {
             "split": config.section("split"),
@@ -167,6 +179,11 @@ def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndar
         },
         schema=LISTS,
     )
+
+
+def _relevant(users: pa.Table, truth: np.ndarray) -> pa.Table:
+    columns = {"user": users["user"].take(pa.array(truth[:, 0])), "item": truth[:, 1].astype(np.int32)}
+    return pa.table(columns, schema=RELEVANT)
 
 
 def _verdict(config: Config, results: dict[str, Any], last: Run | None = None) -> dict[str, Any]:
