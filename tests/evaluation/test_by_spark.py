@@ -85,7 +85,7 @@ def test_random_lists(tmp_path, here, attributes):
         for k in LENGTHS:
             assert np.array_equal(found[name].listed[k][1:], expected.listed[k][1:])
     assert (expected.of_users["ndcg@10"] == 0).all()
-    assert {path.name for path in tmp_path.glob("evaluation/*/*")} == {"lists", "relevant"}
+    assert {path.name for path in tmp_path.glob("evaluation/*/*") if path.is_dir()} == {"lists", "relevant"}
 
 
 def test_both_ways_have_the_same_metrics():
