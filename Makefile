@@ -51,7 +51,7 @@ setup-dev: .venv/dev.done $(ARCHIVE)
 	Where torch's CPU build was not found: TORCH_INDEX=URL, the index that PyTorch's install page names for CPU." >&2; exit 1; }
 	@touch $@
 
-.venv/dev.done: .venv/$(VARIANT).done .venv/spark35.done
+.venv/dev.done: .venv/$(VARIANT).done .venv/spark35.done .venv/ranking.done
 
 # Every start of Spark is 4 s shorter with it.
 $(ARCHIVE): .venv/$(VARIANT).done recsys_dist/spark.py
@@ -62,6 +62,13 @@ $(ARCHIVE): .venv/$(VARIANT).done recsys_dist/spark.py
 .venv/spark35.done: requirements/spark35.txt | .venv/bin/python
 	@echo "setup: installing requirements/spark35.txt for the tests"
 	@$(BIN)/python -m pip install $(PIP_FLAGS) --target .venv/spark35 -r $<
+	@touch $@
+
+# Other libraries' metrics, which a test holds ours against, in an environment of their own: RecTools needs numpy 1.
+.venv/ranking.done: requirements/ranking.txt | .venv/bin/python
+	@echo "setup: installing requirements/ranking.txt for the tests"
+	@$(PYTHON) -m venv .venv/ranking
+	@.venv/ranking/bin/python -m pip install $(PIP_FLAGS) -r $<
 	@touch $@
 
 # What is measured beside, in an environment of its own: it needs other versions.

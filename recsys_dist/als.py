@@ -76,13 +76,14 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
 def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tuple[Als, list[dict[str, Any]]]:
     """The combination of the grid that ranks best on valid, and what was found of each."""
     from recsys_dist.deepfm.items import Items  # torch takes seconds, and without a grid nothing needs it
-    from recsys_dist.evaluation.evaluate import Catalogue, held_out, measure, rank
+    from recsys_dist.evaluation.evaluate import held_out, rank
+    from recsys_dist.evaluation.measured import Catalogue, measure
     from recsys_dist.scoring.scorers import Factors
 
     features = run.inputs["features"]
     spec = features.spec()
     items = Items(features, spec)
-    catalogue = Catalogue(items)
+    catalogue = Catalogue(items, config.evaluation.head_share)
     users, truth = held_out(features, config.score.filter_seen, "valid")
     by_ten = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"k": (10,)})})
     events: dict[bool, DataFrame] = {}
@@ -97,7 +98,7 @@ def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tup
             pa.dataset.dataset(f"{folder}/{name}", filesystem=run.filesystem) for name in FACTORS_OF
         )
         lists = rank(by_ten, items, Factors(spec, user_factors, item_factors.to_table()), users)[0]
-        ndcg = measure(by_ten, lists, truth, users, catalogue)[0]["ndcg@10"]["value"]
+        ndcg = float(measure((10,), lists, truth, catalogue).of_users["ndcg@10"].mean())
         values: dict[str, Any] = {key: getattr(point, key) for key in config.als.grid}
         tried.append({**values, "ndcg@10": ndcg})
         text = " ".join(f"{key}={value}" for key, value in values.items())

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
-import pyarrow as pa
 import pyarrow.compute as pc
 
 from recsys_dist import nightly
 from recsys_dist.config import FIT_ON, Config, load
 from recsys_dist.deepfm.items import Items
-from recsys_dist.evaluation.evaluate import Catalogue, compared, held_out, lists_of, measure, rank
+from recsys_dist.evaluation.evaluate import hold_out
 from recsys_dist.scoring.models import load_models, load_ranker
 from recsys_dist.scoring.scorers import Exhaustive, Factors, NextItems, Popularity, Related, Scorer
 from recsys_dist.workspace import OpenRun, Run, Workspace
@@ -185,27 +184,21 @@ def compare(conf: str | None, overrides: Sequence[str]) -> None:
 
 
 def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
-    """Write lists/ and metrics.json of these models, and return what is told of them."""
+    """Write lists/, relevant/ and metrics.json of these models, and return what is told of them."""
     features = trained.runs["features"]
     items = Items(features, features.spec())
-    users, truth = held_out(features, config.score.filter_seen)
-    catalogue = Catalogue(items)
-    results, values, tables = {}, {}, []
-    for name in names:
-        items_UK, scores_UK = rank(config, items, scorer(name, trained, items), users)
-        results[name], values[name] = measure(config, items_UK, truth, users, catalogue)
-        tables.append(lists_of(name, users, items_UK, scores_UK))
-    run.write_table("lists", pa.concat_tables(tables))
-    reference = "two_stage" if "two_stage" in names else names[-1]
-    costs = {name: vars(cost) for name in names if (cost := trained.cost(name))}
-    figures = {
-        "users": len(users),
-        "models": results,
-        "compared": compared(config, values, reference),
-        "costs": costs,
-    }
-    run.write_json("metrics.json", figures)
-    return figures
+    metrics, _ = hold_out(
+        config,
+        run,
+        items,
+        names,
+        lambda name: scorer(name, trained, items),
+        "two_stage" if "two_stage" in names else names[-1],
+        " and ".join(FIT_ON[PARTS]),
+    )
+    metrics["costs"] = {name: vars(cost) for name in names if (cost := trained.cost(name))}
+    run.write_json("metrics.json", metrics)
+    return {key: metrics[key] for key in ("users", "models", "compared", "costs")}
 
 
 def scorer(name: str, trained: Trained, items: Items) -> Scorer:

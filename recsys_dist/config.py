@@ -890,10 +890,16 @@ class Score(Section):
 class Evaluation(Section):
     """How models are compared."""
 
-    k: tuple[Annotated[int, Field(ge=1)], ...] = (10, 20)
+    k: tuple[Annotated[int, Field(ge=1, le=1000)], ...] = (10, 20)
     """List lengths."""
+    spark_rows: int = Field(100_000_000, ge=1)
+    """From so many places in lists on (models x users x the greatest length) Spark measures the lists, with
+    the same results to the last digit."""
     bootstrap: int = Field(1000, ge=100)
     """Resamplings of the users for the 95% intervals."""
+    head_share: float = Field(0.5, gt=0, lt=1)
+    """Models are also measured on the head of the items, which are the fewest most popular ones that have
+    this share of the positive train events, and on the tail, which are all others."""
     metric: str = "ndcg@10"
     """The metric that decides whether a model may be published."""
     must_beat: Literal["popularity", "als"] | None = "popularity"

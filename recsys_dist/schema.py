@@ -371,6 +371,9 @@ LISTS = pa.schema(
 )
 """evaluation/lists/: each model's top-K for each test user, as of the test cut."""
 
+RELEVANT = pa.schema([("user", pa.int32()), ("item", pa.int32())])
+"""evaluation/relevant/: what each test user's lists should have, every pair once."""
+
 
 def pairs(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """A list column as (row, value) pairs, two [E] int64 arrays in the column's order."""

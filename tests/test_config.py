@@ -113,6 +113,7 @@ def test_all_that_is_wrong_with_a_source_is_named_at_once():
         (["score.candidates={als: {quota: 5, weight: 0}}"], "score.candidates.als.weight"),
         (["storage.pin.featurs=abc"], "storage.pin.featurs"),
         (["evaluation.k=[5]"], "allows ndcg@5"),
+        (["evaluation.k=[10, 1001]"], "less than or equal to 1000"),
         (["data.events={path: a, columns: {user: u, itm: i}}"], "nearest valid key: item"),
         (["data.users={path: a, format: jsonl, decimal: ',', columns: {user: u}}"], "is for csv and tsv"),
     ],

@@ -48,6 +48,7 @@ MEASURED = {
     "auc": "AUC",
     "gauc": "GAUC",
     "logloss": "log loss",
+    "calibration": "calibration",
     "rmse": "RMSE",
     "mse": "MSE",
 }
@@ -269,7 +270,7 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     plan = json.loads((folder / PLAN).read_text())
     return {
         "metric": line["metric"],
-        line["metric"]: line[line["metric"]],
+        **{name: line[name] for name in MEASURED if name in line},
         "best_epoch": line["epoch"],
         "fit_on": config.deepfm.fit_on,
         "epochs": history[-1]["epoch"],

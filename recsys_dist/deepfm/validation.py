@@ -21,7 +21,7 @@ from recsys_dist.deepfm.items import Items, days_of, weekdays
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.deepfm.pairs import Pairs, before_valid
 from recsys_dist.errors import DataError
-from recsys_dist.evaluation.metrics import auc, grouped_auc, logloss
+from recsys_dist.evaluation.metrics import auc, calibration, grouped_auc, logloss
 from recsys_dist.schema import SEEN_COLUMN, UNKNOWN, pairs, without_seen
 from recsys_dist.workspace import Run
 
@@ -217,7 +217,9 @@ class Predicting:
         self.catalogue = items
 
     def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
-        """See Validation: auc, gauc (within users) and logloss of labels, rmse and mse of values."""
+        """See Validation: auc, gauc (within users), logloss and calibration of labels, rmse and mse of
+        values.
+        """
         logits = self.logits(model, device)
         if not np.isfinite(logits).all():
             return {self.metric: np.nan}
@@ -228,6 +230,7 @@ class Predicting:
             "auc": auc(self.targets, logits),
             "gauc": grouped_auc(self.targets, logits, self.users),
             "logloss": logloss(self.targets, logits),
+            "calibration": calibration(self.targets, logits),
         }
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ the test part, from what was known before that user's test part, as of the day o
 Legend: U users, K list length, I items.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,20 +17,13 @@ import torch
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.evaluation.metrics import (
-    METRICS,
-    coverage,
-    diversity,
-    gini,
-    novelty,
-    recommendation_popularity,
-    serendipity,
-)
+from recsys_dist.evaluation.large import measured_by_spark
+from recsys_dist.evaluation.measured import BySegment, Catalogue, figures, measure
+from recsys_dist.evaluation.metrics import METRICS, Values
 from recsys_dist.evaluation.report import write_report
-from recsys_dist.evaluation.significance import bootstrap, coverage_interval, fallen, randomisation
-from recsys_dist.recall.content import ItemVectors
-from recsys_dist.recall.inner_product import top_k
-from recsys_dist.schema import LISTS, UNKNOWN, SeenFilter, without_seen
+from recsys_dist.evaluation.segments import known_events, told, user_segments
+from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
+from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.scorers import Scorer
 from recsys_dist.scoring.users import with_context
@@ -42,7 +35,7 @@ BESIDE_HITS = ("serendipity", "diversity", "popularity", "coverage", "novelty", 
 
 
 def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
-    """Write lists/, metrics.json and report.html, and return the run's figures with the verdict.
+    """Write lists/, relevant/, metrics.json and report.html, and return the run's figures with the verdict.
 
     Raises:
         ConfigError: evaluation.metric, or one of evaluation.may_fall, is none that is computed.
@@ -57,33 +50,79 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
                 f"evaluation.{key}: {', '.join(wrong)} is not computed, expected are {', '.join(names)}"
             )
     models = load_models(run.inputs, config.score)
-    users, truth = held_out(run.inputs["features"], config.score.filter_seen)
-    results, values, tables, catalogue = {}, {}, [], Catalogue(models.items)
-    for name, scorer in models.all().items():
-        items_UK, scores_UK = rank(config, models.items, scorer, users)
-        results[name], values[name] = measure(config, items_UK, truth, users, catalogue)
-        tables.append(lists_of(name, users, items_UK, scores_UK))
+    scorers = models.all()
+    metrics, lists = hold_out(
+        config, run, models.items, list(scorers), scorers.__getitem__, config.score.published, "train"
+    )
+    run.write_json("metrics.json", metrics)
+    results = metrics["models"]
+    verdict = _verdict(config, results, published_last(run.workspace))
+    write_report(run, metrics, verdict, lists)
+    return {"users": metrics["users"], "verdict": verdict, "models": results}
+
+
+def hold_out(
+    config: Config,
+    run: OpenRun,
+    items: Items,
+    names: Sequence[str],
+    scorer_of: Callable[[str], Scorer],
+    reference: str,
+    fitted_on: str,
+) -> tuple[dict[str, Any], pa.Table]:
+    """Measure models on the test part, write lists/ and relevant/, and return what metrics.json has, and the
+    lists.
+
+    Args:
+        config: of the lengths, intervals and seen items.
+        run: has the features run among its inputs.
+        items: of that run.
+        names: of the models.
+        scorer_of: makes or gives one of them; none is needed for longer than it ranks.
+        reference: which of them the others are held against.
+        fitted_on: told as the models' parts of the log.
+
+    Raises:
+        DataError: no user has a positive event in the test part.
+    """
+    features, settings = run.inputs["features"], config.evaluation
+    users, truth = held_out(features, config.score.filter_seen)
+    catalogue = Catalogue(items, settings.head_share)
+    by_segment = BySegment(user_segments(known_events(features, users)), truth, catalogue)
+    large = len(names) * len(users) * max(settings.k) >= settings.spark_rows
+    measured, tables = {}, []
+    for name in names:
+        items_UK, scores_UK = rank(config, items, scorer_of(name), users)
+        tables.append(_lists(name, users, items_UK, scores_UK))
+        if not large:
+            measured[name] = measure(settings.k, items_UK, truth, catalogue)
     lists = pa.concat_tables(tables)
     run.write_table("lists", lists)
+    run.write_table("relevant", _relevant(users, truth))
+    by_spark = measured_by_spark(config, run, names, users, catalogue, len(lists)) if large else None
+    results, values = {}, {}
+    for name, of in by_spark or measured.items():
+        results[name] = figures(config, of, len(users), catalogue)
+        by_segment.add(name, of, config)
+        values[name] = of.of_users
     metrics = {
         "protocol": {
             "split": config.section("split"),
-            "k": list(config.evaluation.k),
+            "k": list(settings.k),
             "users": "every user with a relevant item",
             "relevant": "items of the user's positive events of the test part, but those left out as seen",
             "candidates": f"all items active on the day of the user's first relevant event, but the user's "
             f"own before the test part (filter_seen: {config.score.filter_seen})",
-            "fitted_on": "train",
-            "intervals": f"95%, over users, {config.evaluation.bootstrap} resamplings",
+            "fitted_on": fitted_on,
+            "intervals": f"95%, over users, {settings.bootstrap} resamplings",
+            "segments": told(settings.head_share),
         },
         "users": len(users),
         "models": results,
-        "compared": compared(config, values, config.score.published),
+        "compared": _compared(config, values, reference),
+        "segments": by_segment.found(),
     }
-    run.write_json("metrics.json", metrics)
-    verdict = _verdict(config, results, published_last(run.workspace))
-    write_report(run, metrics, verdict, lists)
-    return {"users": len(users), "verdict": verdict, "models": results}
+    return metrics, lists
 
 
 def held_out(
@@ -131,68 +170,7 @@ def rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> t
     return np.concatenate(items), np.concatenate(scores)
 
 
-class Catalogue:
-    """What lists are measured by beside who was hit.
-
-    Args:
-        items: of the features run.
-    """
-
-    def __init__(self, items: Items) -> None:
-        self.present = items.present
-        self.counts_I = np.append([0], items.counts)
-        """Positive train events, of the unknown item 0."""
-        names = items.spec.attributes(None, "recall.content")
-        self.vectors = ItemVectors([items.values(name) for name in names]) if names else None
-
-    def measure(self, items_UK: np.ndarray, hits_UK: np.ndarray) -> dict[str, np.ndarray]:
-        """Name and [U] of what lists are beside relevant; no diversity where items have no attributes."""
-        counts = torch.from_numpy(self.counts_I.astype(np.float32))
-        popular = top_k(counts[None], items_UK.shape[1]).items.numpy()
-        lengths_U = (items_UK != UNKNOWN).sum(axis=1)
-        found = {
-            "serendipity": serendipity(hits_UK, np.isin(items_UK, popular)),
-            "popularity": recommendation_popularity(self.counts_I[items_UK], lengths_U),
-        }
-        if self.vectors:
-            found["diversity"] = diversity(self.vectors.likeness(torch.from_numpy(items_UK)).numpy())
-        return found
-
-
-def measure(
-    config: Config, items_UK: np.ndarray, truth: np.ndarray, users: pa.Table, catalogue: Catalogue
-) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Every metric of these lists, with its interval; and [U] those that are of users. Users and truth are
-    those of `held_out`.
-    """
-    relevant_U = np.bincount(truth[:, 0], minlength=len(users))
-    width = len(catalogue.counts_I)
-    wanted = truth[:, 0] * width + truth[:, 1]
-    hits_UK = np.isin(np.arange(len(users))[:, None] * width + items_UK, wanted)
-    per_user = {
-        f"{name}@{k}": metric(hits_UK[:, :k], relevant_U)
-        for name, metric in METRICS.items()
-        for k in config.evaluation.k
-    }
-    for k in config.evaluation.k:
-        beside = catalogue.measure(items_UK[:, :k], hits_UK[:, :k])
-        per_user |= {f"{name}@{k}": of for name, of in beside.items()}
-    intervals = bootstrap(np.stack(list(per_user.values()), axis=1), config.evaluation.bootstrap, config.seed)
-    figures = {
-        name: {"value": float(values.mean()), "low": float(low), "high": float(high)}
-        for (name, values), (low, high) in zip(per_user.items(), intervals, strict=True)
-    }
-    for k in config.evaluation.k:
-        listed_I = np.bincount(items_UK[:, :k].ravel(), minlength=width)[1:]
-        present_I = listed_I[catalogue.present]
-        low, high = coverage_interval(present_I, len(users))
-        figures[f"coverage@{k}"] = {"value": coverage(present_I), "low": low, "high": high}
-        figures[f"novelty@{k}"] = {"value": novelty(listed_I, catalogue.counts_I[1:])}
-        figures[f"gini@{k}"] = {"value": gini(present_I)}
-    return figures, per_user
-
-
-def compared(config: Config, values: dict[str, dict[str, np.ndarray]], model: str) -> dict[str, Any]:
+def _compared(config: Config, values: dict[str, dict[str, Values]], model: str) -> dict[str, Any]:
     """What the models' `evaluation.metric` is less than that of one of them, the interval of this, and p: the
     same users, in pairs.
     """
@@ -217,8 +195,7 @@ def published_last(workspace: Workspace) -> Run | None:
     return next((run for run in reversed(published) if run), None)
 
 
-def lists_of(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
-    """[U, K] items and scores as rows of schema LISTS."""
+def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
     rows, places = np.nonzero(items_UK != UNKNOWN)
     return pa.table(
         {
@@ -230,6 +207,11 @@ def lists_of(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.nd
         },
         schema=LISTS,
     )
+
+
+def _relevant(users: pa.Table, truth: np.ndarray) -> pa.Table:
+    columns = {"user": users["user"].take(pa.array(truth[:, 0])), "item": truth[:, 1].astype(np.int32)}
+    return pa.table(columns, schema=RELEVANT)
 
 
 def _verdict(config: Config, results: dict[str, Any], last: Run | None = None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def average_precision(hits_UK: Hits, relevant_U: Counts) -> Values:
     """
     ranks_K = np.arange(1, hits_UK.shape[1] + 1)
     precisions_UK = np.cumsum(hits_UK, axis=1) / ranks_K
-    return (precisions_UK * hits_UK).sum(axis=1) / np.minimum(relevant_U, hits_UK.shape[1])
+    return _summed(precisions_UK * hits_UK) / np.minimum(relevant_U, hits_UK.shape[1])
 
 
 def ndcg(hits_UK: Hits, relevant_U: Counts) -> Values:
@@ -54,9 +54,21 @@ def ndcg(hits_UK: Hits, relevant_U: Counts) -> Values:
 
     The ideal list has min(K, relevant) hits at its top.
     """
-    discount_K = 1 / np.log2(np.arange(2, hits_UK.shape[1] + 2))
+    discount_K = discounts(hits_UK.shape[1])
     ideal_K = np.cumsum(discount_K)
-    return (hits_UK * discount_K).sum(axis=1) / ideal_K[np.minimum(relevant_U, hits_UK.shape[1]) - 1]
+    return _summed(hits_UK * discount_K) / ideal_K[np.minimum(relevant_U, hits_UK.shape[1]) - 1]
+
+
+def discounts(k: int) -> Values:
+    """[k]: 1 / log2(rank + 1)."""
+    return np.asarray(1 / np.log2(np.arange(2, k + 2)))
+
+
+def _summed(values_UK: Values) -> Values:
+    """[U]: each row's sum, added up from the first place to the last, as Spark does it: numpy's own sum takes
+    another order, and the last digit depends on it.
+    """
+    return np.asarray(np.cumsum(values_UK, axis=1)[:, -1])
 
 
 METRICS: dict[str, Callable[[Hits, Counts], Values]] = {

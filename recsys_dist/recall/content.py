@@ -12,6 +12,8 @@ from torch import Tensor
 
 ROOM = 1 << 22
 """Numbers of the arrays [V, B] and [I, B]: a few users at a time where there are many values or items."""
+WHOLE = 1 << 20
+"""Parts of 1 in the whole numbers that lists are compared by: sums of those do not depend on their order."""
 
 
 class ItemVectors:
@@ -56,7 +58,7 @@ class ItemVectors:
         size = max(1, ROOM // max(self.n, self.width))
         for start in range(0, len(history_BH), size):
             rows = slice(start, start + size)
-            user_VB = self._summed(history_BH[rows], share_BH[rows])
+            user_VB = self._summed(history_BH[rows], share_BH[rows], self.weight_N)
             # The product with a sparse matrix, a row an item.
             found_IB = torch.nn.functional.embedding_bag(
                 self.value_N,
@@ -69,34 +71,48 @@ class ItemVectors:
             scores_BI[rows] = found_IB.T.float()
         return scores_BI
 
+    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The vectors' numbers that may be other than 0, three [N] int64: item, value, and the number as so
+        many parts of WHOLE.
+        """
+        item_N = torch.repeat_interleave(self.first_I.diff())
+        return item_N, self.value_N, torch.round(self.weight_N * WHOLE).long()
+
     def likeness(self, lists_BK: Tensor) -> Tensor:
         """[B] float64: the mean cosine of two items of a list, NaN for a list of fewer than two.
 
-        The cosines of all pairs add up to (|sum of vectors|^2 - sum of |vectors|^2) / 2.
+        The cosines of all pairs add up to (|sum of vectors|^2 - sum of |vectors|^2) / 2. Computed in whole
+        numbers: those of the vectors are rounded to multiples of 1 / WHOLE.
 
         Args:
-            lists_BK: int64, 0 where there is no item.
+            lists_BK: int64, 0 where there is no item; K is at most 1000, so that squares stay below 2^63.
         """
-        length_B = (lists_BK != 0).sum(1).double()
+        length_B = (lists_BK != 0).sum(1)
         pairs_B = length_B * (length_B - 1)
-        # 1, or 0 where nothing tells the item apart.
-        square_I = torch.segment_reduce(self.weight_N.square(), "sum", offsets=self.first_I)
-        found_B = torch.empty(len(lists_BK), dtype=torch.float64)
+        weight_N = self.entries()[2].double()  # and all sums of them exact
+        square_I = torch.segment_reduce(weight_N.square(), "sum", offsets=self.first_I).long()
+        found_B = torch.empty(len(lists_BK), dtype=torch.int64)
         size = max(1, ROOM // max(self.n, self.width))
         for start in range(0, len(lists_BK), size):
             rows = slice(start, start + size)
-            sum_VB = self._summed(lists_BK[rows], torch.ones(lists_BK[rows].shape))
+            sum_VB = self._summed(lists_BK[rows], torch.ones(lists_BK[rows].shape), weight_N).long()
             found_B[rows] = sum_VB.square().sum(0) - square_I[lists_BK[rows]].sum(1)
-        return torch.where(pairs_B > 0, found_B / pairs_B, torch.nan)
+        return torch.where(pairs_B > 0, found_B.double() / (pairs_B * WHOLE**2).double(), torch.nan)
 
-    def _summed(self, history_BH: Tensor, share_BH: Tensor) -> Tensor:
-        """[V, B] float64: the sum of the vectors of each history's items, each with its share."""
+    def _summed(self, history_BH: Tensor, share_BH: Tensor, weight_N: Tensor) -> Tensor:
+        """[V, B] float64: the sum of the vectors of each history's items, each with its share.
+
+        Args:
+            history_BH: int64, 0 where there is no item.
+            share_BH: float.
+            weight_N: of the pairs of an item and a value, in any unit.
+        """
         row, place = torch.nonzero(history_BH, as_tuple=True)
         item = history_BH[row, place]
         first, count = self.first_I[item], self.first_I[item + 1] - self.first_I[item]
         owner = torch.repeat_interleave(count)
         pair = torch.arange(len(owner)) + (first - count.cumsum(0) + count)[owner]
-        weight = share_BH[row, place][owner] * self.weight_N[pair]
+        weight = share_BH[row, place][owner] * weight_N[pair]
         cell = self.value_N[pair] * len(history_BH) + row[owner]
         cells = self.width * len(history_BH)
         # Of nothing at all bincount makes whole numbers.

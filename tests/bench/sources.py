@@ -10,7 +10,8 @@ import sys
 from recsys_dist import job
 from recsys_dist.config import load
 from recsys_dist.deepfm.items import Items
-from recsys_dist.evaluation.evaluate import Catalogue, held_out, measure, rank
+from recsys_dist.evaluation.evaluate import held_out, rank
+from recsys_dist.evaluation.measured import Catalogue, figures, measure
 from recsys_dist.scoring.scorers import Content, Neighbors, NextItems, Popularity, Recent, Scorer
 from recsys_dist.workspace import Workspace
 
@@ -33,11 +34,13 @@ def main() -> int:
         scorers["content"] = Content(items, recall)
     settings = recall.manifest["config"]["recall"]
     print(", ".join(f"{name}={value}" for name, value in settings.items()))
-    catalogue = Catalogue(items)
+    catalogue = Catalogue(items, config.evaluation.head_share)
     for part in ("valid", "test"):
         users, truth = held_out(features, config.score.filter_seen, part)
         for name, scorer in scorers.items():
-            found = measure(config, rank(config, items, scorer, users)[0], truth, users, catalogue)[0]
+            lists = rank(config, items, scorer, users)[0]
+            measured = measure(config.evaluation.k, lists, truth, catalogue)
+            found = figures(config, measured, len(users), catalogue)
             line = "  ".join(f"{metric} {found[metric]['value']:.4f}" for metric in ("ndcg@10", "recall@200"))
             print(f"{part:<5} {len(users)} users  {name:<10}  {line}", flush=True)
     return 0

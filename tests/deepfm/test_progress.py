@@ -98,8 +98,9 @@ def test_nothing_is_said_of_a_beginning_and_one_without_a_checkpoint_is_named(pr
     [
         (NDCG, "5,000 pairs/s  valid NDCG@10 0.2500 *  left"),
         (
-            {"metric": "auc", "auc": 0.75, "gauc": 0.625, "logloss": 0.5, "pairs_per_s": 1000},
-            "1,000 examples/s  valid AUC 0.7500 *  GAUC 0.6250  log loss 0.5000  left",
+            {"metric": "auc", "auc": 0.75, "gauc": 0.625, "logloss": 0.5, "calibration": 1.1}
+            | {"pairs_per_s": 1000},
+            "1,000 examples/s  valid AUC 0.7500 *  GAUC 0.6250  log loss 0.5000  calibration 1.1000  left",
         ),
         (
             {"metric": "rmse", "rmse": 0.5, "mse": 0.25, "best": False, "pairs_per_s": 1000},

@@ -626,7 +626,7 @@ def test_predictions_are_measured_alike_by_any_number_of_workers(labelled, featu
         folder = tmp_path / str(workers)
         run_workers(workers, train_in, folder, config, features, folder)
         lines[workers] = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    names = ("auc", "gauc", "logloss") if objective == "logistic" else ("rmse", "mse")
+    names = ("auc", "gauc", "logloss", "calibration") if objective == "logistic" else ("rmse", "mse")
     for one, two in zip(lines[1], lines[2], strict=True):
         assert one["metric"] == two["metric"] == names[0]
         assert [one[name] for name in names] == pytest.approx([two[name] for name in names], abs=2e-4)
@@ -649,6 +649,7 @@ def test_predictions_are_measured_alike_by_any_number_of_workers(labelled, featu
         share = np.mean([row["label"] for row in rows])
         assert found["auc"] > 0.9
         assert found["logloss"] < 0.8 * -(share * np.log(share) + (1 - share) * np.log(1 - share))
+        assert found["calibration"] == pytest.approx(1, abs=0.1)
     else:
         assert found["rmse"] < 0.8 * np.std([row["value"] for row in rows])
 

@@ -10,6 +10,7 @@ import pytest
 
 from recsys_dist.config import load
 from recsys_dist.evaluation.evaluate import _verdict, evaluate, published_last
+from recsys_dist.evaluation.metrics import METRICS
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
 from tests.synthetic import listable, synthetic_config
@@ -74,6 +75,50 @@ def test_an_item_that_could_not_be_listed_counts_as_missed(evaluated):
             }
             shares.append(len(relevant & listed) / len(relevant))
         assert figures["recall@20"]["value"] == pytest.approx(sum(shares) / len(shares))
+
+
+def test_segments_are_parts_of_the_users_and_of_what_they_took(evaluated):
+    """In plain Python. Every user of this log has as many events as the others, so that all are light."""
+    features, positives, run = evaluated
+    metrics = run.json("metrics.json")
+    found = {(part["side"], part["segment"]): part for part in metrics["segments"]}
+    assert list(found) == [("users", "light"), ("items", "head"), ("items", "tail")]
+    assert set(metrics["protocol"]["segments"]) == {"new", "light", "heavy", "head", "tail"}
+    light = found["users", "light"]
+    assert light["users"] == metrics["users"]
+    for model, figures in light["models"].items():
+        assert figures == {name: metrics["models"][model][name] for name in figures}
+
+    counts = {row["item"]: row["count"] for row in features.table("items").to_pylist()}
+    head = set()
+    for item in sorted(counts, key=lambda item: (-counts[item], item)):
+        if sum(counts[item] for item in head) < sum(counts.values()) / 2:
+            head.add(item)
+    lists = {}
+    for row in sorted(run.table("lists").to_pylist(), key=lambda row: row["rank"]):
+        lists.setdefault((row["model"], row["user"]), []).append(row["item"])
+    for segment, inside in (("head", head), ("tail", set(counts) - head)):
+        relevant = {user: {row["item"] for row in rows} & inside for user, rows in positives.items()}
+        relevant = {user: items for user, items in relevant.items() if items}
+        part = found["items", segment]
+        assert part["users"] == len(relevant)
+        assert set(part["models"]) == set(metrics["models"])
+        for model, figures in part["models"].items():
+            for k in (10, 20):
+                hits = {user: set(lists[model, user][:k]) & items for user, items in relevant.items()}
+                shares = [len(hits[user]) / len(items) for user, items in relevant.items()]
+                figure = figures[f"recall@{k}"]
+                assert figure["value"] == pytest.approx(sum(shares) / len(shares))
+                assert figure["low"] <= figure["value"] <= figure["high"]
+            assert set(figures) == {f"{name}@{k}" for name in METRICS for k in (10, 20)}
+
+
+def test_every_metric_is_there_at_every_length(evaluated):
+    _, _, run = evaluated
+    metrics = run.json("metrics.json")
+    names = (*METRICS, "serendipity", "diversity", "popularity", "coverage", "novelty", "gini")
+    for figures in metrics["models"].values():
+        assert set(figures) == {f"{name}@{k}" for name in names for k in (10, 20)}
 
 
 def test_differences_are_of_the_same_users(evaluated):
