@@ -323,35 +323,33 @@ def sources(lists: pa.Table, users: pa.Table, truth: np.ndarray, model: str, k: 
 
 
 def segments(metrics: dict[str, Any], metric: str, model: str, rival: str | None) -> list[Plot]:
-    """The published model for kinds of users and items, beside the one it must beat; none where metrics.json
-    has no segments.
+    """The published model for kinds of users and of items, beside the one it must beat; none where
+    metrics.json has no segments.
     """
+    titles = {"users": "By how much users had liked before", "items": "By how popular the items are"}
     found = []
-    for side, title in (
-        ("users", "By how much the users had liked before"),
-        ("items", "By how popular the items are"),
-    ):
+    for side, title in titles.items():
         rows, table = [], []
         for segment in metrics.get("segments", []):
             if segment["side"] != side:
                 continue
             label = SEGMENT_LABELS.get((side, segment["segment"]), f"{segment['segment']} {side}")
             for name in dict.fromkeys([model, rival or model]):
-                of = segment["models"].get(name, {}).get(metric)
-                if of is not None and of.get("value") is not None:
-                    numbers = interval(of)
-                    text = figure(metric, numbers[0])
+                of = segment["models"].get(name, {}).get(metric, {})
+                known = {key: value for key, value in of.items() if value is not None}
+                if "value" in known:
+                    numbers = interval(known)
+                    texts = [figure(metric, number) for number in numbers]
                     row = label if name == model else model_label(name)
-                    rows.append(Interval(row, *numbers, text, name == model))
-                    cells = (figure(metric, number) for number in numbers)
-                    table.append((label, f"{segment['users']:,}", model_label(name), *cells))
+                    rows.append(Interval(row, *numbers, texts[0], name == model))
+                    table.append((label, f"{segment['users']:,}", model_label(name), *texts))
         if rows:
+            below = f", and {model_label(rival)} below it" if rival else ""
             found.append(
                 Plot(
                     f"segments-{side}",
                     f"{title}: {metric_label(metric)}",
-                    f"Dots on their 95% intervals, {model_label(model)} for each segment"
-                    + (f", and {model_label(rival)} below it." if rival else "."),
+                    f"Dots on their 95% intervals, {model_label(model)} for each segment{below}.",
                     intervals(f"segments-{side}", rows),
                     ("Segment", "Users", "Model", metric_label(metric), "Low", "High"),
                     tuple(table),

@@ -295,7 +295,7 @@ def test_what_was_set_aside_and_where_the_time_went(opened):
     ]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [320, *WIDTHS, 700, 1000])
 def test_no_text_overlaps_or_leaves_the_page(opened, width):
     page = opened(width)
     for every in (False, True):
@@ -474,19 +474,30 @@ def test_users_are_left_out_where_there_would_be_too_many(night, monkeypatch):
     assert 5 < len(some["users"]) < len(every["users"]) / 2
 
 
-def test_the_readmes_command_recomputes_the_page(night):
-    """It reads lists/ and the features run, and knows nothing of this package."""
-    lines = (REPOSITORY / "README.md").read_text().splitlines()
-    (line,) = [line.strip() for line in lines if "duckdb.sql" in line and "sys.argv" in line]
-    words = shlex.split(line)
+def printed(command, run):
+    """The rows of the table that a command of the README prints for a run."""
+    words = shlex.split(command)
     assert words[0].endswith("python")
-    command = [sys.executable, *words[1:-1], night.run.path]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    header, *rows = [line.split() for line in printed.splitlines()]
-    table = [dict(zip(header, row, strict=True)) for row in rows]
-    assert {(row["model"], int(row["k"])) for row in table} == {
+    command = [sys.executable, *words[1:-1], run]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    header, *rows = [line.split() for line in text.splitlines()]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def test_the_readmes_commands_recompute_the_page(opened, night):
+    """They read lists/ and the features run, and know nothing of this package."""
+    lines = (REPOSITORY / "README.md").read_text().splitlines()
+    commands = [line.strip() for line in lines if "duckdb.sql" in line and "sys.argv" in line]
+    models, sources = [printed(command, night.run.path) for command in commands]
+    assert {(row["model"], int(row["k"])) for row in models} == {
         (model, k) for model in night.metrics["models"] for k in (10, 20)
     }
-    for row in table:
-        for name in ("ndcg", "recall", "precision", "hit_rate", "mrr", "coverage"):
+    for row in models:
+        for name in ("ndcg", "recall", "precision", "map", "mrr", "hit_rate", "coverage", "popularity"):
             same(row[name], night.metrics["models"][row["model"]][f"{name}@{row['k']}"]["value"])
+    names = {"ALS": "als", "Next items": "next_items", "FM part": "fm", "Popularity": "popularity"}
+    shares = {row["source"]: row["share"] for row in sources}
+    page = {names[label]: share for label, share, *_ in rows_of(opened(), "sources")}
+    assert set(shares) == set(page)
+    for name, share in page.items():
+        same(share.removesuffix("%"), 100 * float(shares[name]))
