@@ -3,13 +3,13 @@
 Legend: B users, K places of a list.
 """
 
-import json
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from jinja2.utils import htmlsafe_json_dumps
 
 from recsys_dist.config import Config
 from recsys_dist.evaluation.labels import LABELS
@@ -53,7 +53,7 @@ def shown_users(
         rows = np.unique(np.linspace(0, len(users) - 1, size).round().astype(np.int64))
         found = _shown(config, models, users, rows, truth, lists)
         size //= 2
-        if not size or len(json.dumps(found)) <= BYTES:
+        if not size or len(htmlsafe_json_dumps(found)) <= BYTES:
             return found
 
 
