@@ -11,7 +11,7 @@ PIP_FLAGS = --quiet --no-deps --disable-pip-version-check $(if $(TORCH_INDEX),--
 BIN = .venv/bin
 ARCHIVE = .venv/share/recsys_dist/spark.jsa
 
-.PHONY: demo test bench bench-quality lint java setup setup-dev lock clean
+.PHONY: demo test bench bench-quality lint java browser setup setup-dev lock clean
 .DELETE_ON_ERROR:
 
 demo: java setup
@@ -19,7 +19,7 @@ demo: java setup
 	@$(BIN)/python jobs/nightly.py --conf conf/movielens_100k.yaml --samples 3
 
 # Two processes, a file's tests in one of them: half of the time Spark and Ray wait for themselves.
-test: java setup-dev lint
+test: java browser setup-dev lint
 	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 bench: java setup-dev .venv/peers.done
@@ -37,6 +37,15 @@ lint: setup-dev
 
 java:
 	@$(PYTHON) recsys_dist/java.py
+
+# The report is tested in a real browser; no package of pip's carries one.
+browser:
+	@command -v chromium > /dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get > /dev/null \
+	    || { echo "error: the tests need Chromium. Debian: apt-get install chromium, as root." >&2; exit 1; }; \
+	  echo "setup: installing chromium for the tests of the report"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install --yes -qq --no-install-recommends \
+	    chromium fonts-dejavu-core > /dev/null; }
 
 setup: .venv/$(VARIANT).done $(ARCHIVE)
 setup-dev: .venv/dev.done $(ARCHIVE)

@@ -3,20 +3,20 @@
 Implicit feedback: Hu, Koren, Volinsky, "Collaborative Filtering for Implicit Feedback Datasets" (2008).
 """
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.dataset
 import pyspark
 from pyspark.ml.recommendation import ALS, ALSModel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
 from recsys_dist.config import FIT_ON, Als, Config
-from recsys_dist.errors import DataError
+from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.features.session import MEBIBYTE, Steps, remove_checksums, spark_uri, start, write
+from recsys_dist.job import run_module
 from recsys_dist.schema import FACTORS
 from recsys_dist.workspace import OpenRun, Run
 
@@ -75,36 +75,39 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
 
 def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tuple[Als, list[dict[str, Any]]]:
     """The combination of the grid that ranks best on valid, and what was found of each."""
-    from recsys_dist.deepfm.items import Items  # torch takes seconds, and without a grid nothing needs it
-    from recsys_dist.evaluation.evaluate import held_out, rank
-    from recsys_dist.evaluation.measured import Catalogue, measure
-    from recsys_dist.scoring.scorers import Factors
-
-    features = run.inputs["features"]
-    spec = features.spec()
-    items = Items(features, spec)
-    catalogue = Catalogue(items, config.evaluation.head_share)
-    users, truth = held_out(features, config.score.filter_seen, "valid")
-    by_ten = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"k": (10,)})})
+    features, points = run.inputs["features"], config.als.points()
     events: dict[bool, DataFrame] = {}
-    tried = []
-    points = config.als.points()
     for number, point in enumerate(points):
         if point.implicit not in events:
             events[point.implicit] = _events(spark, features, point, ("train",)).cache()
         _write(_als(point, config.seed, blocks).fit(events[point.implicit]), run, f"{TRIED}/{number}/")
-        folder = f"{run.path}/{TRIED}/{number}"
-        user_factors, item_factors = (
-            pa.dataset.dataset(f"{folder}/{name}", filesystem=run.filesystem) for name in FACTORS_OF
+        print(f"  {number + 1} of {len(points)} tried: {_told(config, point)}", flush=True)
+    found = _measured(config, run, len(points))
+    tried: list[dict[str, Any]] = []
+    for point, ndcg in zip(points, found, strict=True):
+        tried.append({**{key: getattr(point, key) for key in config.als.grid}, "ndcg@10": ndcg})
+        print(f"  valid NDCG@10 {ndcg:.4f}  {_told(config, point)}", flush=True)
+    return points[found.index(max(found))], tried
+
+
+def _told(config: Config, point: Als) -> str:
+    return ", ".join(f"{key} {getattr(point, key)}" for key in config.als.grid)
+
+
+def _measured(config: Config, run: OpenRun, number: int) -> list[float]:
+    """NDCG@10 on valid of all that was tried, by `evaluation.tried` in a process of its own."""
+    task = {
+        "config": config.model_dump(mode="json"),
+        "features": run.inputs["features"].run_id,
+        "folders": [f"{run.path}/{TRIED}/{n}" for n in range(number)],
+    }
+    done = run_module("recsys_dist.evaluation.tried", json.dumps(task))
+    if done.returncode:
+        raise RetryableError(
+            f"measuring what was tried ended with exit code {done.returncode}; what it said is above"
         )
-        lists = rank(by_ten, items, Factors(spec, user_factors, item_factors.to_table()), users)[0]
-        ndcg = float(measure((10,), lists, truth, catalogue).of_users["ndcg@10"].mean())
-        values: dict[str, Any] = {key: getattr(point, key) for key in config.als.grid}
-        tried.append({**values, "ndcg@10": ndcg})
-        text = " ".join(f"{key}={value}" for key, value in values.items())
-        print(f"  {number + 1} of {len(points)}  {text}  valid NDCG@10 {ndcg:.4f}", flush=True)
-    best = max(range(len(points)), key=lambda number: tried[number]["ndcg@10"])
-    return points[best], tried
+    found: list[float] = json.loads(done.stdout)
+    return found
 
 
 def _events(spark: SparkSession, features: Run, settings: Als, parts: Sequence[str]) -> DataFrame:

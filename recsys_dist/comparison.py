@@ -187,7 +187,7 @@ def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str
     """Write lists/, relevant/ and metrics.json of these models, and return what is told of them."""
     features = trained.runs["features"]
     items = Items(features, features.spec())
-    metrics, _ = hold_out(
+    metrics, *_ = hold_out(
         config,
         run,
         items,

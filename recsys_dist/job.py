@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import fcntl
+import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -11,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from recsys_dist import java
-from recsys_dist.config import DEFAULT_CONF, Config, load
+from recsys_dist.config import DEFAULT_CONF, PACKAGE, Config, load
 from recsys_dist.errors import ConfigError, DataError, RecsysError, RetryableError
 from recsys_dist.workspace import (
     EXPERIMENTS,
@@ -80,6 +82,23 @@ def require_java() -> None:
     problem = java.problem()
     if problem:
         raise ConfigError(problem)
+
+
+def run_module(module: str, task: str) -> "subprocess.CompletedProcess[bytes]":
+    """Run a module of this package in a process of its own: what needs pyspark beside torch, or torch beside
+    pyspark.
+
+    Args:
+        module: its name.
+        task: for its standard input.
+
+    Returns:
+        its exit code, and what it wrote to its standard output.
+    """
+    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path}
+    line = [sys.executable, "-P", "-m", module]
+    return subprocess.run(line, check=False, env=environment, input=task.encode(), stdout=subprocess.PIPE)
 
 
 Make = Callable[[Config, OpenRun], dict[str, Any]]

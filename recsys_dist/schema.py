@@ -367,9 +367,11 @@ LISTS = pa.schema(
         ("rank", pa.int32()),
         ("item", pa.int32()),
         ("score", pa.float32()),
+        ("sources", pa.list_(pa.string())),
     ]
 )
-"""evaluation/lists/: each model's top-K for each test user, as of the test cut."""
+"""evaluation/lists/: each model's top-K for each test user, as of the test cut; `sources`: those that
+proposed the item, null for a model that has none."""
 
 RELEVANT = pa.schema([("user", pa.int32()), ("item", pa.int32())])
 """evaluation/relevant/: what each test user's lists should have, every pair once."""

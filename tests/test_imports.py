@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "config", "java"},
     {"schema", "workspace"},
     {"job", "cluster", "datasets", "spark"},
-    {"features", "als", "recall", "deepfm", "scoring", "evaluation", "nightly"},
+    {"features", "als", "recall", "deepfm", "scoring", "evaluation", "nightly", "comparison"},
 )
 
 

@@ -20,14 +20,15 @@ from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluation.large import measured_by_spark
 from recsys_dist.evaluation.measured import BySegment, Catalogue, figures, measure
 from recsys_dist.evaluation.metrics import METRICS, Values
+from recsys_dist.evaluation.nights import interval, published_last
 from recsys_dist.evaluation.report import write_report
 from recsys_dist.evaluation.segments import known_events, told, user_segments
 from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
 from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.scorers import Scorer
+from recsys_dist.scoring.scorers import Scorer, TwoStage
 from recsys_dist.scoring.users import with_context
-from recsys_dist.workspace import OpenRun, Run, Workspace
+from recsys_dist.workspace import OpenRun, Run
 
 USERS_AT_ONCE = 4096
 BESIDE_HITS = ("serendipity", "diversity", "popularity", "coverage", "novelty", "gini")
@@ -51,13 +52,13 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             )
     models = load_models(run.inputs, config.score)
     scorers = models.all()
-    metrics, lists = hold_out(
+    metrics, lists, users, truth = hold_out(
         config, run, models.items, list(scorers), scorers.__getitem__, config.score.published, "train"
     )
     run.write_json("metrics.json", metrics)
     results = metrics["models"]
     verdict = _verdict(config, results, published_last(run.workspace))
-    write_report(run, metrics, verdict, lists)
+    write_report(config, run, models, metrics, verdict, lists, users, truth)
     return {"users": metrics["users"], "verdict": verdict, "models": results}
 
 
@@ -69,9 +70,9 @@ def hold_out(
     scorer_of: Callable[[str], Scorer],
     reference: str,
     fitted_on: str,
-) -> tuple[dict[str, Any], pa.Table]:
-    """Measure models on the test part, write lists/ and relevant/, and return what metrics.json has, and the
-    lists.
+) -> tuple[dict[str, Any], pa.Table, pa.Table, np.ndarray]:
+    """Measure models on the test part, write lists/ and relevant/, and return what metrics.json has, the
+    lists, and the users and truth of `held_out`.
 
     Args:
         config: of the lengths, intervals and seen items.
@@ -92,8 +93,10 @@ def hold_out(
     large = len(names) * len(users) * max(settings.k) >= settings.spark_rows
     measured, tables = {}, []
     for name in names:
-        items_UK, scores_UK = rank(config, items, scorer_of(name), users)
-        tables.append(_lists(name, users, items_UK, scores_UK))
+        scorer = scorer_of(name)
+        items_UK, scores_UK, sources_UKS = rank(config, items, scorer, users)
+        sources = list(scorer.sources) if isinstance(scorer, TwoStage) else []
+        tables.append(_lists(name, users, items_UK, scores_UK, sources, sources_UKS))
         if not large:
             measured[name] = measure(settings.k, items_UK, truth, catalogue)
     lists = pa.concat_tables(tables)
@@ -122,7 +125,7 @@ def hold_out(
         "compared": _compared(config, values, reference),
         "segments": by_segment.found(),
     }
-    return metrics, lists
+    return metrics, lists, users, truth
 
 
 def held_out(
@@ -158,16 +161,25 @@ def held_out(
 
 
 @torch.inference_mode()
-def rank(config: Config, catalogue: Items, scorer: Scorer, users: pa.Table) -> tuple[np.ndarray, np.ndarray]:
-    """[U, K] items and scores at the greatest K asked for."""
+def rank(
+    config: Config, catalogue: Items, scorer: Scorer, users: pa.Table
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """[U, K] items and scores at the greatest K asked for, and [U, K, S] which sources proposed the item: no
+    S where the model has none.
+    """
     k = max(config.evaluation.k)
-    items, scores = [], []
+    items, scores, sources = [], [], []
     for rows in _batches(users, USERS_AT_ONCE):
         batch = with_context(catalogue, rows, rows["day"].to_numpy(), config.score.filter_seen)
-        lists = scorer.top_k(batch, k)
+        if isinstance(scorer, TwoStage):
+            lists, proposed_BKS = scorer.rank(batch, k)
+        else:
+            lists = scorer.top_k(batch, k)
+            proposed_BKS = torch.empty(*lists.items.shape, 0)
         items.append(lists.items.numpy())
         scores.append(lists.scores.numpy())
-    return np.concatenate(items), np.concatenate(scores)
+        sources.append(~torch.isneginf(proposed_BKS).numpy())
+    return np.concatenate(items), np.concatenate(scores), np.concatenate(sources)
 
 
 def _compared(config: Config, values: dict[str, dict[str, Values]], model: str) -> dict[str, Any]:
@@ -188,15 +200,21 @@ def _compared(config: Config, values: dict[str, dict[str, Values]], model: str) 
     return {"metric": metric, "with": model, "models": found}
 
 
-def published_last(workspace: Workspace) -> Run | None:
-    """The evaluation of the lists that were published last, if any still is there."""
-    evaluations = {run.run_id: run for run in workspace.runs("evaluation")}
-    published = [evaluations.get(run.inputs["evaluation"]) for run in workspace.runs("score")]
-    return next((run for run in reversed(published) if run), None)
-
-
-def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndarray) -> pa.Table:
+def _lists(
+    model: str,
+    users: pa.Table,
+    items_UK: np.ndarray,
+    scores_UK: np.ndarray,
+    names: Sequence[str] = (),
+    sources_UKS: np.ndarray | None = None,
+) -> pa.Table:
+    """The lists as rows of LISTS, with the names of the S sources where the model has any."""
     rows, places = np.nonzero(items_UK != UNKNOWN)
+    sources = pa.nulls(len(rows), LISTS.field("sources").type)
+    if sources_UKS is not None and names:
+        of_row, source = np.nonzero(sources_UKS[rows, places])
+        ends = np.searchsorted(of_row, np.arange(len(rows) + 1)).astype(np.int32)
+        sources = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.array(names)[source], pa.string()))
     return pa.table(
         {
             "model": pa.array([model] * len(rows)),
@@ -204,6 +222,7 @@ def _lists(model: str, users: pa.Table, items_UK: np.ndarray, scores_UK: np.ndar
             "rank": pa.array(places + 1, pa.int32()),
             "item": pa.array(items_UK[rows, places].astype(np.int32)),
             "score": pa.array(scores_UK[rows, places]),
+            "sources": sources,
         },
         schema=LISTS,
     )
@@ -227,7 +246,7 @@ def _verdict(config: Config, results: dict[str, Any], last: Run | None = None) -
     for metric, most in config.evaluation.may_fall.items():
         before, now = earlier.get(metric), results[verdict["model"]][metric]
         if before is not None:
-            fell, chance = fallen(_interval(before), _interval(now))
+            fell, chance = fallen(interval(before), interval(now))
             changes[metric] = {"before": before["value"], "now": now["value"], "chance": chance}
             if fell - chance > most:
                 wrong.append(
@@ -237,11 +256,6 @@ def _verdict(config: Config, results: dict[str, Any], last: Run | None = None) -
     passed = verdict["passed"] and not wrong
     text = "; ".join([verdict["text"], *wrong])
     return verdict | {"passed": passed, "text": text, "last": last.run_id, "changes": changes}
-
-
-def _interval(figure: dict[str, float]) -> tuple[float, float, float]:
-    value = figure["value"]
-    return value, figure.get("low", value), figure.get("high", value)
 
 
 def _against_rival(config: Config, results: dict[str, Any]) -> dict[str, Any]:

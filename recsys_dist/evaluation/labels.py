@@ -15,6 +15,55 @@ LABELS = {
 }
 """Model in metrics.json to its name for people."""
 
+METRIC_LABELS = {
+    "ndcg": (
+        "NDCG",
+        "how many of the liked items a list has, and how near its top; 1 is the best possible list",
+    ),
+    "recall": ("Recall", "the share of what the user liked that is in the list"),
+    "precision": ("Precision", "the share of the list that the user liked"),
+    "map": ("MAP", "the mean precision at the places of the items that the user liked"),
+    "mrr": ("MRR", "1 divided by the rank of the first item that the user liked"),
+    "hit_rate": ("Hit rate", "the share of users whose list has at least one item that they liked"),
+    "serendipity": (
+        "Serendipity",
+        "the share of the list that the user liked and that is not among the most popular items",
+    ),
+    "popularity": ("Popularity", "the mean number of training events of the items of a list"),
+    "diversity": ("Diversity", "how unlike each other the items of a list are, from 0 (alike) to 1"),
+    "coverage": ("Coverage", "the share of the catalogue that is in at least one list"),
+    "novelty": ("Novelty", "how rare the listed items are in training, in bits"),
+    "gini": ("Gini", "how unequally often items are listed, from 0 (all equally) to 1 (few make all lists)"),
+    "rmse": ("RMSE", "the root of the mean squared error of the predicted value"),
+    "mse": ("MSE", "the mean squared error of the predicted value"),
+    "auc": ("AUC", "the share of pairs of a liked and another item that are put in the right order"),
+    "gauc": ("GAUC", "the AUC of each user, averaged"),
+    "logloss": ("Log loss", "how surprising the true labels are to the model, in nats; less is better"),
+}
+"""Metric in metrics.json (before the @) to its name for people, and what it is."""
+
+LESS_IS_BETTER = ("rmse", "mse", "logloss")
+DECIMALS = {"popularity": 1, "novelty": 2}
+"""Of metrics that have not 4."""
+
+
+def model_label(model: str) -> str:
+    """A model's name as the first word of a cell or sentence; an unknown one's is itself."""
+    name = LABELS.get(model, model)
+    return name[:1].upper() + name[1:]
+
+
+def metric_label(metric: str) -> str:
+    """`ndcg@10` to `NDCG@10`; an unknown metric's name is itself."""
+    name, _, k = metric.partition("@")
+    label = METRIC_LABELS.get(name, (name,))[0]
+    return f"{label}@{k}" if k else label
+
+
+def figure(metric: str, value: float) -> str:
+    """A metric's value as it is printed."""
+    return f"{value:,.{DECIMALS.get(metric.partition('@')[0], 4)}f}"
+
 
 def summary_columns(k: Sequence[int]) -> dict[str, str]:
     """The metrics that summaries show, by their names in metrics.json, for these list lengths."""

@@ -4,9 +4,6 @@ Legend: U users, I items (index 0 is unknown).
 """
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -14,10 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 
-from recsys_dist.config import PACKAGE, Config
+from recsys_dist.config import Config
 from recsys_dist.errors import RetryableError
 from recsys_dist.evaluation.measured import Catalogue, Measured
-from recsys_dist.job import require_java
+from recsys_dist.job import require_java, run_module
 from recsys_dist.recall.content import WHOLE
 from recsys_dist.workspace import OpenRun
 
@@ -75,10 +72,7 @@ def measured_by_spark(
 
 def run_spark(task: str) -> int:
     """Measure what `by_spark.Task` says, in a process of its own; its exit code."""
-    line = [sys.executable, "-P", "-m", "recsys_dist.evaluation.by_spark"]
-    path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path}
-    return subprocess.run(line, check=False, env=environment, input=task.encode()).returncode
+    return run_module("recsys_dist.evaluation.by_spark", task).returncode
 
 
 def _items(catalogue: Catalogue) -> pa.Table:

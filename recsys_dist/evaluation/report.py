@@ -1,66 +1,100 @@
-"""report.html: one page that says how good tonight's models are, and shows some of their lists."""
+"""report.html: one page that says whether tonight's lists are better and may be published, and shows them.
 
-import json
+Everything that it needs is inside of it: it is read offline, and runs no script but its own.
+"""
+
+import base64
+import datetime as dt
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from markupsafe import Markup
 
-from recsys_dist.evaluation.labels import LABELS, summary_columns
-from recsys_dist.schema import UNKNOWN
+from recsys_dist.config import Config
+from recsys_dist.evaluation import sections
+from recsys_dist.evaluation.headline import headline, signed
+from recsys_dist.evaluation.labels import METRIC_LABELS, figure, metric_label, model_label, summary_columns
+from recsys_dist.evaluation.nights import Night, earlier_nights, moment_of
+from recsys_dist.evaluation.shown import shown_users
+from recsys_dist.scoring.models import Models
 from recsys_dist.workspace import OpenRun
 
-SAMPLE_USERS = 20
+HERE = Path(__file__).parent
 
 
-def write_report(run: OpenRun, metrics: dict[str, Any], verdict: dict[str, Any], lists: pa.Table) -> None:
-    """Write the page from the evaluation's results and the runs it reads; `lists` has schema LISTS."""
+def write_report(
+    config: Config,
+    run: OpenRun,
+    models: Models,
+    metrics: dict[str, Any],
+    verdict: dict[str, Any],
+    lists: pa.Table,
+    users: pa.Table,
+    truth: np.ndarray,
+) -> None:
+    """Write report.html into the evaluation's run.
+
+    Args:
+        config: the settings.
+        run: the evaluation; the runs that it reads are described too.
+        models: that the lists were made with.
+        metrics: as in metrics.json.
+        verdict: as in the run's figures.
+        lists: of all models, schema LISTS.
+        users: of `held_out`.
+        truth: likewise.
+    """
+    model, metric = verdict["model"], config.evaluation.metric
+    earlier, other = earlier_nights(run, metrics, model)
+    tonight = Night(run.run_id, metrics["models"][model], published=False)
+    last = next((night for night in earlier if night.run_id == verdict.get("last")), None)
+    last = last or (earlier[-1] if earlier else None)
+    script = (HERE / "report.js").read_text()
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    features, deepfm = run.inputs["features"], run.inputs["deepfm"]
-    columns = summary_columns(metrics["protocol"]["k"])
-    with deepfm.filesystem.open_input_stream(f"{deepfm.path}/history.jsonl") as stream:
-        history = [json.loads(line) for line in stream.read().decode().splitlines()]
+    environment.filters |= {"metric": metric_label, "model": model_label}
+    environment.globals |= {"figure": figure, "signed": signed}
     page = environment.get_template("report.html.j2").render(
         run_id=run.run_id,
+        night=moment_of(run.run_id),
+        written=dt.datetime.now(dt.UTC),
         metrics=metrics,
-        columns=columns,
-        labels=LABELS,
-        verdict=verdict,
-        best=max(figures[next(iter(columns))]["high"] for figures in metrics["models"].values()) or 1,
-        history=history,
-        figures=features.manifest["figures"],
+        metric=metric,
+        model=model,
+        rival=config.evaluation.must_beat,
+        columns=list(summary_columns(config.evaluation.k)),
+        glossary={
+            label: text
+            for name, (label, text) in METRIC_LABELS.items()
+            if any(of.partition("@")[0] == name for of in tonight.figures)
+        },
+        headline=headline(config, metrics, verdict, last, tonight),
+        ranked=sorted(metrics["models"], key=lambda name: -metrics["models"][name][metric]["value"]),
+        models_plot=sections.models(metrics, metric, model),
+        nights_plot=sections.nights([*earlier, tonight], metric, model),
+        other_nights=other,
+        training_plots=sections.training(run.inputs["deepfm"]),
+        refit=config.deepfm.fit_on != "train" or bool(config.deepfm.pair),
+        time_plot=sections.time(run),
+        data=sections.data(run, last),
+        catalogue_plots=sections.catalogue(models.items, lists, metrics, config, model),
+        sources_plot=sections.sources(lists, users, truth, model, config.evaluation.k[0]),
+        segment_plots=sections.segments(metrics, metric, model, config.evaluation.must_beat),
+        shown=shown_users(config, models, users, truth, lists.filter(sections.is_model(lists, model))),
+        filter_seen=config.score.filter_seen,
+        resamplings=config.evaluation.bootstrap,
         runs={name: other.run_id for name, other in run.inputs.items()},
-        users=_sample(run, verdict["model"], lists),
+        style=Markup((HERE / "report.css").read_text()),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    with run.filesystem.open_output_stream(f"{run.path}/report.html") as stream:
-        stream.write(page.encode())
-
-
-def _sample(run: OpenRun, model: str, lists: pa.Table) -> list[dict[str, Any]]:
-    """Some test users: raw id, titles of the latest liked items, titles of the model's list."""
-    features = run.inputs["features"]
-    items = features.table("items").sort_by("item")
-    names = zip(items["title"].to_pylist(), items["item_id"].to_pylist(), strict=True)
-    titles = ["", *(title or item for title, item in names)]
-    rows = lists.filter((pc.field("model") == model) & (pc.field("rank") <= 10)).sort_by("rank")
-    users = sorted(set(rows["user"].to_pylist()))
-    chosen = users[:: max(1, len(users) // SAMPLE_USERS)]
-    state = features.table("users/as_of=test", filter=pc.field("user").isin(chosen))
-    history = features.spec().shown_history
-    sample = []
-    for user in state.sort_by("user").to_pylist():
-        listed = rows.filter(pc.equal(rows["user"], user["user"]))
-        sample.append(
-            {
-                "id": user["user_id"],
-                "history": [titles[item] for item in reversed(user[history]) if item != UNKNOWN][:10],
-                "list": [titles[item] for item in listed["item"].to_pylist()],
-            }
-        )
-    return sample[:SAMPLE_USERS]
+    run.write_text("report.html", page)

@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from recsys_dist.config import load
-from recsys_dist.evaluation.evaluate import _verdict, evaluate, published_last
+from recsys_dist.evaluation.evaluate import _verdict, evaluate
 from recsys_dist.evaluation.metrics import METRICS
+from recsys_dist.evaluation.nights import published_last
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
 from tests.synthetic import listable, synthetic_config

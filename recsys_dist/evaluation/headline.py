@@ -1,0 +1,110 @@
+"""What the page says first: may the lists be published, and are they better than last night's?"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from recsys_dist.config import Config
+from recsys_dist.evaluation.labels import LABELS, figure, metric_label, model_label
+from recsys_dist.evaluation.nights import Night, change, interval
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One sentence, in two halves, four numbers, and what was checked."""
+
+    passed: bool
+    may: str
+    """May the lists be published?"""
+    better: str
+    """Are they better than last night's?"""
+    numbers: tuple[tuple[str, str, str], ...]
+    """Four: what it is, the number, and how to take it."""
+    checks: tuple[tuple[bool, str], ...]
+    """What must be so before the lists may be published: is it?"""
+
+
+def headline(
+    config: Config, metrics: dict[str, Any], verdict: dict[str, Any], last: Night | None, tonight: Night
+) -> Headline:
+    """Put it together.
+
+    Args:
+        config: the settings.
+        metrics: as in metrics.json.
+        verdict: as in the run's figures.
+        last: the night to compare with, if any.
+        tonight: the published model's figures.
+    """
+    metric, k = config.evaluation.metric, config.evaluation.k[0]
+    value, low, high = interval(tonight.figures[metric])
+    better, since = _since(last, tonight, metric)
+    beside = config.evaluation.must_beat or "popularity"
+    theirs = metrics["models"][beside][metric]["value"]
+    numbers = (
+        (
+            f"{metric_label(metric)} tonight",
+            figure(metric, value),
+            f"95% interval {figure(metric, low)} to {figure(metric, high)}",
+        ),
+        since,
+        (
+            f"Against {LABELS[beside]}",
+            f"{value / theirs:.2f} ×" if theirs > 0 else "–",
+            f"the {metric_label(metric)} there is {figure(metric, theirs)}",
+        ),
+        (
+            "Catalogue in the lists",
+            f"{tonight.figures[f'coverage@{k}']['value']:.1%}",
+            f"of all items are in a list of {k}",
+        ),
+    )
+    may = "may" if verdict["passed"] else "must not"
+    return Headline(
+        verdict["passed"],
+        f"Tonight’s lists {may} be published;",
+        better,
+        numbers,
+        tuple(_checks(config, metrics, verdict)),
+    )
+
+
+def signed(difference: float) -> str:
+    """A difference with its sign; without one where it is 0 as printed."""
+    text = f"{difference:+.4f}"
+    return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def _since(last: Night | None, tonight: Night, metric: str) -> tuple[str, tuple[str, str, str]]:
+    """The half sentence on last night, and the number."""
+    found = change(last, tonight, metric) if last else None
+    if found is None:
+        return (
+            "there is no earlier night to compare them with.",
+            ("Since last night", "–", "the first night that is measured like this"),
+        )
+    way = "as good as"
+    if found.beyond_chance:
+        way = "better than" if found.difference > 0 else "worse than"
+    note = f"from {figure(metric, found.before)}; up to {figure(metric, found.chance)} may be chance"
+    return f"they are {way} last night’s.", ("Since last night", signed(found.difference), note)
+
+
+def _checks(config: Config, metrics: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[bool, str]]:
+    """Each condition of publishing that the evaluation knows of, and whether it holds."""
+    metric, rival, model = config.evaluation.metric, config.evaluation.must_beat, verdict["model"]
+    found = []
+    if rival:
+        ours, theirs = (metrics["models"][name][metric]["value"] for name in (model, rival))
+        above = "above" if ours > theirs else "not above"
+        text = f"{model_label(model)}: {metric_label(metric)} {figure(metric, ours)} is {above} that of "
+        found.append((ours > theirs, f"{text}{LABELS[rival]}, {figure(metric, theirs)}"))
+    for name, of in verdict.get("changes", {}).items():
+        before, now, chance = of["before"], of["now"], of["chance"]
+        most = config.evaluation.may_fall[name]
+        text = (
+            f"{metric_label(name)} {'fell' if now < before else 'rose'} from {figure(name, before)} to "
+            f"{figure(name, now)}; {figure(name, chance)} may be chance, and a fall of {most:g} beyond it is "
+            f"allowed"
+        )
+        found.append((before - now - chance <= most, text))
+    return found
