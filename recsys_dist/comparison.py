@@ -108,7 +108,8 @@ class Trained:
         needed = ["features", "recall"]
         for stage in needed:
             self.runs[stage] = self._run(stage, stage, self.overrides)
-        for name in dict.fromkeys(("als", *names)):
+        # Two stages have ALS among their sources, as a rule.
+        for name in dict.fromkeys((*(["als"] if "two_stage" in names else []), *names)):
             model = MODELS[name]
             if model.stage not in needed:
                 self.runs[name] = self._run(model.stage, name, self.settings(name))
@@ -208,7 +209,7 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
     made: dict[str, Callable[[], Scorer]] = {
         "popularity": lambda: Popularity(items, _counts(runs["features"], len(items))),
         "next_items": lambda: NextItems(spec, recall),
-        "two_stage": lambda: load_models(_inputs(runs, name), config.score).two_stage,
+        "two_stage": lambda: load_models(_inputs(runs, name) | {"als": runs["als"]}, config.score).two_stage,
         **dict.fromkeys(("als", "als_explicit"), lambda: _factors(runs[name], items)),
     }
     if name in MEASURES:
@@ -220,7 +221,7 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
 
 
 def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:
-    return {stage: runs[stage] for stage in (*BEFORE, "als")} | {"deepfm": runs[name]}
+    return {stage: runs[stage] for stage in BEFORE} | {"deepfm": runs[name]}
 
 
 def _factors(run: Run, items: Items) -> Scorer:

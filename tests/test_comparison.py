@@ -1,0 +1,121 @@
+"""All models under one protocol: what each is trained with, what is measured, and what was trained before."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from recsys_dist.comparison import MODELS, Cost, Trained, measured, table
+from recsys_dist.config import load
+from recsys_dist.errors import ConfigError
+from recsys_dist.workspace import Workspace
+from tests.models import untrained_night
+from tests.processes import run_here
+from tests.synthetic import synthetic_config
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """All models, of untrained runs: the figures, the comparison's run and the features run."""
+    config = synthetic_config(tmp_path_factory.mktemp("root"))
+    sections = {
+        "recall": config.recall.model_copy(update={"measures": ("pearson", "cosine", "jaccard")}),
+        "evaluation": config.evaluation.model_copy(update={"bootstrap": 100}),
+    }
+    config = config.model_copy(update=sections)
+    night = untrained_night(config)
+    deepfm, als = night.pop("deepfm"), night["als"]
+    runs = night | {"als_explicit": als} | dict.fromkeys(("mf", "fm", "dnn", "deepfm", "two_stage"), deepfm)
+    trained = SimpleNamespace(
+        runs=runs, config=config, cost=lambda name: Cost(12.6, 0.5) if name == "fm" else None
+    )
+    run = Workspace(config).new("comparison", {}, runs)
+    figures = measured(config, run, trained, list(MODELS))
+    return SimpleNamespace(figures=figures, run=run, features=night["features"])
+
+
+def test_every_model_is_measured_and_held_against_the_two_stage_one(compared):
+    figures = compared.figures
+    assert list(figures["models"]) == list(MODELS)
+    assert figures["compared"]["with"] == "two_stage"
+    assert set(figures["compared"]["models"]) == set(MODELS) - {"two_stage"}
+    with open(f"{compared.run.path}/metrics.json") as file:  # noqa: PTH123
+        metrics = json.load(file)
+    assert metrics["protocol"]["fitted_on"] == "train and valid"
+    assert metrics["models"] == figures["models"]
+    assert metrics["costs"] == {"fm": {"seconds": 12.6, "peak_gib": 0.5}}
+
+
+def test_popularity_counts_train_and_valid(compared):
+    events = compared.features.table("examples").to_pandas()
+    known = events[events.split.isin(["train", "valid"]) & (events.label > 0)]
+    counts = np.bincount(known.item)
+    lists = pq.read_table(f"{compared.run.path}/lists").to_pandas()
+    lists = lists[(lists.model == "popularity") & (lists["rank"] == 1)]
+    assert len(lists) == compared.figures["users"]
+    assert (lists.score == counts[lists.item]).all()
+    train = np.bincount(events[(events.split == "train") & (events.label > 0)].item, minlength=len(counts))
+    assert (lists.score != train[lists.item]).any()
+
+
+def test_the_table_tells_quality_difference_and_cost(compared):
+    head, _, *rows = table(compared.figures)
+    assert head.startswith(f"| {compared.figures['users']} test users | NDCG@10 |")
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [of.label for of in MODELS.values()]
+    fm = rows[list(MODELS).index("fm")]
+    assert fm.endswith("| 13 | 0.5 |")
+    assert f"{compared.figures['models']['fm']['ndcg@10']['value']:.4f} (" in fm
+    assert rows[-1].endswith("|  |  |  |")  # the two-stage one: no difference to itself, no cost known
+
+
+def test_what_each_model_is_trained_with(tmp_path):
+    root = f"storage.root={tmp_path / 'runs'}"
+    trained = Trained(None, [root, "compare.settings={mf: [deepfm.embedding_dim=12]}"])
+    made = {name: load(None, trained.settings(name)) for name in MODELS}
+    assert {config.storage.root for config in made.values()} == {f"{tmp_path / 'runs'}-comparison"}
+    assert {config.deepfm.fit_on for config in made.values()} == {"train_valid"}
+    assert {config.als.fit_on for config in made.values()} == {"train_valid"}
+    assert {config.recall.fit_on for config in made.values()} == {"train_valid"}
+    assert [made[name].als.implicit for name in ("als", "als_explicit")] == [True, False]
+    assert len(made["als"].als.points()) == 6
+    assert [made[name].deepfm.model for name in ("mf", "fm", "dnn", "deepfm", "two_stage")] == [
+        "mf",
+        "fm",
+        "dnn",
+        "deepfm",
+        "deepfm",
+    ]
+    assert made["mf"].deepfm.embedding_dim == 12 != made["fm"].deepfm.embedding_dim
+    assert made["two_stage"].deepfm.pair
+    assert not made["deepfm"].deepfm.pair
+
+
+def test_an_unknown_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"compare.models.0: .*'popularity'"):
+        Trained(None, [f"storage.root={tmp_path}", "compare.models=[svd]"])
+
+
+def test_the_job_trains_what_is_missing_and_nothing_twice(tmp_path):
+    lines = ["user,item,timestamp,value"]
+    for user in range(30):
+        lines += [f"u{user},i{(user + 7 * n) % 20},{1700000000 + 86400 * n + user},5" for n in range(12)]
+    (tmp_path / "log.csv").write_text("\n".join(lines))
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp", "value": "value"}
+    conf = {
+        "storage": {"root": str(tmp_path / "runs")},
+        "data": {"events": {"path": str(tmp_path / "log.csv"), "columns": columns}},
+        "evaluation": {"bootstrap": 100},
+        "compare": {"models": ["popularity", "next_items"]},
+    }
+    (tmp_path / "conf.yaml").write_text(json.dumps(conf))
+    words = ["compare.py", "--conf", str(tmp_path / "conf.yaml")]
+    first = run_here(*words)
+    assert "=== recall\n" in first
+    again = run_here(*words)
+    assert again.count("done before") == 2
+    rows = [[line for line in of.splitlines() if line.startswith("|")] for of in (first, again)]
+    assert rows[0] == rows[1]
+    assert rows[0][-1].split("|")[-2].strip() != ""  # the memory that recall took
+    assert not (tmp_path / "runs").exists()
