@@ -1,4 +1,4 @@
-# make demo | test | bench | bench-quality: see README.md. Nothing needs to be installed before but Python 3.11
+# make demo | compare | test | bench | bench-quality: see README.md. Nothing needs to be installed before but Python 3.11
 # or 3.12 and Java 17 or newer.
 
 PYTHON ?= python3.11
@@ -11,12 +11,20 @@ PIP_FLAGS = --quiet --no-deps --disable-pip-version-check $(if $(TORCH_INDEX),--
 BIN = .venv/bin
 ARCHIVE = .venv/share/recsys_dist/spark.jsa
 
-.PHONY: demo test bench bench-quality lint java browser setup setup-dev lock clean
+# Another log than MovieLens 1M: make compare CONF=conf/shop.yaml
+CONF =
+
+.PHONY: demo compare test bench bench-quality lint java browser setup setup-dev lock clean
 .DELETE_ON_ERROR:
 
 demo: java setup
 	@$(BIN)/python -m recsys_dist.datasets movielens_100k data
 	@$(BIN)/python jobs/nightly.py --conf conf/movielens_100k.yaml --samples 3
+
+# An hour or so. Of MovieLens 1M ratings of 4 and 5 count, all others are left out.
+compare: java setup
+	@$(if $(CONF),,$(BIN)/python -m recsys_dist.datasets movielens_1m data)
+	@$(BIN)/python jobs/compare.py $(if $(CONF),--conf $(CONF),--conf conf/movielens_1m.yaml --set label.others=drop)
 
 # Two processes, a file's tests in one of them: half of the time Spark and Ray wait for themselves.
 test: java browser setup-dev lint
