@@ -641,8 +641,11 @@ class DeepFM(Section):
             raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
-        if self.fit_on == "train_valid" and self.schedule == "plateau":
-            raise ValueError("schedule plateau goes by valid, of which fit_on train_valid leaves nothing")
+        if self.schedule == "plateau" and (self.fit_on == "train_valid" or self.pair):
+            raise ValueError(
+                "schedule plateau goes by valid, which the second fit that fit_on train_valid or pair fields "
+                "ask for does not have"
+            )
         return self
 
     @model_validator(mode="after")

@@ -129,7 +129,8 @@ def train(task: Task, device: torch.device) -> Progress:
         # Dropout is the one thing left to chance; seeded by the step, a resumed training repeats it.
         torch.manual_seed(int(np.random.SeedSequence([seed, progress.step, rank]).generate_state(1)[0]))
         model.begin_epoch(epoch)
-        factor = rate_factor(settings, progress.step, last, progress.reductions)
+        # A refit goes the way of the fit that chose its number of epochs.
+        factor = rate_factor(settings, progress.step, settings.epochs * examples.steps, progress.reductions)
         mean, late = steps.step(batches, factor, epoch)
         progress.step += 1
         log.step(progress.step, mean, examples.rows(step))

@@ -66,6 +66,9 @@ def _bad_inputs(model: DeepFM, batch: Batch) -> dict[int, set[str]]:
         for row, column in (~side.values.isfinite()).nonzero().tolist():
             item = f" of item {side.indices['item'].values()[row]}" if side is batch.item else ""
             found[row * len(batch.user) // len(side)].add(names[column] + item)
+    if batch.pair is not None:
+        for row, _, column in (~batch.pair.isfinite()).nonzero().tolist():
+            found[row].add(model.pair_fields[column - 1].name)  # the first number says that they are known
     return found
 
 

@@ -186,7 +186,14 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     # Of a driver that died.
     shutil.rmtree(folder / RAY, ignore_errors=True)
     (folder / REFUSED).unlink(missing_ok=True)
-    gpus = ray.cluster_resources().get("GPU", 0) >= config.deepfm.workers[0]
+    found, least = int(ray.cluster_resources().get("GPU", 0)), config.deepfm.workers[0]
+    gpus = found >= least
+    if found and not gpus:
+        print(
+            f"  the cluster has {found} of the {least} GPUs that deepfm.num_workers asks for: training on "
+            f"processors. To train on GPUs: --set deepfm.num_workers={found}",
+            flush=True,
+        )
     stop = threading.Event()
     printer = threading.Thread(target=_print_progress, args=(folder, stop, tracking), daemon=True)
     trainer = TorchTrainer(
@@ -251,16 +258,22 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
     from recsys_dist.deepfm.checkpoint import load_weights
     from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
+    from recsys_dist.deepfm.not_finite import diverged
     from recsys_dist.deepfm.published import publish
 
     history, folder, line = fitted.history, fitted.folder, best(fitted.history)
     path = _best_checkpoint(folder)
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
-    state = DeepFM(spec, config.deepfm).state_dict()
+    model = DeepFM(spec, config.deepfm)
+    state = model.state_dict()
     head = {name: of for name, of in state.items() if fitted.pairs and name.startswith(PAIR_HEAD)}
     load_weights(path, {name: of for name, of in state.items() if name not in head})
     if fitted.pairs:
         load_weights(_best_checkpoint(fitted.pairs), head)
+    # Nothing has looked at the last step of a refit, which has no part to measure with.
+    wrong = [name for name, of in state.items() if of.is_floating_point() and not of.isfinite().all()]
+    if wrong:
+        raise diverged(f"{path.name} has numbers that are not finite in {', '.join(wrong[:3])}", model)
     publish(run, spec, config.deepfm, state)
     run.remove("checkpoint")  # of a driver that was killed before the commit
     run.filesystem.create_dir(f"{run.path}/checkpoint")

@@ -9,8 +9,8 @@ import torch
 
 from recsys_dist.config import DeepFM as Settings
 from recsys_dist.config import load as load_config
+from recsys_dist.deepfm import checkpoint, train
 from recsys_dist.deepfm import pairs as module
-from recsys_dist.deepfm import train
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
@@ -267,6 +267,14 @@ def test_the_head_of_the_first_fit_is_published_with_embeddings_that_know_all(
     load_weights(train._best_checkpoint(folder), before)
     assert any(not torch.equal(before[name], tensor) for name, tensor in parts[again].items())
 
+    def spoilt(path, tensors):
+        load_weights(path, tensors)
+        next(iter(tensors.values())).fill_(torch.nan)
+
+    monkeypatch.setattr(checkpoint, "load_weights", spoilt)
+    with pytest.raises(ConfigError, match=r"numbers that are not finite in .* The training diverged\."):
+        train._publish(config, run, fitted)
+
 
 LATE_SET = "recall.late=0.1"
 
@@ -282,6 +290,7 @@ LATE_SET = "recall.late=0.1"
             ["deepfm.pair=[{name: a, measure: share, attribute: genre}]", LATE_SET],
             "'genre' is no categorical field of side item",
         ),
+        (["deepfm.pair=[{name: a, measure: since}]", LATE_SET, "deepfm.schedule=plateau"], "goes by valid"),
         (["deepfm.pair=[{name: a, measure: since}]", LATE_SET, "fields=[]"], "history of liked items"),
         (["deepfm.pair=[{name: a, measure: since}]", LATE_SET, "deepfm.model=mf"], "mf has no histories"),
     ],
