@@ -6,7 +6,6 @@ what was trained before is not trained again.
 """
 
 import datetime as dt
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -25,6 +24,9 @@ from recsys_dist.scoring.models import load_models, load_ranker
 from recsys_dist.scoring.scorers import Exhaustive, Factors, NextItems, Popularity, Related, Scorer
 from recsys_dist.workspace import OpenRun, Run, Workspace
 
+BEFORE = ("features", "recall")
+"""Stages that all models share the run of."""
+COSTS = "costs.json"
 PARTS = "train_valid"
 """What every model is fitted on in the end."""
 FITTED = [f"{section}.fit_on={PARTS}" for section in ("recall", "als", "deepfm")]
@@ -99,19 +101,19 @@ class Trained:
         self.overrides += [f"evaluation.k={lengths}", "evaluation.metric=ndcg@10"]
         self.config = load(conf, self.overrides)
         self.workspace = Workspace(self.config)
-        self.costs = self._costs()
+        known = self.workspace.read_json(COSTS) or {}
+        self.costs = {run_id: Cost(**cost) for run_id, cost in known.items()}
         self.runs: dict[str, Run] = {}
         """By stage, and by name of the models that have one of their own."""
 
     def make(self, names: Sequence[str]) -> None:
         """Train these models, and what they need before."""
-        needed = ["features", "recall"]
-        for stage in needed:
+        for stage in BEFORE:
             self.runs[stage] = self._run(stage, stage, self.overrides)
         # Two stages have ALS among their sources, as a rule.
         for name in dict.fromkeys((*(["als"] if "two_stage" in names else []), *names)):
             model = MODELS[name]
-            if model.stage not in needed:
+            if model.stage not in BEFORE:
                 self.runs[name] = self._run(model.stage, name, self.settings(name))
 
     def settings(self, name: str) -> list[str]:
@@ -145,23 +147,8 @@ class Trained:
         assert made, "it was just made"
         begin, end = (dt.datetime.fromisoformat(made.manifest[moment]) for moment in ("started", "ended"))
         self.costs[made.run_id] = Cost((end - begin).total_seconds(), peak() / 2**30)
-        with self.workspace.filesystem.open_output_stream(self._file) as stream:
-            stream.write(json.dumps({run_id: vars(cost) for run_id, cost in self.costs.items()}).encode())
+        self.workspace.write_json(COSTS, {run_id: vars(cost) for run_id, cost in self.costs.items()})
         return made
-
-    @property
-    def _file(self) -> str:
-        return f"{self.workspace.path}/costs.json"
-
-    def _costs(self) -> dict[str, Cost]:
-        if not self.workspace.filesystem.get_file_info(self._file).is_file:
-            return {}
-        with self.workspace.filesystem.open_input_stream(self._file) as stream:
-            return {run_id: Cost(**cost) for run_id, cost in json.loads(stream.read()).items()}
-
-
-BEFORE = ("features", "recall")
-"""Stages that all models share the run of."""
 
 
 def compare(conf: str | None, overrides: Sequence[str]) -> None:

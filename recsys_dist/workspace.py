@@ -380,6 +380,14 @@ class Workspace:
             return OpenRun(self, stage, run_id, inputs, key, started)
         return None
 
+    def read_json(self, name: str) -> Any:
+        """A JSON file in the root folder; None where there is none."""
+        return self._json(f"{self.path}/{name}")
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a JSON file into the root folder, whole or not at all."""
+        _write(self.filesystem, f"{self.path}/{name}", json.dumps(value))
+
     def _json(self, path: str) -> Any:
         """What a JSON file says; None where there is none."""
         if not self.filesystem.get_file_info(path).is_file:

@@ -42,7 +42,6 @@ METRIC_LABELS = {
 }
 """Metric in metrics.json (before the @) to its name for people, and what it is."""
 
-LESS_IS_BETTER = ("rmse", "mse", "logloss")
 DECIMALS = {"popularity": 1, "novelty": 2}
 """Of metrics that have not 4."""
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from recsys_dist.config import Config
 from recsys_dist.evaluation import sections
+from recsys_dist.evaluation.curves import of_model
 from recsys_dist.evaluation.headline import headline, signed
 from recsys_dist.evaluation.labels import METRIC_LABELS, figure, metric_label, model_label, summary_columns
 from recsys_dist.evaluation.nights import Night, earlier_nights, moment_of
@@ -89,7 +90,7 @@ def write_report(
         catalogue_plots=sections.catalogue(models.items, lists, metrics, config, model),
         sources_plot=sections.sources(lists, users, truth, model, config.evaluation.k[0]),
         segment_plots=sections.segments(metrics, metric, model, config.evaluation.must_beat),
-        shown=shown_users(config, models, users, truth, lists.filter(sections.is_model(lists, model))),
+        shown=shown_users(config, models, users, truth, of_model(lists, model, max(config.evaluation.k))),
         filter_seen=config.score.filter_seen,
         resamplings=config.evaluation.bootstrap,
         runs={name: other.run_id for name, other in run.inputs.items()},

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items
@@ -31,7 +30,6 @@ SEGMENT_LABELS = {
     ("users", "new"): "New users",
     ("users", "light"): "Light users",
     ("users", "heavy"): "Heavy users",
-    ("items", "new"): "New items",
     ("items", "head"): "Popular items",
     ("items", "tail"): "Rare items",
 }
@@ -40,11 +38,6 @@ CURVES = ("two_stage", "als", "next_items", "popularity")
 SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
 """Of the catalogue, which the table of the popularity curve has."""
 TABLES = {"events": "Events", "items": "Items", "users": "Users"}
-
-
-def is_model(lists: pa.Table, model: str) -> Any:
-    """Which rows are of this model."""
-    return pc.equal(lists["model"], model)
 
 
 def models(metrics: dict[str, Any], metric: str, ours: str) -> Plot:
@@ -323,8 +316,8 @@ def sources(lists: pa.Table, users: pa.Table, truth: np.ndarray, model: str, k: 
 
 
 def segments(metrics: dict[str, Any], metric: str, model: str, rival: str | None) -> list[Plot]:
-    """The published model for kinds of users and of items, beside the one it must beat; none where
-    metrics.json has no segments.
+    """The published model for kinds of users and of items, beside the one it must beat; those that
+    have the metric.
     """
     titles = {"users": "By how much users had liked before", "items": "By how popular the items are"}
     found = []
@@ -333,12 +326,11 @@ def segments(metrics: dict[str, Any], metric: str, model: str, rival: str | None
         for segment in metrics["segments"]:
             if segment["side"] != side:
                 continue
-            label = SEGMENT_LABELS.get((side, segment["segment"]), f"{segment['segment']} {side}")
+            label = SEGMENT_LABELS[side, segment["segment"]]
             for name in dict.fromkeys([model, rival or model]):
-                of = segment["models"].get(name, {}).get(metric, {})
-                known = {key: value for key, value in of.items() if value is not None}
-                if "value" in known:
-                    numbers = interval(known)
+                of = segment["models"][name].get(metric)
+                if of:
+                    numbers = interval(of)
                     texts = [figure(metric, number) for number in numbers]
                     row = label if name == model else model_label(name)
                     rows.append(Interval(row, *numbers, texts[0], name == model))
