@@ -623,10 +623,15 @@ class DeepFM(Section):
     num_workers: int | tuple[int, int] = 2
     """Ray Train workers: processes on CPU, one a GPU where there are GPUs. A pair [least, most]: as many as
     the cluster has room for, fewer after it has lost a node, more after it has got one."""
-    checkpoint_every_steps: int = Field(200, ge=1)
-    """A failed worker costs at most so many steps, and those while the last checkpoint was written."""
+    resize_seconds: float = Field(60.0, ge=0)
+    """Between two looks for room for more workers, where num_workers is a pair; to take them up costs the
+    steps since the last checkpoint."""
+    checkpoint_every_steps: int = Field(1000, ge=1)
+    """Whatever dies, at most so many steps are lost: a checkpoint is begun after every half of them, and
+    written while the next half is trained."""
     checkpoint_every_minutes: float | None = Field(None, gt=0)
-    """A checkpoint also where the last one was begun so many minutes ago."""
+    """A checkpoint also where the last one was begun so many minutes ago; with embedding_weight_decay at the
+    next multiple of 500 steps."""
     checkpoints_kept: int = Field(2, ge=1)
     """The newest so many checkpoints are kept, beside the best."""
     max_failures: int = Field(3, ge=0)
@@ -767,7 +772,16 @@ class Tune(Section):
 
     @model_validator(mode="after")
     def _space(self) -> "Tune":
-        fixed = {"pair", "fit_on", "valid_users", "sharding", "num_workers", "max_failures", "streams"}
+        fixed = {
+            "pair",
+            "fit_on",
+            "valid_users",
+            "sharding",
+            "num_workers",
+            "max_failures",
+            "streams",
+            "resize_seconds",
+        }
         fixed |= {"checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_kept", "cache_megabytes"}
         searched = set(DeepFM.model_fields) - fixed
         wrong = []

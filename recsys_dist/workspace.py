@@ -121,6 +121,30 @@ class Run:
         """The FeatureSpec of a features run."""
         return read_spec(self.filesystem, self.path)
 
+    def require_intact(self, *folders: str) -> None:
+        """Raise a DataError where a file of these folders is not the one that was committed.
+
+        Args:
+            folders: such as `model`, of whose files the manifest has the sha256.
+        """
+        for entry in self.manifest["files"]:
+            if entry["path"].split("/")[0] not in folders:
+                continue
+            path = f"{self.path}/{entry['path']}"
+            info = self.filesystem.get_file_info(path)
+            if not info.is_file:
+                wrong = "it is missing"
+            elif info.size != entry["bytes"]:
+                wrong = f"it has {info.size} bytes, expected {entry['bytes']}"
+            elif _sha256(self.filesystem, path) != entry["sha256"]:
+                wrong = "its sha256 is not that of its manifest"
+            else:
+                continue
+            raise DataError(
+                f"{self.uri}/{entry['path']} is not what was committed: {wrong}. Restore it, or make the run "
+                f"again: jobs/{STAGES[self.manifest['stage']].job} --force."
+            )
+
 
 @dataclass(frozen=True)
 class OpenRun:
@@ -222,11 +246,7 @@ class OpenRun:
                         column.name: str(column.type) for column in parquet.schema_arrow
                     }
             if name.startswith(("model/", "checkpoint/")):
-                with self.filesystem.open_input_stream(info.path) as stream:
-                    digest = hashlib.sha256()
-                    while chunk := stream.read(1 << 20):
-                        digest.update(chunk)
-                entry["sha256"] = digest.hexdigest()
+                entry["sha256"] = _sha256(self.filesystem, info.path)
             files.append(entry)
         return files, schemas
 
@@ -497,6 +517,14 @@ def _raw_files(config: Config) -> dict[str, list[int]]:
     return {
         info.path: [info.size, info.mtime_ns or 0] for source in sources for info in raw_files(source.path)
     }
+
+
+def _sha256(filesystem: pyarrow.fs.FileSystem, path: str) -> str:
+    digest = hashlib.sha256()
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _write(filesystem: pyarrow.fs.FileSystem, path: str, text: str) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -47,6 +48,30 @@ def test_manifest_names_files_rows_schema_and_hashes(workspace, config):
     assert manifest["figures"] == {"n": 3}
     assert manifest["config"]["score"]["k"] == 10
     assert manifest["started"] < manifest["ended"]
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (None, "it is missing"),
+        ("{", "it has 1 bytes, expected 3"),
+        ("[]\n", "its sha256 is not that of its manifest"),
+    ],
+)
+def test_a_model_that_is_not_what_was_committed_is_refused_by_name(workspace, config, content, wrong):
+    run = workspace.new("deepfm", {}, {})
+    run.filesystem.create_dir(f"{run.path}/model")
+    run.write_json("model/model.json", {})
+    committed = run.commit(config, {})
+    committed.require_intact("model", "checkpoint")
+    file = Path(run.path, "model/model.json")
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(DataError, match=f"{run.run_id}/model/model.json is not what was committed: {wrong}"):
+        committed.require_intact("model")
+    committed.require_intact("checkpoint")
 
 
 def test_inputs_follow_the_manifest_upstream(workspace, config):

@@ -43,6 +43,10 @@ from recsys_dist.workspace import Run
 
 EVERY_SECONDS = 10
 """Time between two writes of now.json."""
+CATCH_UP_STEPS = 500
+"""With table decay the rows that are behind catch up after every so many steps, and a checkpoint that the
+clock asks for waits for that: to multiply in two steps rounds in another way than in one. If the clock
+decided when it happens, a resumed training would not end with the bits of an undisturbed one."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +139,11 @@ def train(task: Task, device: torch.device) -> Progress:
         progress.step += 1
         log.step(progress.step, mean, examples.rows(step))
         epoch_ends = step + 1 == examples.steps
-        saves = epoch_ends or late or progress.step % settings.checkpoint_every_steps == 0
-        if saves:
+        # While one is written, the other half of the steps that may be lost are taken.
+        by_steps = progress.step % max(1, settings.checkpoint_every_steps // 2) == 0
+        catches_up = optimizers.decay is not None and progress.step % CATCH_UP_STEPS == 0
+        saves = epoch_ends or by_steps or (late and (catches_up or not optimizers.decay))
+        if saves or catches_up:
             optimizers.finish()
         if epoch_ends:
             steps.pause()
@@ -151,10 +158,13 @@ def train(task: Task, device: torch.device) -> Progress:
             if better:
                 progress.best, progress.best_step = merit, progress.step
             measured = figures | ({"metric": valid.metric} if valid else {})
+            _require_current(task.folder, attempt)
             line = log.evaluation(epoch, progress, measured)
         if saves:
             _require_current(task.folder, attempt)
             checkpoints.save(sharded, optimizers, progress)
+            if settings.checkpoint_every_steps == 1:
+                checkpoints.wait()
         if epoch_ends and task.on_epoch:
             checkpoints.wait()
             task.on_epoch(line)

@@ -63,12 +63,14 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
 
     Raises:
         ConfigError: see `earlier`; the Ray cluster is too small, or MLflow is asked for and not installed.
+        DataError: the run to start from is damaged.
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
     require_enough(run.inputs["features"], config)
     before = earlier(config, run.inputs)
     if before and not left_behind(run):
+        before.require_intact("model", "checkpoint")
         print(f"  starts from {before.uri}", flush=True)
     run.training.mkdir(parents=True, exist_ok=True)
     least, most = config.deepfm.workers
@@ -200,7 +202,11 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
         _worker,
         train_loop_config=task | {"folder": folder},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        scaling_config=ScalingConfig(num_workers=config.deepfm.num_workers, use_gpu=gpus),
+        scaling_config=ScalingConfig(
+            num_workers=config.deepfm.num_workers,
+            use_gpu=gpus,
+            elastic_resize_monitor_interval_s=config.deepfm.resize_seconds,
+        ),
         run_config=RunConfig(
             name=RAY,
             storage_path=str(folder),

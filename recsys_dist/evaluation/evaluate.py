@@ -40,7 +40,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
 
     Raises:
         ConfigError: evaluation.metric, or one of evaluation.may_fall, is none that is computed.
-        DataError: no user has a positive event in the test part.
+        DataError: no user has a positive event in the test part, or the model is damaged.
     """
     names = [f"{name}@{k}" for name in (*METRICS, *BESIDE_HITS) for k in config.evaluation.k]
     asked = {"metric": [config.evaluation.metric], "may_fall": list(config.evaluation.may_fall)}
@@ -50,6 +50,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
             raise ConfigError(
                 f"evaluation.{key}: {', '.join(wrong)} is not computed, expected are {', '.join(names)}"
             )
+    run.inputs["deepfm"].require_intact("model")
     models = load_models(run.inputs, config.score)
     scorers = models.all()
     metrics, lists, users, truth = hold_out(

@@ -33,11 +33,12 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
     """Score every user as of the date, or those of `score.users`, and publish. Returns the run's figures.
 
     Raises:
-        DataError: the models' evaluation did not pass, or the lists are not fit to be published. The
-            published table is untouched.
+        DataError: the models' evaluation did not pass, the model is damaged, or the lists are not fit to be
+            published. The published table is untouched.
         RetryableError: another run published first.
     """
     gates.require_passed(run.inputs["evaluation"])
+    run.inputs["deepfm"].require_intact("model")
     features = run.inputs["features"]
     date = dt.date.fromisoformat(features.spec().date)
     users = features.table("users/as_of=date", columns=["user", "user_id"])

@@ -4,8 +4,9 @@ python -m tests.bench.effects
 python -m tests.bench.effects attention recency    only those whose change names one of these
 
 Each is trained on one worker until valid no longer gets better. Prints a line each: the best epoch's figures
-of the valid part, its number, and the seconds of the whole training. What begins from another model, or fits
-again on more, is measured on the test part, after jobs/train_deepfm.py.
+of the valid part, its number, and the seconds of the whole training; of a training that nothing stops
+(`patience=20`) the last one's. What begins from another model, or fits again on more, is measured on the test
+part, after jobs/train_deepfm.py.
 """
 
 import os
@@ -29,6 +30,7 @@ CONF = "conf/movielens_100k.yaml"
 LABELS = ["negatives=0", "objective=logistic"]
 CHANGES: list[list[str]] = [
     [],
+    ["epochs=20", "patience=20"],
     *([f"model={kind}"] for kind in ("lr", "fm", "mf", "dnn")),
     ["objective=bpr"],
     ["objective=logistic"],
@@ -39,7 +41,9 @@ CHANGES: list[list[str]] = [
     ["dropout=0"],
     ["dropout=[0.5, 0.4, 0.3, 0.2]"],
     ["weight_decay=0.01"],
+    ["weight_decay=[0.1, 0.01, 0]"],
     ["l1=0.0001"],
+    ["l1=[0.001, 0.0001, 0]"],
     ["embedding_weight_decay=0.001"],
     ["embedding_weight_decay=[0.003, 0.001, 0]"],
     ["warmup_steps=100"],
@@ -100,10 +104,11 @@ def main() -> int:
 
 
 def _best(config: Any, features: Any, folder: Path) -> dict[str, Any]:
-    """The best epoch of a training with all cores."""
+    """The best epoch of a training with all cores; the last one of a training that nothing stops."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     train_in(config, features, folder)
-    line = best(lines(folder / HISTORY))
+    history, settings = lines(folder / HISTORY), config.deepfm
+    line = best(history) if settings.patience < settings.epochs else history[-1]
     names = [n for n in ("ndcg@10", "auc", "gauc", "logloss", "rmse") if n in line]
     return {"epoch": line["epoch"], "figures": {name: line[name] for name in names}}
 

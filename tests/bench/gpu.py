@@ -29,12 +29,10 @@ from recsys_dist.deepfm.train import quiet
 from recsys_dist.recall.inner_product import GPU_SCORES, nearest_items
 from recsys_dist.workspace import Run
 from tests.bench import clicks
-from tests.bench.training import ready
+from tests.bench.training import OF_TABLES, covered, ready
 
 EPOCHS, STEPS, WARM, REPEATS = 3, 40, 10, 3
 RANK, K, SEEN, USERS = 64, 100, 100, 1 << 14
-OF_TABLES = ("embedding", "split", "jagged", "permute", "radix", "sort", "bounds", "cumsum", "lengths")
-"""Kernels with one of these in their names are the tables': lookup, backward, update, and their indices."""
 
 
 def main() -> None:
@@ -131,10 +129,7 @@ def _shares(profiler: Any, seconds: float) -> dict[str, Any]:
         by_kind[kind] += length / 1e6
         by_name[event.name[:60]] = by_name.get(event.name[:60], 0.0) + length / 1e6
         spans.append((event.time_range.start, event.time_range.end))
-    busy, until = 0.0, 0.0
-    for start, end in sorted(spans):
-        busy += max(0.0, end - max(start, until)) / 1e6
-        until = max(until, end)
+    busy = covered(spans) / 1e6
     longest = sorted(by_name.items(), key=lambda item: -item[1])[:12]
     shares = {f"{kind}, share": round(of / seconds, 3) for kind, of in by_kind.items()}
     return {

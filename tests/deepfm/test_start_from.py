@@ -1,5 +1,7 @@
 """A model that starts from an earlier one: an FM's embeddings, or last night's with grown vocabularies."""
 
+import dataclasses
+import json
 import shutil
 
 import pytest
@@ -111,12 +113,20 @@ def test_last_nights_model_with_a_grown_vocabulary(config, features):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path, workers):
+@pytest.mark.parametrize("grows", [False, True])
+def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path, workers, grows):
+    """And what the optimizer has added up for them; new rows start as the seed says, with nothing."""
     run, theirs = trained_fm
+    if grows:
+        path = shutil.copytree(features.path, tmp_path / "grown")
+        (path / "features.json").write_text(json.dumps(grown(features.spec()).model_dump(mode="json")))
+        features = dataclasses.replace(features, path=str(path))
+    fresh = DeepFM(features.spec(), config.deepfm, seed=config.seed).state_dict()
     answers = run_workers(workers, started_from, tmp_path, config, features, run)
-    for name, tensor in theirs.items():
-        assert torch.equal(answers[0]["weights"][name], tensor), name
     tables = [name for name in theirs if ".embedding_bags." in name]
+    for name, old in theirs.items():
+        expected = torch.cat([old, fresh[name][len(old) :]]) if name in tables else old
+        assert torch.equal(answers[0]["weights"][name], expected), name
     state = {
         "fused": {
             "state": {
@@ -125,12 +135,17 @@ def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path,
         }
     }
     read_into(state, f"{run.path}/checkpoint")
+    new = 0
     for name in tables:
         (expected,) = state["fused"]["state"][name].values()
         parts = [part for answer in answers for part in answer["fused"].get(name, [])]
         found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
-        assert torch.equal(found, expected), name
-        assert found.any()
+        assert torch.equal(found[: len(expected)], expected), name
+        assert expected.any()
+        assert len(found) == len(fresh[name])
+        assert not found[len(expected) :].any()
+        new += len(found) - len(expected)
+    assert (new > NEW) == grows
 
 
 def test_latest(config, features, tmp_path):

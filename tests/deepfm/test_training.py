@@ -110,11 +110,29 @@ def test_start_is_bit_equal_for_any_world_size(one, two, unsharded):
             assert torch.equal(answer["start"][name], tensor), name
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_forward_and_gradients_equal_the_unsharded_models(workers, one, two, unsharded):
+@pytest.fixture(
+    scope="module",
+    params=[
+        (1, {"user": "row_wise", "item": "table_wise", "recent": "data_parallel", "genres": "table_wise"}),
+        (2, {"user": "table_wise", "item": "data_parallel", "recent": "row_wise", "genres": "row_wise"}),
+        (3, {"user": "data_parallel", "item": "row_wise", "recent": "table_wise", "genres": "data_parallel"}),
+    ],
+    ids=lambda param: f"{param[0]} workers",
+)
+def answers(request, plain, features, tmp_path_factory):
+    """Of `one_step` on 1 to 3 workers, with tables split in every way."""
+    workers, sharding = request.param
+    config = plain.model_copy(update={"deepfm": plain.deepfm.model_copy(update={"sharding": sharding})})
+    found = run_workers(workers, one_step, tmp_path_factory.mktemp("answers"), config, features)
+    kinds = {row["table"].removeprefix("table_"): row["sharding"] for row in found[0]["plan"]}
+    assert len(found) == workers
+    assert sharding.items() <= kinds.items()
+    return found
+
+
+def test_forward_and_gradients_equal_the_unsharded_models(answers, unsharded):
     model, _, loss, logits = unsharded
-    answers = one if workers == 1 else two
-    assert sum(answer["loss"] for answer in answers) / workers == pytest.approx(loss, abs=1e-6)
+    assert sum(answer["loss"] for answer in answers) / len(answers) == pytest.approx(loss, abs=1e-6)
     found = torch.cat([answer["logits"][answer["weight"] > 0] for answer in answers])
     torch.testing.assert_close(found, logits)
     for answer in answers:
@@ -123,11 +141,9 @@ def test_forward_and_gradients_equal_the_unsharded_models(workers, one, two, uns
             torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, msg=name)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_step_equals_the_unsharded_models(workers, one, two, unsharded, plain):
+def test_a_step_equals_the_unsharded_models(answers, unsharded, plain):
     """Row-wise Adagrad (one accumulator a row, of the mean squared gradient) and Adam, written out."""
     model, start, *_ = unsharded
-    answers = one if workers == 1 else two
     settings = plain.deepfm
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
@@ -256,6 +272,23 @@ def test_workers_shares_make_up_the_step(plain, features):
     other = examples.batch(1, 1, rank=0, world_size=1)
     assert torch.equal(again.log_probability, examples.batch(1, 0, 0, 1).log_probability)
     assert not torch.equal(again.item.indices.values(), other.item.indices.values())
+
+
+def test_workers_without_a_row_in_a_step_take_it_with_the_others(plain, features, tmp_path):
+    """Steps of two examples on three workers: the same losses as on one."""
+    few = plain.model_copy(update={"deepfm": plain.deepfm.model_copy(update={"batch_size": 2, "epochs": 1})})
+    small = synthetic_features(synthetic_config(tmp_path / "root"), users=20, items=12, events=11)
+    examples = Examples(small, Items(small, small.spec()), few)
+    shares = [examples.batch(0, 0, rank, world_size=3).weight for rank in range(3)]
+    assert sorted(int((share > 0).sum()) for share in shares) == [0, 1, 1]
+    losses = []
+    for workers in (1, 3):
+        folder = tmp_path / str(workers)
+        run_workers(workers, train_in, folder, few, small, folder)
+        (line,) = lines(folder / "history.jsonl")
+        assert line["step"] == examples.steps > 10
+        losses.append(line["loss"])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 
 def test_an_epoch_visits_every_positive_once(plain, features):

@@ -207,6 +207,40 @@ def train_in(
     return asdict(train(task, device_of_group()))
 
 
+def train_catching_up(config: Any, features: Any, folder: Path, every: int) -> dict[str, Any]:
+    """The whole loop, in which decayed rows catch up after every so many steps."""
+    from recsys_dist.deepfm import loop
+
+    loop.CATCH_UP_STEPS = every
+    return train_in(config, features, folder)
+
+
+def lost_at_worst(config: Any, features: Any, folder: Path) -> list[int]:
+    """After each step, how many would be done again if everything died then; a seal takes ten steps' time."""
+    from recsys_dist.deepfm import checkpoint
+    from recsys_dist.deepfm.loop import Task, train
+    from recsys_dist.deepfm.steps import Steps
+
+    lost: list[int] = []
+    seal, step, seconds = checkpoint._seal, Steps.step, []
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(10 * max(seconds, default=0.0))
+        seal(*arguments)
+
+    def timed(*arguments: Any) -> Any:
+        begin = time.monotonic()
+        result = step(*arguments)
+        seconds.append(time.monotonic() - begin)
+        newest = max((done for done, _, _ in checkpoint.complete(folder)), default=0)
+        lost.append(len(lost) + 1 - newest)
+        return result
+
+    checkpoint._seal, Steps.step = slow, timed
+    train(Task(config, features, folder), device_of_group())
+    return lost
+
+
 def told_of_epochs(config: Any, features: Any, folder: Path) -> list[list[str]]:
     """The checkpoints that are not complete when an epoch is told, an epoch each; a seal takes a while."""
     from recsys_dist.deepfm import checkpoint

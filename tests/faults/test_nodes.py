@@ -1,4 +1,6 @@
-"""A node of the Ray cluster is killed: an elastic training goes on with the workers that are left."""
+"""A node of the Ray cluster is killed, or one comes: an elastic training goes on with the workers that there
+is room for.
+"""
 
 import json
 import os
@@ -23,8 +25,8 @@ from tests.synthetic import synthetic_config, synthetic_features
 
 
 @pytest.fixture
-def cluster():
-    """A head and another node, with a CPU each."""
+def head():
+    """A cluster of one node with one CPU."""
     nodes = Cluster(
         initialize_head=True,
         head_node_args={
@@ -35,14 +37,40 @@ def cluster():
         },
     )
     try:
-        other = nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
-        yield nodes, other
+        yield nodes
     finally:
         nodes.shutdown()
 
 
-def test_a_training_outlives_a_node(cluster, tmp_path):
-    nodes, other = cluster
+def another_node(nodes):
+    """With a CPU too."""
+    return nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
+
+
+def test_a_training_takes_up_workers_when_a_node_comes(head, tmp_path):
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    synthetic_features(config)
+    # It would take long: what is waited for comes before its end.
+    settings = {"num_workers": "[1,2]", "resize_seconds": 1, "epochs": 1000, "patience": 1000}
+    with training(tmp_path, output, settings, {"RAY_ADDRESS": head.address}) as process:
+        assert set(under_way(tmp_path, process, output)) == {0}
+        another_node(head)
+        (folder,) = tmp_path.glob("deepfm/*/training")
+
+        def lines():
+            return [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+
+        wait_for(lambda: "on 2 workers" in output.read_text(), process, output)
+        assert len(json.loads((folder / "workers.json").read_text())) == 2
+        history = wait_for(lambda: (found := lines())[-1]["attempt"] and found, process, output)
+    (resumed_from,) = {line["resumed_from"] for line in history if line["attempt"]}
+    assert resumed_from >= 40
+    assert f"  goes on from step {resumed_from:,} on 2 workers\n" in output.read_text()
+    assert [line["epoch"] for line in history] == list(range(1, len(history) + 1))
+
+
+def test_a_training_outlives_a_node(head, tmp_path):
+    nodes, other = head, another_node(head)
     config, output = synthetic_config(tmp_path), tmp_path / "output"
     features = synthetic_features(config)
     environment = {
@@ -73,5 +101,5 @@ def test_a_training_outlives_a_node(cluster, tmp_path):
     run = resumed(config, output, workers=1)
     *_, last = Path(run.path, "history.jsonl").read_text().splitlines()
     resumed_from = json.loads(last)["resumed_from"]
-    assert resumed_from in (newest, newest + SETTINGS["checkpoint_every_steps"])
+    assert resumed_from in (newest, newest + SETTINGS["checkpoint_every_steps"] // 2)
     load(run, features.spec())

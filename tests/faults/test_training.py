@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from recsys_dist.config import REPOSITORY
@@ -102,12 +103,35 @@ def resumed(config, output, workers=2):
     return run
 
 
-def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before(tmp_path):
-    """Steps go on while the checkpoint is written; what is left of it is refused by name."""
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The weights of a training that nothing disturbed."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    config = load_config(None, overrides(root))
+    features = synthetic_features(config)
+    best = run_workers(2, train_in, root / "training", config, features, root / "training")[0]["best_step"]
+    weights = DeepFM(features.spec(), config.deepfm).state_dict()
+    load_weights(next(path for step, _, path in complete(root / "training") if step == best), weights)
+    return weights
+
+
+def require_equal(run, features, expected):
+    """The published weights are these, bit for bit."""
+    found = load(run, features.spec()).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_before(tmp_path, undisturbed):
+    """Steps go on while the checkpoint is written; what is left of it is refused by name. No more steps are
+    lost than the settings allow, and the model is the one of a training that nothing disturbed.
+    """
     config, output = synthetic_config(tmp_path), tmp_path / "output"
     features = synthetic_features(config)
     epoch = -(-features.spec().positives["train"] // SETTINGS["batch_size"])
-    last = (epoch - 1) // 20 * 20  # of the first epoch
+    may_lose = SETTINGS["checkpoint_every_steps"]
+    every = may_lose // 2
+    last = (epoch - 1) // every * every  # of the first epoch
     assert 60 <= last < epoch
     with training(tmp_path, output) as process:
         folder = wait_for(lambda: next(tmp_path.glob("deepfm/*/training"), None), process, output)
@@ -125,13 +149,14 @@ def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_bef
     assert f"checkpoint step_{last}-0 is refused: it was not finished" in output.read_text()
     run = resumed(config, output)
     history = Path(run.path, "history.jsonl").read_text().splitlines()
-    assert {json.loads(line)["resumed_from"] for line in history} == {last - 20}
-    load(run, features.spec())
+    assert {json.loads(line)["resumed_from"] for line in history} == {last - every}
+    assert every < epoch - (last - every) <= may_lose
+    require_equal(run, features, undisturbed)
 
 
-def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path):
+def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path, undisturbed):
     """And ends with the very weights of a training that nothing disturbed."""
-    config, output = load_config(None, overrides(tmp_path)), tmp_path / "output"
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
     features = synthetic_features(config)
     with training(tmp_path, output) as process:
         workers = under_way(tmp_path, process, output)
@@ -141,13 +166,7 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path):
         assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
     assert "deepfm: goes on with" in output.read_text()
     assert all(gone(pid) for pid in workers.values())
-    run = resumed(config, output)
-    folder = tmp_path / "undisturbed"
-    best = run_workers(2, train_in, folder, config, features, folder)[0]["best_step"]
-    expected = DeepFM(features.spec(), config.deepfm).state_dict()
-    load_weights(next(path for step, _, path in complete(folder) if step == best), expected)
-    found = load(run, features.spec()).state_dict()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    require_equal(resumed(config, output), features, undisturbed)
 
 
 def test_a_driver_killed_before_or_after_the_commit_costs_no_step(tmp_path):

@@ -3,6 +3,7 @@
 import collections
 import datetime as dt
 import json
+import shutil
 import subprocess
 import sys
 
@@ -185,6 +186,26 @@ def test_gates_users_and_commands(night):
     assert "--recent" in command(root, "--vacuum", "0.5", code=64)
     assert "there is no version 99" in command(root, "--rollback", "99", code=65)
     assert "expected a date" in command(root, "--export", "today", "x.csv", code=64)
+
+
+def test_a_damaged_model_is_used_by_nobody(night, tmp_path):
+    root, config, _, _ = night
+    copy = shutil.copytree(root, tmp_path / "root")
+    shutil.rmtree(copy / "topk", ignore_errors=True)
+    (weights,) = copy.glob("deepfm/*/model/model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    passed_night(
+        copy, config.model_copy(update={"storage": config.storage.model_copy(update={"root": str(copy)})})
+    )
+    for job in ("score.py", "evaluate.py"):
+        printed = run_job(job, copy, "--set", "evaluation.bootstrap=101", code=65)
+        assert "model.safetensors is not what was committed: its sha256 is not that of" in printed
+    same = ("--set", "deepfm.start_from=latest", "--set", "deepfm.embedding_dim=4")
+    printed = run_job("train_deepfm.py", copy, *same, code=65)
+    assert "train_deepfm.py --force" in printed
+    assert not (copy / "topk").exists()
 
 
 def test_a_stage_without_its_input_names_the_job_to_run(tmp_path):

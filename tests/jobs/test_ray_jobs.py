@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import REPOSITORY
@@ -185,6 +186,8 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     synthetic_features(config)
     words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
     words += [*FEW_STEPS, *ROW_WISE, "--set", "deepfm.fit_on=train_valid"]
+    tracking = f"sqlite:///{tmp_path}/mlflow.db"
+    words += ["--set", f"mlflow.tracking_uri={tracking}", "--set", "deepfm.start_from=latest"]
     done = subprocess.run(
         words, env=environment(), cwd="/", capture_output=True, text=True, check=False, timeout=240
     )
@@ -205,6 +208,27 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
 
     again = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert again.stdout == f"deepfm: done before, {run.uri}\n"
+
+    client = MlflowClient(tracking_uri=tracking)
+    (told,) = client.search_runs([client.get_experiment_by_name("recsys_dist").experiment_id])
+    assert told.info.status == "FINISHED"
+    assert told.info.run_name == run.run_id
+    ndcg = [of.value for of in client.get_metric_history(told.info.run_id, "ndcg at 10")]
+    history = [json.loads(line) for line in Path(run.path, "history.jsonl").read_text().splitlines()]
+    assert ndcg == [line["ndcg@10"] for line in history]
+
+    # The next night: this one's model is where it starts.
+    synthetic_features(config)
+    second = subprocess.run(
+        [*words, "--set", "mlflow.tracking_uri=null"],
+        env=environment(), capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert f"  starts from {run.uri}" in second.stdout.splitlines()
+    later = json.loads(
+        Path(Workspace(config).runs("deepfm")[-1].path, "history.jsonl").read_text().split("\n")[0]
+    )
+    assert later["loss"] < history[0]["loss"]
 
 
 def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(head, tmp_path):
