@@ -19,9 +19,10 @@ import pyarrow.compute as pc
 from recsys_dist import nightly
 from recsys_dist.config import FIT_ON, Config, load
 from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.pairs import LINEAR
 from recsys_dist.evaluation.evaluate import hold_out
 from recsys_dist.scoring.models import load_models, load_ranker
-from recsys_dist.scoring.scorers import Exhaustive, Factors, NextItems, Popularity, Related, Scorer
+from recsys_dist.scoring.scorers import Exhaustive, Factors, Linear, NextItems, Popularity, Related, Scorer
 from recsys_dist.workspace import OpenRun, Run, Workspace
 
 BEFORE = ("features", "recall")
@@ -59,6 +60,8 @@ MODELS = {
     "popularity": Model("Popularity", "features"),
     **{measure: Model(f"Neighbours, {measure}", "recall") for measure in MEASURES},
     "next_items": Model("Next items", "recall"),
+    "ease": Model("EASE", "recall"),
+    "transitions": Model("Transitions", "recall"),
     "als_explicit": Model("ALS, explicit", "als", ("als.implicit=false",)),
     "als": Model("ALS, implicit", "als", ("als.implicit=true",)),
     "mf": Model("MF", "deepfm", ("deepfm.model=mf", "deepfm.pair=[]")),
@@ -106,15 +109,30 @@ class Trained:
         self.runs: dict[str, Run] = {}
         """By stage, and by name of the models that have one of their own."""
 
-    def make(self, names: Sequence[str]) -> None:
-        """Train these models, and what they need before."""
-        for stage in BEFORE:
-            self.runs[stage] = self._run(stage, stage, self.overrides)
+    def make(self, names: Sequence[str]) -> list[str]:
+        """Train these models, and what they need before; those that are there then: linear models of items
+        are left out where there are too many items.
+        """
+        self.runs["features"] = self._run("features", "features", self.overrides)
+        recall, n_items = self.config.recall, self.runs["features"].spec().n_items
+        few = n_items <= recall.linear_items
+        left_out = [name for name in names if name in LINEAR and not few]
+        if left_out:
+            print(
+                f"=== {' and '.join(MODELS[name].label for name in left_out)}: left out, since there are "
+                f"{n_items:,} items, and recall.linear_items={recall.linear_items}",
+                flush=True,
+            )
+        names = [name for name in names if name not in left_out]
+        fitted = dict.fromkeys((*recall.linear, *(name for name in LINEAR if name in names)))
+        self.overrides.append(f"recall.linear=[{', '.join(fitted)}]")
+        self.runs["recall"] = self._run("recall", "recall", self.overrides)
         # Two stages have ALS among their sources, as a rule.
         for name in dict.fromkeys((*(["als"] if "two_stage" in names else []), *names)):
             model = MODELS[name]
             if model.stage not in BEFORE:
                 self.runs[name] = self._run(model.stage, name, self.settings(name))
+        return names
 
     def settings(self, name: str) -> list[str]:
         """The overrides that a model is trained with."""
@@ -163,8 +181,8 @@ def compare(conf: str | None, overrides: Sequence[str]) -> None:
         DataError: no user has a positive event in the test part.
     """
     trained = Trained(conf, overrides)
-    config, names = trained.config, trained.config.compare.models
-    trained.make(names)
+    config = trained.config
+    names = trained.make(config.compare.models)
     run = trained.workspace.new("comparison", {}, trained.runs)
     figures = measured(config, run, trained, names)
     committed = run.commit(config, figures)
@@ -196,6 +214,7 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
     made: dict[str, Callable[[], Scorer]] = {
         "popularity": lambda: Popularity(items, _counts(runs["features"], len(items))),
         "next_items": lambda: NextItems(spec, recall),
+        **dict.fromkeys(LINEAR, lambda: Linear(spec, recall, name)),
         "two_stage": lambda: load_models(_inputs(runs, name) | {"als": runs["als"]}, config.score).two_stage,
         **dict.fromkeys(("als", "als_explicit"), lambda: _factors(runs[name], items)),
     }

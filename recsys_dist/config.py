@@ -449,6 +449,29 @@ class Recall(Section):
     """content: as next_items_recency."""
     n: int = Field(200, ge=1)
     """So many others are stored of each item, those with the greatest weight."""
+    linear: tuple[Literal["ease", "transitions"], ...] = ()
+    """Linear models of items that are fitted too, each of them a source and a measure of pair fields. ease:
+    which items a user has, by the others that he has (of the events that neighbors counts); transitions:
+    which item comes next, by those before it (of the last `window`)."""
+    linear_items: int = Field(10_000, ge=2)
+    """linear: the equations are solved on the driver, in some 40 bytes times the square of the number of
+    items. A catalogue of more than so many is refused."""
+    linear_n: int = Field(400, ge=1)
+    """linear: so many others are stored of each item, those whose weight, which may be below 0, is farthest
+    from 0."""
+    ease_penalty: float = Field(300.0, gt=0)
+    """ease: of the weights' squares."""
+    ease_recency: float = Field(10.0, gt=0)
+    """ease: as next_items_recency."""
+    transitions_penalty: float = Field(500.0, gt=0)
+    """transitions: of the weights' squares."""
+    transitions_decay: float = Field(5.0, gt=0)
+    """transitions: of the items before an event the one with g others in between counts
+    exp(-g / transitions_decay)."""
+    transitions_damping: float = Field(0.1, ge=0, le=2)
+    """transitions: a weight is divided by (the following item's number of events)^transitions_damping."""
+    transitions_recency: float = Field(5.0, gt=0)
+    """transitions: as next_items_recency."""
     late: float = Field(0.0, ge=0, lt=1)
     """The last share of a user's train events (split.kind=global_time: of all train events) of which second
     tables know nothing. With these the ranking model learns its pair fields (deepfm.pair) on the late events.
@@ -456,8 +479,9 @@ class Recall(Section):
 
     @model_validator(mode="after")
     def _measures(self) -> "Recall":
-        if len(set(self.measures)) < len(self.measures):
-            raise ValueError(f"measures names one twice: {', '.join(self.measures)}")
+        for key, named in (("measures", self.measures), ("linear", self.linear)):
+            if len(set(named)) < len(named):
+                raise ValueError(f"{key} names one twice: {', '.join(named)}")
         return self
 
 
@@ -486,13 +510,14 @@ class Pair(Section):
 
     name: Name
     """Of the model's field."""
-    measure: Literal["next_items", "neighbors", "since", "share"]
-    """next_items, neighbors: log(1 + the source's score / the mean weight of its table). since: how recent
+    measure: Literal["next_items", "neighbors", "ease", "transitions", "since", "share"]
+    """next_items, neighbors: log(1 + the source's score / the mean weight of its table). ease, transitions
+    (where recall.linear has them): the source's score / the mean size of a weight. since: how recent
     the last item is that next_items has the item after, 1 / (1 + number of later ones), 0 where there is
     none. share: the share of the history's items that have the item's value of `attribute`, of several
     values the mean."""
     recency: float | None = Field(None, gt=0)
-    """next_items, neighbors: an item of the history counts exp(-age / recency). Default: as in recall."""
+    """Not of since and share: an item of the history counts exp(-age / recency). Default: as in recall."""
     attribute: str | None = None
     """share only: a categorical field of the items, by name."""
 
@@ -500,10 +525,8 @@ class Pair(Section):
     def _fits(self) -> "Pair":
         if (self.measure == "share") != (self.attribute is not None):
             raise ValueError(f"pair {self.name}: measure share, and no other, needs an attribute")
-        if self.recency and self.measure not in ("next_items", "neighbors"):
-            raise ValueError(
-                f"pair {self.name}: recency is for next_items and neighbors, found {self.measure}"
-            )
+        if self.recency and self.measure in ("since", "share"):
+            raise ValueError(f"pair {self.name}: measure {self.measure} has no recency")
         return self
 
 
@@ -731,6 +754,8 @@ Compared = Literal[
     "jaccard",
     "pearson",
     "next_items",
+    "ease",
+    "transitions",
     "als_explicit",
     "als",
     "mf",
@@ -862,7 +887,17 @@ class Score(Section):
     all."""
     candidates: Annotated[
         dict[
-            Literal["als", "next_items", "neighbors", "fm", "popularity", "recent", "content"],
+            Literal[
+                "als",
+                "next_items",
+                "neighbors",
+                "ease",
+                "transitions",
+                "fm",
+                "popularity",
+                "recent",
+                "content",
+            ],
             Annotated[Proposals, BeforeValidator(lambda v: {"quota": v} if isinstance(v, int) else v)],
         ],
         Field(min_length=1),
@@ -1094,6 +1129,14 @@ class Config(Section):
                 near = nearest(name, attributes) if attributes else ""
                 text = f"recall.content: {name!r} is no categorical field of side item{near}"
                 yield ("recall", "fields"), text
+        unfitted = [
+            name
+            for name in ("ease", "transitions")
+            if name in self.score.candidates and name not in self.recall.linear
+        ]
+        if unfitted:
+            text = f"score.candidates: {', '.join(unfitted)} needs recall.linear={unfitted}"
+            yield ("score", "recall"), text.replace("'", "")
         if "content" in self.score.candidates and not attributes:
             text = "score.candidates: content goes by categorical fields of side item, and fields has none"
             yield ("score", "fields"), text
@@ -1129,6 +1172,11 @@ class Config(Section):
             )
         if pairs and self.deepfm.model == "mf":
             wrong.append("deepfm.pair: model mf has no histories that the pairs could be of")
+        wrong += [
+            f"deepfm.pair {pair.name}: measure {pair.measure} needs recall.linear=[{pair.measure}]"
+            for pair in pairs
+            if pair.measure in ("ease", "transitions") and pair.measure not in self.recall.linear
+        ]
         if pairs and not self.recall.late:
             wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")
         liked = [f for f in self.fields if isinstance(f, History) and f.of == "item" and f.when == "positive"]

@@ -313,7 +313,13 @@ FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
 
 RELATED = pa.schema([("item", pa.int32()), ("other", pa.int32()), ("weight", pa.float32())])
 """recall/next_items/ and recall/neighbors/measure=<name>/: of each item the others that it speaks for most,
-ascending by item, then the greatest weight first, of equal ones the lesser other; all weights are above 0."""
+ascending by item, then the greatest weight first, of equal ones the lesser other; all weights are above 0.
+recall/linear/model=<name>/: the same with weights of either sign, the farthest from 0 first."""
+
+PRODUCTS = pa.schema(
+    [("item", pa.int32()), ("other", pa.int32()), ("target", pa.int64()), ("product", pa.int64())]
+)
+"""What the equations of a linear model of items are made of, while it is fitted; see recall/linear.py."""
 
 DAILY = pa.schema([("item", pa.int32()), ("day", pa.date32()), ("count", pa.int64())])
 """recall/daily/: an item's number of counted events of each day (UTC) that has any, ascending by item and

@@ -57,7 +57,8 @@ def random_recall(config: Config, features: Run) -> Run:
     recall = workspace.new("recall", key, {"features": features})
     items = np.arange(1, n + 1)
     for folder in ("", f"{LATE}/") if config.recall.late else ("",):
-        for name in ("next_items", *(f"neighbors/measure={measure}" for measure in config.recall.measures)):
+        measures = (f"neighbors/measure={measure}" for measure in config.recall.measures)
+        for name in ("next_items", *measures, *(f"linear/model={model}" for model in config.recall.linear)):
             weights = generator.integers(1, 9, n**2) / 8
             columns = {"item": items.repeat(n), "other": np.tile(items, n), "weight": weights}
             recall.write_table(f"{folder}{name}", pa.table(columns).cast(RELATED))

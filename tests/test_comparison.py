@@ -21,7 +21,9 @@ def compared(tmp_path_factory):
     """All models, of untrained runs: the figures, the comparison's run and the features run."""
     config = synthetic_config(tmp_path_factory.mktemp("root"))
     sections = {
-        "recall": config.recall.model_copy(update={"measures": ("pearson", "cosine", "jaccard")}),
+        "recall": config.recall.model_copy(
+            update={"measures": ("pearson", "cosine", "jaccard"), "linear": ("ease", "transitions")}
+        ),
         "evaluation": config.evaluation.model_copy(update={"bootstrap": 100}),
     }
     config = config.model_copy(update=sections)
@@ -107,7 +109,7 @@ def test_the_job_trains_what_is_missing_and_nothing_twice(tmp_path):
         "storage": {"root": str(tmp_path / "runs")},
         "data": {"events": {"path": str(tmp_path / "log.csv"), "columns": columns}},
         "evaluation": {"bootstrap": 100},
-        "compare": {"models": ["popularity", "next_items"]},
+        "compare": {"models": ["popularity", "transitions", "next_items"]},
     }
     (tmp_path / "conf.yaml").write_text(json.dumps(conf))
     words = ["compare.py", "--conf", str(tmp_path / "conf.yaml")]
@@ -119,3 +121,10 @@ def test_the_job_trains_what_is_missing_and_nothing_twice(tmp_path):
     assert rows[0] == rows[1]
     assert rows[0][-1].split("|")[-2].strip() != ""  # the memory that recall took
     assert not (tmp_path / "runs").exists()
+
+    conf["recall"] = {"linear_items": 5}
+    (tmp_path / "conf.yaml").write_text(json.dumps(conf))
+    few = run_here(*words)
+    assert "=== Transitions: left out, since there are 20 items, and recall.linear_items=5\n" in few
+    assert "| Next items |" in few
+    assert "| Transitions |" not in few

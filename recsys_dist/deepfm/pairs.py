@@ -19,6 +19,8 @@ from recsys_dist.workspace import Run
 ROOM = 1 << 22
 """Numbers of the array [B, I] that users' items are looked up in: a few users at a time where I is large."""
 NEVER = np.iinfo(np.int64).max
+LINEAR = ("ease", "transitions")
+"""Measures of tables of `recall.linear`."""
 
 
 def pair_specs(settings: DeepFM) -> tuple[FieldSpec, ...]:
@@ -53,6 +55,7 @@ class Pairs:
         self.settings = Recall.model_validate(recall.manifest["config"]["recall"])
         self.n = len(items)
         places = {"next_items": "next_items", "neighbors": f"neighbors/measure={self.settings.measures[0]}"}
+        places |= {name: f"linear/model={name}" for name in LINEAR}
         wanted = {"next_items" if field.of == "since" else str(field.of) for field in fields} & set(places)
         self._read = lambda name: _related(recall, f"{folder}{places[name]}", self.n)
         self.tables = {name: self._read(name) for name in sorted(wanted)}
@@ -102,18 +105,27 @@ class Pairs:
         if field.of == "share":
             assert field.attribute
             return self._shares(self.values_IV[field.attribute], history_BH, items_BC)
-        scores_BI = torch.zeros(len(history_BH), self.n + 1)
-        if field.of == "since":
-            self.tables["next_items"].put(scores_BI, history_BH, 1 / (1 + age_BH.clamp(min=0)))
+        assert field.of
+        since = field.of == "since"
+        table = self.tables["next_items" if since else field.of]
+        if since:
+            values_BH = 1 / (1 + age_BH.clamp(min=0))
         else:
-            assert field.of
             recency = field.decay or getattr(self.settings, f"{field.of}_recency")
-            self.tables[field.of].add(scores_BI, history_BH, recent_share(age_BH, recency))
-        scores_BI[:, UNKNOWN] = 0
-        scores_BC = scores_BI if items_BC is None else scores_BI.gather(1, items_BC)
-        return (
-            scores_BC if field.of == "since" else scores_BC.div_(self.tables[field.of].mean_weight).log1p_()
-        )
+            values_BH = recent_share(age_BH, recency)
+        if items_BC is not None and table.few(items_BC.shape[1]):
+            scores_BC = (table.latest if since else table.of)(history_BH, values_BH, items_BC)
+            scores_BC.masked_fill_(items_BC == UNKNOWN, 0)
+        else:
+            scores_BI = torch.zeros(len(history_BH), self.n + 1)
+            (table.put if since else table.add)(scores_BI, history_BH, values_BH)
+            scores_BI[:, UNKNOWN] = 0
+            scores_BC = scores_BI if items_BC is None else scores_BI.gather(1, items_BC)
+        if since:
+            return scores_BC
+        scores_BC = scores_BC / table.mean_weight
+        # Scores of linear models are below 0 too.
+        return scores_BC if field.of in LINEAR else scores_BC.log1p_()
 
     def _shares(self, values_IV: Tensor, history_BH: Tensor, items_BC: Tensor | None) -> Tensor:
         """Of an attribute's values by item."""
@@ -136,7 +148,7 @@ def _related(recall: Run, name: str, n: int) -> RelatedItems:
     except FileNotFoundError:
         raise ConfigError(
             f"{recall.uri} has no {name}, which the model's pair fields need. Run jobs/recall.py with "
-            f"recall.late above 0, for example 0.2."
+            f"recall.late above 0, for example 0.2, and with the models in recall.linear that they name."
         ) from None
 
 

@@ -8,6 +8,8 @@ LABELS = {
     "als": "ALS",
     "next_items": "next items",
     "neighbors": "neighbours",
+    "ease": "EASE",
+    "transitions": "transitions",
     "content": "content",
     "fm": "FM part",
     "deepfm": "DeepFM, all items",

@@ -21,6 +21,7 @@ from recsys_dist.features.session import (
     start,
     write,
 )
+from recsys_dist.recall import linear
 from recsys_dist.recall.neighbors import baskets, mirrored, similarity, together
 from recsys_dist.recall.next_items import following, weight
 from recsys_dist.recall.pairs import (
@@ -34,8 +35,11 @@ from recsys_dist.recall.pairs import (
     state_before,
     with_counts,
 )
-from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, LATE_FROM
+from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, LATE_FROM, PRODUCTS
 from recsys_dist.workspace import OpenRun
+
+SCRATCH = "scratch"
+"""Folder in the run for what is needed only while it is made."""
 
 
 def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -49,12 +53,14 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
 
     Raises:
         DataError: there is nothing to count.
+        ConfigError: there are too many items for `recall.linear`.
     """
     settings = config.recall
     features = run.inputs["features"]
     spec = features.spec()
     # The log is small beside the pairs of its events, which are what is moved.
     events = sum((spec.positives if settings.events == "positive" else spec.rows).values())
+    linear.require_few(settings, spec.n_items)
     steps = Steps()
     with steps.measure("start"):
         session = start("recall", config, events * settings.window * PAIR_BYTES)
@@ -119,8 +125,8 @@ class _Tables:
                 f"recall.events={settings.events} counts. Check label.positive_when, split and recall.late."
             )
         with self.steps.measure(f"{folder}next_items"):
-            counts = known.groupBy("item").agg(F.count(F.lit(1)).alias("n"))
-            pairs = with_counts(following(known, settings), counts, self.n_items)
+            of_counts = known.groupBy("item").agg(F.count(F.lit(1)).alias("n"))
+            pairs = with_counts(following(known, settings), of_counts, self.n_items)
             self._save(pairs, weight(settings), f"{folder}next_items")
         with self.steps.measure(f"{folder}neighbors"):
             of_users = baskets(known, settings.neighbors_max_events).cache()
@@ -132,11 +138,14 @@ class _Tables:
             pairs = with_counts(together(of_users, settings.neighbors_max_events), counts, self.n_items)
             # For training one is enough.
             measures = settings.measures[:1] if folder else settings.measures
-            if len(measures) > 1:
+            if len(measures) > 1 or "ease" in settings.linear:
                 pairs = pairs.cache()
             for measure in measures:
                 found = similarity(measure, settings.shrinkage, counted["users"])
                 self._save(mirrored(pairs), found, f"{folder}neighbors/measure={measure}")
+        if settings.linear:
+            with self.steps.measure(f"{folder}linear"):
+                self._save_linear(known, of_counts, pairs, counts, folder)
         for frame in (placed, of_users, pairs):
             frame.unpersist()
         return {
@@ -146,6 +155,35 @@ class _Tables:
             "next_items": self._rows(f"{folder}next_items"),
             "neighbors": {name: self._rows(f"{folder}neighbors/measure={name}") for name in measures},
         }
+
+    def _save_linear(
+        self, known: DataFrame, events: DataFrame, pairs: DataFrame, users: DataFrame, folder: str
+    ) -> None:
+        """Fit `recall.linear` and write linear/model=<name>/.
+
+        Args:
+            known: `user`, `item`, `place` of the events that count.
+            events: `item` and `n`, how many of them are its.
+            pairs: of `neighbors.together`.
+            users: `item` and `n`, how many users have it.
+            folder: as in `count`.
+        """
+        settings = self.settings
+        none = F.lit(0).alias("target")
+        made = {
+            "transitions": lambda: linear.sums_before(known, settings),
+            "ease": lambda: pairs.select("item", "other", none, F.col("both").alias("product")),
+        }
+        for name in settings.linear:
+            write(made[name](), f"{self.run.uri}/{SCRATCH}", PRODUCTS)
+            found = pyarrow.dataset.dataset(
+                f"{self.run.path}/{SCRATCH}", filesystem=self.run.filesystem, format="parquet"
+            ).to_table()
+            counts = linear.counts_of(events if name == "transitions" else users, self.n_items)
+            weights = getattr(linear, name)(found, counts, settings)
+            table = linear.farthest(weights, settings.linear_n)
+            self.run.write_table(f"{folder}linear/model={name}", table)
+            self.run.remove(SCRATCH)
 
     def count_daily(self, events: DataFrame, size: int) -> int:
         """Write daily/ of some events (`counted_events`), of which there are `size`; return its rows."""

@@ -4,6 +4,7 @@ Legend: B users, I items (index 0 is unknown), N others of an item, H history po
 """
 
 import copy
+import functools
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor
 
 from recsys_dist.schema import padded
+
+SQUARE = 1 << 26
+"""Weights of all pairs of items are looked up in one array where there are no more of them."""
 
 
 class RelatedItems:
@@ -31,11 +35,13 @@ class RelatedItems:
         self.others_IN = torch.as_tensor(others)
         """int32, 0 where there are fewer."""
         self.weights_IN = torch.as_tensor(weights)
-        self.mean_weight = float(weight.mean(dtype=np.float64)) if len(weight) else 1.0
+        self.mean_weight = float(np.abs(weight).mean(dtype=np.float64)) if len(weight) else 1.0
+        """Of their sizes, where some are below 0."""
 
     def with_weights(self, weights_IN: Tensor) -> "RelatedItems":
         """The same items with other weights."""
         other = copy.copy(self)
+        vars(other).pop("square_II", None)
         other.weights_IN = weights_IN
         return other
 
@@ -46,6 +52,32 @@ class RelatedItems:
             item_B = history_BH[:, place]
             spoken = self.weights_IN[item_B] * share_BH[:, place, None]
             scores_BI.scatter_add_(1, self.others_IN[item_B].long(), spoken)
+
+    def few(self, number: int) -> bool:
+        """Is it less work to look up what is said of so many items a user than to say it of all?"""
+        return number < self.others_IN.shape[1] and len(self.others_IN) ** 2 <= SQUARE
+
+    @functools.cached_property
+    def square_II(self) -> Tensor:  # noqa: N802 (the shape)
+        """Weight of each pair of items, 0 where there is none."""
+        square_II = torch.zeros(len(self.others_IN), len(self.others_IN))
+        return square_II.scatter_(1, self.others_IN.long(), self.weights_IN)
+
+    def of(self, history_BH: Tensor, share_BH: Tensor, items_BC: Tensor) -> Tensor:
+        """[B, C] what `add` would add to these items."""
+        found_BC = torch.zeros(items_BC.shape)
+        for place in range(history_BH.shape[1]):
+            spoken = self.square_II[history_BH[:, place, None], items_BC]
+            found_BC += spoken * share_BH[:, place, None]
+        return found_BC
+
+    def latest(self, history_BH: Tensor, values_BH: Tensor, items_BC: Tensor) -> Tensor:
+        """[B, C] what `put` would set these items to."""
+        found_BC = torch.zeros(items_BC.shape)
+        for place in range(history_BH.shape[1]):
+            related = self.square_II[history_BH[:, place, None], items_BC] != 0
+            found_BC = torch.where(related, values_BH[:, place, None], found_BC)
+        return found_BC
 
     def put(self, scores_BI: Tensor, history_BH: Tensor, values_BH: Tensor) -> None:
         """Set the related items of each place of a history to its value; later places win."""

@@ -6,7 +6,7 @@ import torch
 
 from recsys_dist import config
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.pairs import Pairs
+from recsys_dist.deepfm.pairs import LINEAR, Pairs
 from recsys_dist.deepfm.published import load_parts
 from recsys_dist.errors import ConfigError
 from recsys_dist.scoring.scorers import (
@@ -14,6 +14,7 @@ from recsys_dist.scoring.scorers import (
     Content,
     Exhaustive,
     Factors,
+    Linear,
     Neighbors,
     NextItems,
     Popularity,
@@ -48,7 +49,7 @@ class Models:
             "als": self.sources["als"],
             "next_items": self.sources["next_items"],
             "neighbors": self.sources["neighbors"],
-            **{name: self.sources[name] for name in ("content", "fm") if name in self.sources},
+            **{name: self.sources[name] for name in (*LINEAR, "content", "fm") if name in self.sources},
             "deepfm": Exhaustive(self.ranker),
             "two_stage": self.two_stage,
         }
@@ -91,6 +92,8 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
         "popularity": Popularity(items),
         "recent": Recent(spec, inputs["recall"]),
     }
+    fitted = inputs["recall"].manifest["config"]["recall"]["linear"]
+    sources |= {name: Linear(spec, inputs["recall"], name) for name in fitted}
     if spec.attributes(None, "recall.content"):
         sources["content"] = Content(items, inputs["recall"])
     if model.linear:
@@ -98,6 +101,7 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     why = {
         "fm": f"the model of {inputs['deepfm'].uri} is a {model.settings.model}",
         "content": f"{features.uri} has no categorical field of side item",
+        **dict.fromkeys(LINEAR, f"it is not in recall.linear of {inputs['recall'].uri}"),
     }
     missing = [f"{name}, since {why[name]}" for name in score.candidates if name not in sources]
     if missing:

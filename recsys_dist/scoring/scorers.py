@@ -164,6 +164,15 @@ class Neighbors(Related):
         super().__init__(spec, related, settings.neighbors_recency)
 
 
+class Linear(Related):
+    """The items that a linear model of items says of the user's latest ones: `ease` or `transitions`."""
+
+    def __init__(self, spec: FeatureSpec, recall: Run, name: str) -> None:
+        """Take a recall run with the settings that it was made with, which name the model."""
+        recency = getattr(_settings(recall), f"{name}_recency")
+        super().__init__(spec, recall.table(f"linear/model={name}"), recency)
+
+
 class Content:
     """The items whose attributes are most like those of the user's latest ones, whether or not anyone has had
     them. What has nothing in common with these is not listed.

@@ -70,6 +70,7 @@ class World:
         self.next_items, self.neighbors = (
             random.integers(1, 4, (n, n)) * (random.random((n, n)) < 0.3) for _ in range(2)
         )
+        self.linear = random.integers(-3, 4, (n, n)) * (random.random((n, n)) < 0.5)
         self.daily = random.integers(0, 3, (n, 6)) * (random.random((n, 6)) < 0.3)
         spec = FeatureSpec(
             fields=(
@@ -113,12 +114,15 @@ class World:
             {
                 "next_items_recency": LONG,
                 "neighbors_recency": LONG,
+                "ease_recency": LONG,
+                "transitions_recency": LONG,
                 "content_recency": LONG,
                 "recent_days": 2,
             },
             **{
                 "next_items": related(self.next_items),
                 "neighbors/measure=pearson": related(self.neighbors),
+                **{f"linear/model={name}": related(self.linear) for name in ("ease", "transitions")},
                 "daily": daily(self.daily),
             },
         )
@@ -395,6 +399,23 @@ class TestNeighbors(Contract):
         return sum(world.neighbors[own, item] for own in world.latest[int(users.indices[row])]) or None
 
 
+class TestEASE(Contract):
+    """Weights are of either sign: what is not above 0 in sum is not listed."""
+
+    NAME = "ease"
+
+    def scorer(self, world):
+        return scorers.Linear(world.spec, world.recall, self.NAME)
+
+    def score(self, world, users, row, item):
+        score = sum(world.linear[own, item] for own in world.latest[int(users.indices[row])])
+        return score if score > 0 else None
+
+
+class TestTransitions(TestEASE, Contract):
+    NAME = "transitions"
+
+
 class TestContent(Contract):
     """Cosines are not whole; those that are equal but for rounding are equal."""
 
@@ -465,6 +486,7 @@ def test_every_model_keeps_the_contract():
         "fm": "FM",
         "deepfm": "Exhaustive",
         "two_stage": "TwoStage",
+        "ease": "EASE",
     }
     kept = {of.__name__.removeprefix("Test") for of in Contract.__subclasses__()}
     assert {names.get(name, name.capitalize()) for name in LABELS} == kept

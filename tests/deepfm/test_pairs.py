@@ -19,6 +19,7 @@ from recsys_dist.deepfm.pairs import Pairs, pair_specs
 from recsys_dist.deepfm.published import load
 from recsys_dist.deepfm.reports import best, lines
 from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.recall import related
 from recsys_dist.schema import LATE, RELATED
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import run_workers, train_in
@@ -89,8 +90,24 @@ def test_values_by_hand(night, items):
             assert alike[row, column].item() == pytest.approx(np.mean(shares))
 
 
-def test_some_items_have_the_values_that_they_have_among_all(night, items, monkeypatch):
+def test_scores_of_linear_models_keep_their_sign(night, items):
+    config, features, _ = night
+    run = Workspace(config).new("recall", {"linear": 1}, {"features": features})
+    columns = {"item": [1, 1, 2], "other": [3, 4, 4], "weight": [2.0, -3.0, 1.0]}
+    run.write_table("linear/model=transitions", pa.table(columns).cast(RELATED))
+    fields = pair_specs(Settings(pair=[{"name": "linear", "measure": "transitions", "recency": 2}]))
+    pairs = Pairs(fields, items, run.commit(config, {}))
+    history = pa.chunked_array([pa.array([[1, 2]], pa.list_(pa.int32()))])
+    _, found = pairs.of(history, torch.tensor([[3, 4, 5]])).unbind(2)
+    old = math.exp(-1 / 2)
+    torch.testing.assert_close(found, torch.tensor([[2 * old / 2, (1 - 3 * old) / 2, 0]]))
+
+
+@pytest.mark.parametrize("square", [0, related.SQUARE])
+def test_some_items_have_the_values_that_they_have_among_all(night, items, monkeypatch, square):
+    """Whether they are looked up one by one or taken from those of all."""
     _, features, recall = night
+    monkeypatch.setattr(related, "SQUARE", square)
     pairs = Pairs(items.spec.side("pair"), items, recall)
     history = features.table("users/as_of=test")["recent"]
     every = pairs.of_all(history)
@@ -283,8 +300,9 @@ LATE_SET = "recall.late=0.1"
     ("overrides", "message"),
     [
         (["deepfm.pair=[{name: a, measure: share}]"], "measure share, and no other, needs an attribute"),
-        (["deepfm.pair=[{name: a, measure: since, recency: 1}]"], "recency is for next_items and neighbors"),
+        (["deepfm.pair=[{name: a, measure: since, recency: 1}]"], "pair a: measure since has no recency"),
         (["deepfm.pair=[{name: a, measure: since}]"], r"recall\.late=0\.2"),
+        (["deepfm.pair=[{name: a, measure: ease}]", LATE_SET], r"measure ease needs recall\.linear=\[ease\]"),
         (["deepfm.pair=[{name: recent, measure: since}]", LATE_SET], "names used twice: recent"),
         (
             ["deepfm.pair=[{name: a, measure: share, attribute: genre}]", LATE_SET],

@@ -4,6 +4,7 @@ import datetime as dt
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -347,3 +348,85 @@ def test_nothing_late_changes_the_tables_of_what_is_earlier(related, seed):
     train = related([row for row in rows if row[4] == "train"], {})
     for name in LATE_TABLES:
         assert stored(run, f"{BEFORE_VALID}/{name}") == stored(train, name)
+
+
+def drawn(users=60, items=12, most=9, seed=3):
+    """Random histories, in some of which an item comes again."""
+    generator = np.random.default_rng(seed)
+    return [generator.integers(1, items + 1, generator.integers(2, most + 1)).tolist() for _ in range(users)]
+
+
+def solved(weights_II, n):
+    """{item: [(other, weight), ...]} of the n weights farthest from 0."""
+    found = {}
+    for item in range(1, len(weights_II)):
+        row = weights_II[item].astype(np.float32)
+        order = sorted(range(1, len(row)), key=lambda other: (-abs(row[other]), other))[:n]
+        found[item] = [(other, pytest.approx(row[other], rel=1e-3, abs=1e-6)) for other in order]
+    return found
+
+
+def test_transitions_are_the_least_squares_of_what_came_before_each_event(related):
+    histories, items = drawn(), 12
+    asked = {
+        "transitions_decay": 1.5, "transitions_penalty": 4.0, "transitions_damping": 0.5, "window": 9,
+    }  # fmt: skip
+    run = related(log(*histories), PLAIN | asked | {"linear": ["transitions"], "linear_n": 5})
+    before, came = [], []
+    for history in histories:
+        for place in range(len(history)):
+            row = np.zeros(items + 1)
+            for gap in range(1, place + 1):
+                row[history[place - gap]] += math.exp(-(gap - 1) / 1.5)
+            before.append(row)
+            came.append(np.eye(items + 1)[history[place]])
+    x_NI, y_NI = np.array(before), np.array(came)
+    weights_II = np.linalg.solve(x_NI.T @ x_NI + 4 * np.eye(items + 1), x_NI.T @ y_NI)
+    weights_II /= np.maximum(y_NI.sum(0), 1) ** 0.5
+    assert any(item in history[:place] for history in histories for place, item in enumerate(history))
+    assert stored(run, "linear/model=transitions") == solved(weights_II, 5)
+    assert (weights_II < -0.01).any()
+    assert not (Path(run.path) / "scratch").exists()
+
+
+def test_ease_is_that_of_its_paper(related):
+    """By its own formula, column by column: least squares of each item on all the others."""
+    histories, items, penalty = drawn(), 12, 3.0
+    run = related(log(*histories), PLAIN | {"linear": ["ease"], "ease_penalty": penalty, "linear_n": 20})
+    x_UI = np.zeros((len(histories), items + 1))
+    for user, history in enumerate(histories):
+        x_UI[user, history] = 1
+    weights_II = np.zeros((items + 1, items + 1))
+    for item in range(1, items + 1):
+        others = [other for other in range(1, items + 1) if other != item]
+        x_UO = x_UI[:, others]
+        found = np.linalg.solve(x_UO.T @ x_UO + penalty * np.eye(items - 1), x_UO.T @ x_UI[:, item])
+        weights_II[others, item] = found
+    expected = {item: [of for of in row if of[0] != item] for item, row in solved(weights_II, 12).items()}
+    assert stored(run, "linear/model=ease") == expected
+
+
+def test_linear_models_of_earlier_events_are_fitted_too(related):
+    rows = log(*drawn(), split="train") + log(*drawn(seed=4), split="valid")
+    settings = PLAIN | {"linear": ["ease", "transitions"], "late": 0.2, "fit_on": "train_valid"}
+    run = related(rows, settings)
+    found = {}
+    for name in settings["linear"]:
+        for folder in ("", f"{BEFORE_VALID}/", f"{LATE}/"):
+            found[name, folder] = stored(run, f"{folder}linear/model={name}")
+        alone = related([row for row in rows if row[-1] == "train"], settings | {"fit_on": "train"})
+        assert stored(alone, f"linear/model={name}") == found[name, f"{BEFORE_VALID}/"]
+    assert len({str(of) for of in found.values()}) == 6
+
+
+def test_linear_models_do_not_depend_on_partitions(related):
+    settings = PLAIN | {"linear": ["ease", "transitions"]}
+    one, four = (related(log(*drawn()), settings, partitions) for partitions in (1, 4))
+    for name in settings["linear"]:
+        assert stored(one, f"linear/model={name}") == stored(four, f"linear/model={name}")
+
+
+def test_a_catalogue_that_is_too_large_for_linear_models_is_refused(related):
+    message = r"linear_items=7 items, and there are 50, whose equations take about 0\.0 GiB"
+    with pytest.raises(ConfigError, match=message):
+        related(log([1, 2]), PLAIN | {"linear": ["ease"], "linear_items": 7})

@@ -1,0 +1,143 @@
+"""Linear models of items: what the items of a history say of every other one, each knowing of the rest.
+
+Counts of pairs do not know that two items of a history say the same; the least squares do. Spark adds up the
+equations, in whole numbers; of a catalogue that is not too large they are solved here, in numpy.
+
+    ease          X [users, items], 1 where a user has an item: X is explained by X W, W without a diagonal
+                  (Steck, "Embarrassingly Shallow Autoencoders for Sparse Data", 2019)
+    transitions   X [events, items], what came before an event, older items less; Y [events, items], the item
+                  that came: Y is explained by X W (Choi et al., "Session-aware Linear Item-Item Models for
+                  Session-based Recommendation", 2021)
+
+In both the squares of the weights W [items, items] are penalised. Legend: I items (index 0 is unknown).
+"""
+
+import math
+
+import numpy as np
+import pyarrow as pa
+from pyspark.sql import Column, DataFrame, Window
+from pyspark.sql import functions as F
+
+from recsys_dist.config import Recall
+from recsys_dist.errors import ConfigError
+from recsys_dist.recall.next_items import UNIT
+from recsys_dist.schema import RELATED
+
+
+def require_few(settings: Recall, n_items: int) -> None:
+    """Raise a ConfigError where there are too many items for `recall.linear`."""
+    if settings.linear and n_items > settings.linear_items:
+        raise ConfigError(
+            f"recall.linear={list(settings.linear)} is for catalogues of up to recall.linear_items="
+            f"{settings.linear_items} items, and there are {n_items}, whose equations take about "
+            f"{40 * n_items**2 / 2**30:.1f} GiB of the driver's memory. Raise linear_items, or leave linear "
+            f"out."
+        )
+
+
+def sums_before(events: DataFrame, settings: Recall) -> DataFrame:
+    """What the equations of `transitions` are made of (schema PRODUCTS), in UNITs.
+
+    An item counts w = exp(-g / transitions_decay) at an event before which it came with g others in between.
+
+    Args:
+        events: of `in_order`, the user's most recent one at place 1.
+        settings: of the configuration.
+
+    Returns:
+        `item` and `other`: the sum over the events of w of the one by w of the other, of which `other` came
+        later or, where it is `item`, is the same (`product`); and, in `target`, of w of `item` where `other`
+        is the event's own.
+    """
+    in_order = Window.partitionBy("user").orderBy(F.col("place").desc())
+    decay = settings.transitions_decay
+    each = [_struct(F.col("item"), F.lit(0), _products(F.col("place"), 0, decay))]
+    columns = {}
+    for gap in range(1, settings.window + 1):
+        columns[f"later_{gap}"] = F.lead("item", gap).over(in_order)
+        target = F.lit(max(1, round(UNIT * math.exp(-(gap - 1) / decay))))
+        # An item that a user has again is twice a pair with itself.
+        both_ways = F.when(F.col(f"later_{gap}") == F.col("item"), 2).otherwise(1)
+        product = both_ways * _products(F.col("place") - gap, gap, decay)
+        each.append(_struct(F.col(f"later_{gap}"), target, product))
+    pairs = events.withColumns(columns).select("item", F.inline(F.array(*each)))
+    found = pairs.where(F.col("other").isNotNull()).groupBy("item", "other")
+    return found.agg(F.sum("target").alias("target"), F.sum("product").alias("product"))
+
+
+def _struct(other: Column, target: Column, product: Column) -> Column:
+    numbers = (target.cast("bigint").alias("target"), product.cast("bigint").alias("product"))
+    return F.struct(other.alias("other"), *numbers)
+
+
+def _products(place: Column, gap: int, decay: float) -> Column:
+    """Of an item and one `gap` places after it, which is at `place`: the sum over the events after both."""
+    once = 1 - math.exp(-2 / decay)
+    after = (1 - F.exp(-2 * (place - 1) / F.lit(decay))) / once
+    return F.round(UNIT * math.exp(-gap / decay) * after)
+
+
+def transitions(sums: pa.Table, counts_I: np.ndarray, settings: Recall) -> np.ndarray:
+    """[I, I] weights of `sums_before`.
+
+    Args:
+        sums: schema PRODUCTS.
+        counts_I: events of each item.
+        settings: of the configuration.
+    """
+    products_II, targets_II = (_square(sums, name, len(counts_I)) / UNIT for name in ("product", "target"))
+    products_II += np.triu(products_II, 1).T + np.tril(products_II, -1).T
+    _penalise(products_II, settings.transitions_penalty)
+    weights_II = np.linalg.solve(products_II, targets_II)
+    return weights_II / np.maximum(counts_I, 1.0) ** settings.transitions_damping
+
+
+def ease(together: pa.Table, counts_I: np.ndarray, settings: Recall) -> np.ndarray:
+    """[I, I] weights of the pairs that `neighbors.together` counts.
+
+    Args:
+        together: schema PRODUCTS, `product` is how many users have both, `other` the greater of the two.
+        counts_I: how many users have each item.
+        settings: of the configuration.
+    """
+    products_II = _square(together, "product", len(counts_I))
+    products_II += products_II.T
+    products_II[np.diag_indices_from(products_II)] = counts_I
+    _penalise(products_II, settings.ease_penalty)
+    inverse_II = np.linalg.inv(products_II)
+    weights_II = -inverse_II / np.diag(inverse_II)
+    np.fill_diagonal(weights_II, 0.0)
+    return weights_II
+
+
+def farthest(weights_II: np.ndarray, n: int) -> pa.Table:
+    """The `n` others of each item with weights farthest from 0 (schema RELATED), of equal ones the first."""
+    size = len(weights_II)
+    size_II = np.abs(weights_II.astype(np.float32))
+    size_II[0], size_II[:, 0] = 0.0, 0.0
+    n = min(n, size - 1)
+    order_IN = np.argsort(-size_II, axis=1, kind="stable")[:, :n]
+    items = np.repeat(np.arange(size), n)
+    others = order_IN.ravel()
+    kept = size_II[items, others] > 0
+    columns = (items[kept], others[kept], weights_II[items, others][kept])
+    return pa.table([pa.array(of, f.type) for of, f in zip(columns, RELATED, strict=True)], schema=RELATED)
+
+
+def _square(table: pa.Table, name: str, size: int) -> np.ndarray:
+    found_II = np.zeros((size, size))
+    found_II[table["item"].to_numpy(), table["other"].to_numpy()] = table[name].to_numpy()
+    return found_II
+
+
+def _penalise(products_II: np.ndarray, penalty: float) -> None:
+    products_II[np.diag_indices_from(products_II)] += penalty
+
+
+def counts_of(counts: DataFrame, n_items: int) -> np.ndarray:
+    """[I] of `item` and `n`; 0 of items that are not there."""
+    counts_I = np.zeros(n_items + 1)
+    for row in counts.select("item", "n").collect():
+        counts_I[row["item"]] = row["n"]
+    return counts_I
