@@ -326,7 +326,7 @@ DAILY = pa.schema([("item", pa.int32()), ("day", pa.date32()), ("count", pa.int6
 day."""
 
 LATE = "before=late"
-"""Folder of a recall run with the two tables of pairs, counted from earlier events only, and late/."""
+"""Folder of a recall run with its tables of pairs, made from earlier events only, and late/."""
 BEFORE_VALID = "before=valid"
 """The same, counted from the train part, where the run itself counts valid too."""
 

@@ -191,13 +191,13 @@ def calibration(labels_N: Values, logits_N: Values) -> float:
 
 def _auc(labels_N: Values, scores_N: Values, groups_N: Counts) -> tuple[Values, Counts]:
     """Of each group, in ascending order, the AUC (NaN where all labels are equal) and the number of rows."""
-    # One sort of whole numbers after that of the scores: several times as fast as a sort by two keys.
-    place_N = np.empty(len(scores_N), np.int64)
-    place_N[np.argsort(scores_N)] = np.arange(len(scores_N))
+    order = np.argsort(scores_N)
     group_N = groups_N.astype(np.int64) - int(groups_N.min())
-    if int(group_N.max()) >= 2**62 // len(group_N):
-        group_N = np.unique(groups_N, return_inverse=True)[1]
-    order = np.argsort(group_N * len(place_N) + place_N)
+    if group_N.any():
+        # One sort of whole numbers after that of the scores: several times as fast as a sort by two keys.
+        if int(group_N.max()) >= 2**62 // len(group_N):
+            group_N = np.unique(groups_N, return_inverse=True)[1]
+        order = order[np.argsort(group_N[order] * len(order) + np.arange(len(order)))]
     positive_N, scores_N, groups_N = labels_N[order] > 0.5, scores_N[order], groups_N[order]
     starts_G = np.flatnonzero(np.append(True, groups_N[1:] != groups_N[:-1]))
     rows_G = np.diff(np.append(starts_G, len(groups_N)))

@@ -12,7 +12,7 @@ from recsys_dist.config import load
 from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation.evaluate import held_out, rank
 from recsys_dist.evaluation.measured import Catalogue, figures, measure
-from recsys_dist.scoring.scorers import Content, Neighbors, NextItems, Popularity, Recent, Scorer
+from recsys_dist.scoring.scorers import Content, Linear, Neighbors, NextItems, Popularity, Recent, Scorer
 from recsys_dist.workspace import Workspace
 
 
@@ -24,15 +24,16 @@ def main() -> int:
     features = next(run for run in workspace.runs("features") if run.run_id == recall.inputs["features"])
     spec = features.spec()
     items = Items(features, spec)
+    settings = recall.manifest["config"]["recall"]
     scorers: dict[str, Scorer] = {
         "popularity": Popularity(items),
         "recent": Recent(spec, recall),
         "next_items": NextItems(spec, recall),
         "neighbors": Neighbors(spec, recall),
+        **{name: Linear(spec, recall, name) for name in settings["linear"]},
     }
     if spec.attributes(None, "recall.content"):
         scorers["content"] = Content(items, recall)
-    settings = recall.manifest["config"]["recall"]
     print(", ".join(f"{name}={value}" for name, value in settings.items()))
     catalogue = Catalogue(items, config.evaluation.head_share)
     for part in ("valid", "test"):
@@ -42,7 +43,7 @@ def main() -> int:
             measured = measure(config.evaluation.k, lists, truth, catalogue)
             found = figures(config, measured, len(users), catalogue)
             line = "  ".join(f"{metric} {found[metric]['value']:.4f}" for metric in ("ndcg@10", "recall@200"))
-            print(f"{part:<5} {len(users)} users  {name:<10}  {line}", flush=True)
+            print(f"{part:<5} {len(users)} users  {name:<11}  {line}", flush=True)
     return 0
 
 
