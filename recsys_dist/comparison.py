@@ -21,7 +21,9 @@ from recsys_dist.config import FIT_ON, Config, load
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.pairs import LINEAR
 from recsys_dist.evaluation.evaluate import hold_out
-from recsys_dist.scoring.models import load_models, load_ranker
+from recsys_dist.evaluation.labels import model_label
+from recsys_dist.evaluation.report import write_comparison
+from recsys_dist.scoring.models import Models, load_models, load_ranker
 from recsys_dist.scoring.scorers import Exhaustive, Factors, Linear, NextItems, Popularity, Related, Scorer
 from recsys_dist.workspace import OpenRun, Run, Workspace
 
@@ -49,7 +51,6 @@ EVERY = 0.5
 class Model:
     """What is compared."""
 
-    label: str
     stage: str
     """Whose run it is read from."""
     overrides: tuple[str, ...] = ()
@@ -57,21 +58,19 @@ class Model:
 
 
 MODELS = {
-    "popularity": Model("Popularity", "features"),
-    **{measure: Model(f"Neighbours, {measure}", "recall") for measure in MEASURES},
-    "next_items": Model("Next items", "recall"),
-    "ease": Model("EASE", "recall"),
-    "transitions": Model("Transitions", "recall"),
-    "als_explicit": Model("ALS, explicit", "als", ("als.implicit=false",)),
-    "als": Model("ALS, implicit", "als", ("als.implicit=true",)),
-    "mf": Model("MF", "deepfm", ("deepfm.model=mf", "deepfm.pair=[]")),
-    "fm": Model("FM", "deepfm", ("deepfm.model=fm", "deepfm.pair=[]")),
+    "popularity": Model("features"),
+    **{measure: Model("recall") for measure in MEASURES},
+    "next_items": Model("recall"),
+    "ease": Model("recall"),
+    "transitions": Model("recall"),
+    "als_explicit": Model("als", ("als.implicit=false",)),
+    "als": Model("als", ("als.implicit=true",)),
+    "mf": Model("deepfm", ("deepfm.model=mf", "deepfm.pair=[]")),
+    "fm": Model("deepfm", ("deepfm.model=fm", "deepfm.pair=[]")),
     # A DNN has no FM part, which a list of candidates may name.
-    "dnn": Model(
-        "DNN", "deepfm", ("deepfm.model=dnn", "deepfm.pair=[]", "score.candidates={popularity: 50}")
-    ),
-    "deepfm": Model("DeepFM, all items", "deepfm", ("deepfm.model=deepfm", "deepfm.pair=[]")),
-    "two_stage": Model("Two-stage DeepFM", "deepfm", ("deepfm.model=deepfm",)),
+    "dnn": Model("deepfm", ("deepfm.model=dnn", "deepfm.pair=[]", "score.candidates={popularity: 50}")),
+    "deepfm": Model("deepfm", ("deepfm.model=deepfm", "deepfm.pair=[]")),
+    "two_stage": Model("deepfm", ("deepfm.model=deepfm",)),
 }
 
 
@@ -119,7 +118,7 @@ class Trained:
         left_out = [name for name in names if name in LINEAR and not few]
         if left_out:
             print(
-                f"=== {' and '.join(MODELS[name].label for name in left_out)}: left out, since there are "
+                f"=== {' and '.join(model_label(name) for name in left_out)}: left out, since there are "
                 f"{n_items:,} items, and recall.linear_items={recall.linear_items}",
                 flush=True,
             )
@@ -154,7 +153,7 @@ class Trained:
         pins = [f"storage.pin.{known}={run.run_id}" for known, run in self.runs.items() if known in BEFORE]
         config = load(self.conf, [*overrides, *pins])
         found = nightly.find(Workspace(config), stage, config)
-        label = MODELS[name].label if name in MODELS else name
+        label = model_label(name) if name in MODELS else name
         if found:
             print(f"=== {label}: done before, {found.uri}", flush=True)
             return found
@@ -186,14 +185,16 @@ def compare(conf: str | None, overrides: Sequence[str]) -> None:
     run = trained.workspace.new("comparison", {}, trained.runs)
     figures = measured(config, run, trained, names)
     committed = run.commit(config, figures)
-    print("\n".join(["", *table(figures), "", f"Comparison: {committed.uri}"]))
+    print("\n".join(["", *table(figures), "", f"Report: {committed.uri}/report.html"]))
 
 
 def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str]) -> dict[str, Any]:
-    """Write lists/, relevant/ and metrics.json of these models, and return what is told of them."""
+    """Write lists/, relevant/, metrics.json and report.html of these models, and return what is told of
+    them.
+    """
     features = trained.runs["features"]
     items = Items(features, features.spec())
-    metrics, *_ = hold_out(
+    metrics, lists, users, truth = hold_out(
         config,
         run,
         items,
@@ -204,6 +205,8 @@ def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str
     )
     metrics["costs"] = {name: vars(cost) for name in names if (cost := trained.cost(name))}
     run.write_json("metrics.json", metrics)
+    models = _two_stage(trained, config) if "two_stage" in names else None
+    write_comparison(config, run, items, models, metrics, lists, users, truth)
     return {key: metrics[key] for key in ("users", "models", "compared", "costs")}
 
 
@@ -215,7 +218,7 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
         "popularity": lambda: Popularity(items, _counts(runs["features"], len(items))),
         "next_items": lambda: NextItems(spec, recall),
         **dict.fromkeys(LINEAR, lambda: Linear(spec, recall, name)),
-        "two_stage": lambda: load_models(_inputs(runs, name) | {"als": runs["als"]}, config.score).two_stage,
+        "two_stage": lambda: _two_stage(trained, config).two_stage,
         **dict.fromkeys(("als", "als_explicit"), lambda: _factors(runs[name], items)),
     }
     if name in MEASURES:
@@ -224,6 +227,10 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
     if name in made:
         return made[name]()
     return Exhaustive(load_ranker(_inputs(runs, name), items))
+
+
+def _two_stage(trained: Trained, config: Config) -> Models:
+    return load_models(_inputs(trained.runs, "two_stage") | {"als": trained.runs["als"]}, config.score)
 
 
 def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:
@@ -245,7 +252,7 @@ def table(figures: dict[str, Any]) -> list[str]:
     """The figures as a table in Markdown."""
     metrics = ("ndcg@10", "recall@10", "recall@20")
     apart = figures["compared"]["models"]
-    reference = MODELS[figures["compared"]["with"]].label
+    reference = model_label(figures["compared"]["with"])
     head = [
         *("NDCG@10", "Recall@10", "Recall@20"),
         f"NDCG@10 less {reference}'s",
@@ -260,7 +267,7 @@ def table(figures: dict[str, Any]) -> list[str]:
         cells.append(_difference(apart[name]) if name in apart else "")
         cost = figures["costs"].get(name)
         cells += [f"{cost['seconds']:.0f}", f"{cost['peak_gib']:.1f}"] if cost else ["", ""]
-        lines.append(f"| {MODELS[name].label} | {' | '.join(cells)} |")
+        lines.append(f"| {model_label(name)} | {' | '.join(cells)} |")
     return lines
 
 

@@ -1,6 +1,7 @@
 """All models under one protocol: what each is trained with, what is measured, and what was trained before."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 from recsys_dist.comparison import MODELS, Cost, Trained, measured, table
 from recsys_dist.config import load
 from recsys_dist.errors import ConfigError
+from recsys_dist.evaluation.labels import model_label
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
+from tests.pages import chromium, opener, require_no_overlaps
 from tests.processes import run_here
 from tests.synthetic import synthetic_config
 
@@ -65,11 +68,43 @@ def test_popularity_counts_train_and_valid(compared):
 def test_the_table_tells_quality_difference_and_cost(compared):
     head, _, *rows = table(compared.figures)
     assert head.startswith(f"| {compared.figures['users']} test users | NDCG@10 |")
-    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [of.label for of in MODELS.values()]
+    assert [row.split(" | ")[0].removeprefix("| ") for row in rows] == [model_label(name) for name in MODELS]
     fm = rows[list(MODELS).index("fm")]
     assert fm.endswith("| 13 | 0.5 |")
     assert f"{compared.figures['models']['fm']['ndcg@10']['value']:.4f} (" in fm
     assert rows[-1].endswith("|  |  |  |")  # the two-stage one: no difference to itself, no cost known
+
+
+@pytest.mark.parametrize("width", [390, 1400])
+def test_the_page_says_which_model_is_best(compared, width):
+    metrics = json.loads(Path(compared.run.path, "metrics.json").read_text())
+    ranked = sorted(MODELS, key=lambda name: -metrics["models"][name]["ndcg@10"]["value"])
+    with chromium() as browser, opener(browser) as open_page:
+        page = open_page(compared.run, width)
+        require_no_overlaps(page, width)
+        assert page.locator("h1").inner_text().startswith(f"{model_label(ranked[0])} makes the best lists;")
+        titles = page.locator("main h2").all_inner_texts()
+        assert titles == [
+            *("Models", "Training", "Where time went", "Data quality", "Coverage and popularity"),
+            *("Where the recommendations came from", "Segments", "Users and their lists"),
+            "How it is measured",
+        ]
+        for name in MODELS:
+            cell = page.locator(f'.models td[data-model="{name}"][data-metric="ndcg@10"]').inner_text()
+            assert cell.startswith(f"{metrics['models'][name]['ndcg@10']['value']:.4f}")
+        page.locator("#search").fill("u5")
+        assert page.locator("#users-list").inner_text().splitlines()[0] == "User u5"
+
+
+def test_the_page_of_models_without_a_two_stage_one(compared, tmp_path):
+    config = synthetic_config(tmp_path)
+    runs = untrained_night(config)
+    trained = SimpleNamespace(runs=runs, config=config, cost=lambda name: None)
+    run = Workspace(config).new("comparison", {}, runs)
+    measured(config, run, trained, ["popularity", "next_items"])
+    with chromium() as browser, opener(browser) as open_page:
+        titles = open_page(run).locator("main h2").all_inner_texts()
+    assert titles == ["Models", "Data quality", "Coverage and popularity", "Segments", "How it is measured"]
 
 
 def test_what_each_model_is_trained_with(tmp_path):

@@ -1,4 +1,6 @@
-"""What the page says first: may the lists be published, and are they better than last night's?"""
+"""What a page says first: may the lists be published, and are they better than last night's? Of a comparison:
+which model makes the best lists, and may that be chance?
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,20 +9,25 @@ from recsys_dist.config import Config
 from recsys_dist.evaluation.labels import LABELS, figure, metric_label, model_label
 from recsys_dist.evaluation.nights import Night, change, interval
 
+CHANCE = 0.05
+"""A difference with a smaller p is beyond chance."""
+
 
 @dataclass(frozen=True)
 class Headline:
     """One sentence, in two halves, four numbers, and what was checked."""
 
     passed: bool
+    """Is the first half good news?"""
     may: str
-    """May the lists be published?"""
+    """May the lists be published? Which model is the best?"""
     better: str
-    """Are they better than last night's?"""
+    """Are they better than last night's? May that be chance?"""
     numbers: tuple[tuple[str, str, str], ...]
     """Four: what it is, the number, and how to take it."""
     checks: tuple[tuple[bool, str], ...]
-    """What must be so before the lists may be published: is it?"""
+    """What must be so before the lists may be published, or is to be compared: is it, and is it beyond
+    chance?"""
 
 
 def headline(
@@ -65,6 +72,55 @@ def headline(
         better,
         numbers,
         tuple(_checks(config, metrics, verdict)),
+    )
+
+
+def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
+    """Put a comparison's together, and name the best model.
+
+    Args:
+        config: the settings.
+        metrics: as in metrics.json.
+    """
+    metric, k = metrics["compared"]["metric"], config.evaluation.k[0]
+    reference, apart = metrics["compared"]["with"], metrics["compared"]["models"]
+    ranked = sorted(metrics["models"], key=lambda name: -metrics["models"][name][metric]["value"])
+    best, second = ranked[0], ranked[min(1, len(ranked) - 1)]
+    other = second if best == reference else reference
+    found = apart.get(second if best == reference else best)
+    beyond = found is not None and found["p"] < CHANCE
+    better = "it is the only one."
+    if found is not None:
+        how = "worse beyond chance" if beyond else "not worse beyond chance"
+        better = f"{model_label(other)} is {how}."
+    value, low, high = interval(metrics["models"][best][metric])
+    theirs = metrics["models"][second][metric]["value"]
+    numbers = (
+        (
+            f"{metric_label(metric)} of {model_label(best)}",
+            figure(metric, value),
+            f"95% interval {figure(metric, low)} to {figure(metric, high)}",
+        ),
+        (
+            f"Against {model_label(second)}",
+            f"{value / theirs:.2f} ×" if theirs > 0 else "–",
+            f"the {metric_label(metric)} there is {figure(metric, theirs)}",
+        ),
+        ("Users", f"{metrics['users']:,}", "who liked something in the test part"),
+        (
+            "Catalogue in the lists",
+            f"{metrics['models'][best][f'coverage@{k}']['value']:.1%}",
+            f"of all items are in a list of {k}",
+        ),
+    )
+    checks = []
+    for name in ranked:
+        if name in apart:
+            by = f"{signed(apart[name]['value'])}, p {apart[name]['p']:.3f}"
+            text = f"{model_label(name)} differs from {model_label(reference)} by {by}"
+            checks.append((apart[name]["p"] < CHANCE, text))
+    return best, Headline(
+        beyond, f"{model_label(best)} makes the best lists;", better, numbers, tuple(checks)
     )
 
 

@@ -11,11 +11,20 @@ LABELS = {
     "ease": "EASE",
     "transitions": "transitions",
     "content": "content",
-    "fm": "FM part",
+    "fm": "FM",
     "deepfm": "DeepFM, all items",
     "two_stage": "two-stage",
 }
-"""Model in metrics.json to its name for people."""
+"""Model of an evaluation to its name for people."""
+COMPARED = LABELS | {
+    "cosine": "neighbours, cosine",
+    "jaccard": "neighbours, jaccard",
+    "pearson": "neighbours, pearson",
+    "als_explicit": "ALS, explicit",
+    "mf": "MF",
+    "dnn": "DNN",
+}
+"""The same with those that only a comparison has."""
 
 METRIC_LABELS = {
     "ndcg": (
@@ -50,7 +59,7 @@ DECIMALS = {"popularity": 1, "novelty": 2}
 
 def model_label(model: str) -> str:
     """A model's name as the first word of a cell or sentence; an unknown one's is itself."""
-    name = LABELS.get(model, model)
+    name = COMPARED.get(model, model)
     return name[:1].upper() + name[1:]
 
 

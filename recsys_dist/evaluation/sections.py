@@ -162,6 +162,27 @@ def time(run: OpenRun) -> Plot:
     )
 
 
+def costs(metrics: dict[str, Any]) -> Plot | None:
+    """How long each model of a comparison took to be fitted, and its memory; None where that is not known."""
+    rows = [(model_label(name), of["seconds"], of["peak_gib"]) for name, of in metrics["costs"].items()]
+    if not rows:
+        return None
+    slowest = max(rows, key=lambda row: row[1])
+    return Plot(
+        "time",
+        "Time that each model took to be fitted",
+        f"Bars; the longest is {slowest[0]}, {_duration(slowest[1])}.",
+        bars(
+            "time",
+            [label for label, *_ in rows],
+            [seconds for _, seconds, _ in rows],
+            [_duration(seconds) for _, seconds, _ in rows],
+        ),
+        ("Model", "Seconds", "Most memory, GiB"),
+        tuple((label, f"{seconds:,.0f}", f"{gib:.1f}") for label, seconds, gib in rows),
+    )
+
+
 def data(run: OpenRun, last: Night | None) -> dict[str, Any]:
     """What the features were made from, beside last night's where its run still is there.
 

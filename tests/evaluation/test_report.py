@@ -1,10 +1,8 @@
 """The page in a real browser: what it says, how it looks, and that nothing in ids or titles runs."""
 
 import json
-import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,6 @@ import pyarrow.fs
 import pyarrow.parquet as pq
 import pytest
 from jinja2.utils import htmlsafe_json_dumps
-from playwright.sync_api import sync_playwright
 
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.evaluation import sections, shown
@@ -26,6 +23,7 @@ from recsys_dist.evaluation.nights import Night
 from recsys_dist.scoring.models import load_models
 from recsys_dist.workspace import Workspace
 from tests.models import untrained_night
+from tests.pages import TEXTS, chromium, opener, require_no_overlaps
 from tests.synthetic import synthetic_config
 
 EVIL = "<img src=x onerror=window.hacked=1></script><script>window.hacked=1</script>{{ 7*7 }} $x_1$ &amp;"
@@ -43,26 +41,6 @@ SECTIONS = [
     "about",
 ]
 WIDTHS = (390, 1400)
-TEXTS = """(scope) => {
-  const found = [];
-  const walker = document.createTreeWalker(document.querySelector(scope), NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const node = walker.currentNode, parent = node.parentElement;
-    if (!node.data.trim() || parent.closest("script, style, noscript, .hidden, .skip")) continue;
-    if (!parent.checkVisibility({visibilityProperty: true})) continue;
-    const clip = parent.closest(".scroll")?.getBoundingClientRect();
-    const range = document.createRange();
-    range.selectNodeContents(node);
-    for (const rect of range.getClientRects()) {
-      // The font's box is higher than its letters are.
-      let left = rect.left, right = rect.right, inset = rect.height * 0.15;
-      if (clip) { left = Math.max(left, clip.left); right = Math.min(right, clip.right); }
-      if (right - left < 1) continue;
-      found.push({text: node.data.trim(), left, right, top: rect.top + inset, bottom: rect.bottom - inset});
-    }
-  }
-  return found;
-}"""
 CONTRASTS = """() => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const rgba = (colour) => {
@@ -164,38 +142,19 @@ def night(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    found = shutil.which("chromium")
-    assert found, "These tests need Chromium: make browser, or apt-get install chromium."
-    as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=found, args=as_root)
+    with chromium() as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture
 def opened(browser, night):
     """Opens the page offline, and afterwards asserts that it said nothing and asked for nothing."""
-    said, asked, contexts = [], [], []
+    with opener(browser) as open_page:
 
-    def open_page(width=1400, scheme="light", run=night.run, **context):
-        made = browser.new_context(
-            viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True, **context
-        )
-        contexts.append(made)
-        page = made.new_page()
-        page.set_default_timeout(10_000)
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(f"file://{run.path}/report.html")
-        return page
+        def open_report(width=1400, scheme="light", run=night.run, **context):
+            return open_page(run, width, scheme, **context)
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file://", "data:"))] == []
+        yield open_report
 
 
 def test_it_is_one_small_file_with_every_section(opened, night):
@@ -266,7 +225,7 @@ def test_the_plots_numbers_are_those_of_the_lists(opened, night):
     for label, name in {
         "ALS": "als",
         "Next items": "next_items",
-        "FM part": "fm",
+        "FM": "fm",
         "Popularity": "popularity",
     }.items():
         found = [row for row in lists if name in row["sources"]]
@@ -289,23 +248,7 @@ def test_what_was_set_aside_and_where_the_time_went(opened):
 
 @pytest.mark.parametrize("width", [320, *WIDTHS, 700, 1000])
 def test_no_text_overlaps_or_leaves_the_page(opened, width):
-    page = opened(width)
-    for every in (False, True):
-        if every:
-            page.evaluate("document.querySelectorAll('details').forEach(one => { one.open = true; })")
-        assert page.evaluate("document.documentElement.scrollWidth") == width
-        texts = page.evaluate(TEXTS, "body")
-        assert len(texts) > 200
-        assert [box for box in texts if box["left"] < 0 or box["right"] > width + 0.5] == []
-        texts.sort(key=lambda box: box["top"])
-        overlapping = [
-            (one["text"], two["text"])
-            for i, one in enumerate(texts)
-            for two in texts[i + 1 : i + 60]
-            if two["top"] < one["bottom"] - 0.5
-            and min(one["right"], two["right"]) - max(one["left"], two["left"]) > 0.5
-        ]
-        assert overlapping == []
+    require_no_overlaps(opened(width), width)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -486,7 +429,7 @@ def test_the_readmes_commands_recompute_the_page(opened, night):
     for row in models:
         for name in ("ndcg", "recall", "precision", "map", "mrr", "hit_rate", "coverage", "popularity"):
             same(row[name], night.metrics["models"][row["model"]][f"{name}@{row['k']}"]["value"])
-    names = {"ALS": "als", "Next items": "next_items", "FM part": "fm", "Popularity": "popularity"}
+    names = {"ALS": "als", "Next items": "next_items", "FM": "fm", "Popularity": "popularity"}
     shares = {row["source"]: row["share"] for row in sources}
     page = {names[label]: share for label, share, *_ in rows_of(opened(), "sources")}
     assert set(shares) == set(page)
