@@ -25,9 +25,8 @@ class Headline:
     """Are they better than last night's? May that be chance?"""
     numbers: tuple[tuple[str, str, str], ...]
     """Four: what it is, the number, and how to take it."""
-    checks: tuple[tuple[bool, str], ...]
-    """What must be so before the lists may be published, or is to be compared: is it, and is it beyond
-    chance?"""
+    checks: tuple[tuple[bool, str], ...] = ()
+    """What must be so before the lists may be published: is it?"""
 
 
 def headline(
@@ -91,8 +90,8 @@ def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
     beyond = found is not None and found["p"] < CHANCE
     better = "it is the only one."
     if found is not None:
-        how = "worse beyond chance" if beyond else "not worse beyond chance"
-        better = f"{model_label(other)} is {how}."
+        worse = f"{model_label(other)} is worse"
+        better = f"{worse}, beyond chance." if beyond else f"that {worse} may be chance."
     value, low, high = interval(metrics["models"][best][metric])
     theirs = metrics["models"][second][metric]["value"]
     numbers = (
@@ -113,15 +112,7 @@ def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
             f"of all items are in a list of {k}",
         ),
     )
-    checks = []
-    for name in ranked:
-        if name in apart:
-            by = f"{signed(apart[name]['value'])}, p {apart[name]['p']:.3f}"
-            text = f"{model_label(name)} differs from {model_label(reference)} by {by}"
-            checks.append((apart[name]["p"] < CHANCE, text))
-    return best, Headline(
-        beyond, f"{model_label(best)} makes the best lists;", better, numbers, tuple(checks)
-    )
+    return best, Headline(beyond, f"{model_label(best)} makes the best lists;", better, numbers)
 
 
 def signed(difference: float) -> str:
