@@ -14,10 +14,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow import MlflowClient
 
 from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import REPOSITORY
+from recsys_dist.deepfm.checkpoint import load_weights, read_into
 from recsys_dist.deepfm.published import load
 from recsys_dist.errors import RetryableError
 from recsys_dist.workspace import Workspace
@@ -171,7 +173,10 @@ def check_run(config):
     names = {path.name for path in Path(run.path, "model").iterdir()}
     assert names == {"model.json", "model.safetensors"}
     (features,) = workspace.runs("features")
-    load(run, features.spec())
+    published = load(run, features.spec()).state_dict()
+    saved = {name: torch.empty_like(of) for name, of in published.items()}
+    load_weights(Path(run.path, "checkpoint"), saved)
+    assert all(torch.equal(published[name], saved[name]) for name in saved)
     lines = [json.loads(line) for line in Path(run.path, "history.jsonl").read_text().splitlines()]
     figures = run.manifest["figures"]
     assert figures["ndcg@10"] == max(line["ndcg@10"] for line in lines)
@@ -205,6 +210,10 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     run = check_run(config)
     assert lines[-1].endswith(run.uri)
     assert run.manifest["figures"]["fit_on"] == "train_valid"
+    progress = {"step": 0}
+    read_into(progress, f"{run.path}/checkpoint")
+    refitted = [int(line.split()[3].replace(",", "")) for line in evaluations[2:]]
+    assert progress["step"] == refitted[-1] > best * (refitted[0] - 1)
 
     again = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False, timeout=60)
     assert again.stdout == f"deepfm: done before, {run.uri}\n"
