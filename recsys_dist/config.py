@@ -466,7 +466,7 @@ class Recall(Section):
     transitions_penalty: float = Field(500.0, gt=0)
     """transitions: of the weights' squares."""
     transitions_decay: float = Field(5.0, gt=0)
-    """transitions: of the items before an event the one with g others in between counts
+    """transitions: of the items of earlier moments before an event the one with g others in between counts
     exp(-g / transitions_decay)."""
     transitions_damping: float = Field(0.1, ge=0, le=2)
     """transitions: a weight is divided by (the following item's number of events)^transitions_damping."""

@@ -13,6 +13,7 @@ In both the squares of the weights W [items, items] are penalised. Legend: I ite
 """
 
 import math
+from functools import reduce
 
 import numpy as np
 import pyarrow as pa
@@ -39,10 +40,11 @@ def require_few(settings: Recall, n_items: int) -> None:
 def sums_before(events: DataFrame, settings: Recall) -> DataFrame:
     """What the equations of `transitions` are made of (schema PRODUCTS), in UNITs.
 
-    An item counts w = exp(-g / transitions_decay) at an event before which it came with g others in between.
+    Before an event are those of earlier moments among the `window` ones that precede it: events of one moment
+    do not see each other. An item counts w = exp(-g / transitions_decay) there, with g others in between.
 
     Args:
-        events: of `in_order`, the user's most recent one at place 1.
+        events: of `in_order`.
         settings: of the configuration.
 
     Returns:
@@ -51,31 +53,43 @@ def sums_before(events: DataFrame, settings: Recall) -> DataFrame:
         is the event's own.
     """
     in_order = Window.partitionBy("user").orderBy(F.col("place").desc())
-    decay = settings.transitions_decay
-    each = [_struct(F.col("item"), F.lit(0), _products(F.col("place"), 0, decay))]
-    columns = {}
-    for gap in range(1, settings.window + 1):
-        columns[f"later_{gap}"] = F.lead("item", gap).over(in_order)
-        target = F.lit(max(1, round(UNIT * math.exp(-(gap - 1) / decay))))
-        # An item that a user has again is twice a pair with itself.
-        both_ways = F.when(F.col(f"later_{gap}") == F.col("item"), 2).otherwise(1)
-        product = both_ways * _products(F.col("place") - gap, gap, decay)
-        each.append(_struct(F.col(f"later_{gap}"), target, product))
-    pairs = events.withColumns(columns).select("item", F.inline(F.array(*each)))
-    found = pairs.where(F.col("other").isNotNull()).groupBy("item", "other")
-    return found.agg(F.sum("target").alias("target"), F.sum("product").alias("product"))
+    decay, window = settings.transitions_decay, settings.window
+    gaps = range(1, window + 1)
+    later = {f"item_{gap}": F.lead("item", gap).over(in_order) for gap in gaps}
+    later |= {f"first_{gap}": F.lead("first", gap).over(in_order) for gap in gaps}
+    rows = events.withColumns(later)
+    # What the item counts at the gap-th event after it; nothing where that is of the same moment.
+    between = {gap: F.col("place") - F.col(f"first_{gap}") - 1 for gap in gaps}
+    own = {
+        f"own_{gap}": F.when(of >= 0, F.exp(-of / F.lit(decay))).otherwise(0.0) for gap, of in between.items()
+    }
+    rows = rows.withColumns(own)
+    # The sums of its squares over the first so many events after it.
+    squares = {"squares_0": F.lit(0.0)}
+    for gap in gaps:
+        squares[f"squares_{gap}"] = reduce(
+            Column.__add__, (F.col(f"own_{n}") ** 2 for n in range(1, gap + 1))
+        )
+    rows = rows.withColumns(squares)
+    met = {f"met_{gap}": F.lead(f"squares_{window - gap}", gap).over(in_order) for gap in gaps}
+    rows = rows.withColumns(met)
+    each = [_struct(F.col("item"), F.lit(0.0), F.col(f"squares_{window}"))]
+    for gap in gaps:
+        # Before an event after both, the earlier one counts exp(-gap / decay) times as much. An item that a
+        # user has again is twice a pair with itself.
+        ways = F.when(F.col(f"item_{gap}") == F.col("item"), 2).otherwise(1)
+        product = F.col(f"met_{gap}") * math.exp(-gap / decay) * ways
+        each.append(_struct(F.col(f"item_{gap}"), F.col(f"own_{gap}"), product))
+    pairs = rows.select("item", F.inline(F.array(*each))).where(F.col("other").isNotNull())
+    return pairs.groupBy("item", "other").agg(
+        F.sum("target").alias("target"), F.sum("product").alias("product")
+    )
 
 
 def _struct(other: Column, target: Column, product: Column) -> Column:
-    numbers = (target.cast("bigint").alias("target"), product.cast("bigint").alias("product"))
+    whole = {"target": target, "product": product}
+    numbers = (F.round(of * UNIT).cast("bigint").alias(name) for name, of in whole.items())
     return F.struct(other.alias("other"), *numbers)
-
-
-def _products(place: Column, gap: int, decay: float) -> Column:
-    """Of an item and one `gap` places after it, which is at `place`: the sum over the events after both."""
-    once = 1 - math.exp(-2 / decay)
-    after = (1 - F.exp(-2 * (place - 1) / F.lit(decay))) / once
-    return F.round(UNIT * math.exp(-gap / decay) * after)
 
 
 def transitions(sums: pa.Table, counts_I: np.ndarray, settings: Recall) -> np.ndarray:

@@ -35,10 +35,12 @@ def daily_counts(events: DataFrame) -> DataFrame:
 
 def in_order(events: DataFrame) -> DataFrame:
     """`user`, `item` and `place`: from 1, the most recent of the user's first. Events of one moment are in
-    order of their items.
+    order of their items; `first` is the greatest place among them.
     """
+    by_moment = Window.partitionBy("user").orderBy(F.col("timestamp").desc())
     latest_first = Window.partitionBy("user").orderBy(F.col("timestamp").desc(), F.col("item").desc())
-    return events.select("user", "item", F.row_number().over(latest_first).alias("place"))
+    place, first = F.row_number().over(latest_first), F.count(F.lit(1)).over(by_moment)
+    return events.select("user", "item", place.alias("place"), first.cast("int").alias("first"))
 
 
 def late_from(events: DataFrame, late: float, in_time: bool) -> DataFrame:

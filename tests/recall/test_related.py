@@ -367,19 +367,27 @@ def solved(weights_II, n):
 
 
 def test_transitions_are_the_least_squares_of_what_came_before_each_event(related):
-    histories, items = drawn(), 12
+    """Of earlier moments: of two events an hour with the same one, neither is before the other."""
+    histories, items, window = drawn(), 12, 5
     asked = {
-        "transitions_decay": 1.5, "transitions_penalty": 4.0, "transitions_damping": 0.5, "window": 9,
+        "transitions_decay": 1.5, "transitions_penalty": 4.0, "transitions_damping": 0.5, "window": window,
     }  # fmt: skip
-    run = related(log(*histories), PLAIN | asked | {"linear": ["transitions"], "linear_n": 5})
+    rows = [
+        (user, item, (at + user % 2) // 2, 1, "train")
+        for user, history in enumerate(histories, 1)
+        for at, item in enumerate(history)
+    ]
+    run = related(rows, PLAIN | asked | {"linear": ["transitions"], "linear_n": 5})
     before, came = [], []
-    for history in histories:
-        for place in range(len(history)):
+    for user in range(1, len(histories) + 1):
+        events = sorted((at, item) for of, item, at, *_ in rows if of == user)
+        for place, (moment, own) in enumerate(events):
             row = np.zeros(items + 1)
-            for gap in range(1, place + 1):
-                row[history[place - gap]] += math.exp(-(gap - 1) / 1.5)
+            first = next(p for p, (at, _) in enumerate(events) if at == moment)
+            for other in range(max(0, place - window), first):
+                row[events[other][1]] += math.exp(-(first - 1 - other) / 1.5)
             before.append(row)
-            came.append(np.eye(items + 1)[history[place]])
+            came.append(np.eye(items + 1)[own])
     x_NI, y_NI = np.array(before), np.array(came)
     weights_II = np.linalg.solve(x_NI.T @ x_NI + 4 * np.eye(items + 1), x_NI.T @ y_NI)
     weights_II /= np.maximum(y_NI.sum(0), 1) ** 0.5
