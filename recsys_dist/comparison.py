@@ -17,9 +17,8 @@ import psutil  # type: ignore[import-untyped]
 import pyarrow.compute as pc
 
 from recsys_dist import nightly
-from recsys_dist.config import FIT_ON, Config, load
+from recsys_dist.config import FIT_ON, LINEAR, Config, load
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.pairs import LINEAR
 from recsys_dist.evaluation.evaluate import hold_out
 from recsys_dist.evaluation.labels import model_label
 from recsys_dist.evaluation.report import write_comparison

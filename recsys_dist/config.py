@@ -407,6 +407,11 @@ class Als(Section):
         return [Als(**given | dict(zip(self.grid, values, strict=True))) for values in combined]
 
 
+LinearModel = Literal["ease", "transitions"]
+LINEAR: tuple[LinearModel, ...] = typing.get_args(LinearModel)
+"""Linear models of items, see `Recall.linear`."""
+
+
 class Recall(Section):
     """What items say of other items: how often one follows another in users' histories (`next_items`), and
     how alike their users are (`neighbors`), both made of each user's last events; how alike they are
@@ -449,7 +454,7 @@ class Recall(Section):
     """content: as next_items_recency."""
     n: int = Field(200, ge=1)
     """So many others are stored of each item, those with the greatest weight."""
-    linear: tuple[Literal["ease", "transitions"], ...] = ()
+    linear: tuple[LinearModel, ...] = ()
     """Linear models of items that are fitted too, each of them a source and a measure of pair fields. ease:
     which items a user has, by the others that he has (of the events that neighbors counts); transitions:
     which item comes next, by those before it (of the last `window`)."""
@@ -1130,9 +1135,7 @@ class Config(Section):
                 text = f"recall.content: {name!r} is no categorical field of side item{near}"
                 yield ("recall", "fields"), text
         unfitted = [
-            name
-            for name in ("ease", "transitions")
-            if name in self.score.candidates and name not in self.recall.linear
+            name for name in LINEAR if name in self.score.candidates and name not in self.recall.linear
         ]
         if unfitted:
             text = f"score.candidates: {', '.join(unfitted)} needs recall.linear={unfitted}"
@@ -1175,7 +1178,7 @@ class Config(Section):
         wrong += [
             f"deepfm.pair {pair.name}: measure {pair.measure} needs recall.linear=[{pair.measure}]"
             for pair in pairs
-            if pair.measure in ("ease", "transitions") and pair.measure not in self.recall.linear
+            if pair.measure in LINEAR and pair.measure not in self.recall.linear
         ]
         if pairs and not self.recall.late:
             wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")

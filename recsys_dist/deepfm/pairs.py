@@ -9,7 +9,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recsys_dist.config import DeepFM, Recall
+from recsys_dist.config import LINEAR, DeepFM, Recall
 from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
@@ -19,8 +19,6 @@ from recsys_dist.workspace import Run
 ROOM = 1 << 22
 """Numbers of the array [B, I] that users' items are looked up in: a few users at a time where I is large."""
 NEVER = np.iinfo(np.int64).max
-LINEAR = ("ease", "transitions")
-"""Measures of tables of `recall.linear`."""
 
 
 def pair_specs(settings: DeepFM) -> tuple[FieldSpec, ...]:

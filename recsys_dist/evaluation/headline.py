@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recsys_dist.config import Config
-from recsys_dist.evaluation.labels import LABELS, figure, metric_label, model_label
+from recsys_dist.evaluation.labels import LABELS, figure, metric_label, model_label, ranked
 from recsys_dist.evaluation.nights import Night, change, interval
 
 CHANCE = 0.05
@@ -83,8 +83,8 @@ def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
     """
     metric, k = metrics["compared"]["metric"], config.evaluation.k[0]
     reference, apart = metrics["compared"]["with"], metrics["compared"]["models"]
-    ranked = sorted(metrics["models"], key=lambda name: -metrics["models"][name][metric]["value"])
-    best, second = ranked[0], ranked[min(1, len(ranked) - 1)]
+    order = ranked(metrics["models"], metric)
+    best, second = order[0], order[min(1, len(order) - 1)]
     other = second if best == reference else reference
     found = apart.get(second if best == reference else best)
     beyond = found is not None and found["p"] < CHANCE

@@ -1,6 +1,7 @@
 """How models and figures are named where people read them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 LABELS = {
     "popularity": "popularity",
@@ -61,6 +62,11 @@ def model_label(model: str) -> str:
     """A model's name as the first word of a cell or sentence; an unknown one's is itself."""
     name = COMPARED.get(model, model)
     return name[:1].upper() + name[1:]
+
+
+def ranked(models: Mapping[str, Mapping[str, Any]], metric: str) -> list[str]:
+    """The models of metrics.json by a metric, the best first."""
+    return sorted(models, key=lambda name: -models[name][metric]["value"])
 
 
 def metric_label(metric: str) -> str:

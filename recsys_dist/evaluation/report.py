@@ -20,7 +20,14 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation import sections
 from recsys_dist.evaluation.curves import of_model
 from recsys_dist.evaluation.headline import best_of, headline, signed
-from recsys_dist.evaluation.labels import METRIC_LABELS, figure, metric_label, model_label, summary_columns
+from recsys_dist.evaluation.labels import (
+    METRIC_LABELS,
+    figure,
+    metric_label,
+    model_label,
+    ranked,
+    summary_columns,
+)
 from recsys_dist.evaluation.nights import Night, earlier_nights, moment_of
 from recsys_dist.evaluation.shown import shown_users
 from recsys_dist.scoring.models import Models
@@ -109,7 +116,7 @@ def write_comparison(
     if models:
         own = of_model(lists, "two_stage", max(config.evaluation.k))
         shown = shown_users(config, models, users, truth, own)
-    others = sorted(metrics["models"], key=lambda name: -metrics["models"][name][metric]["value"])[1:]
+    others = ranked(metrics["models"], metric)[1:]
     rival = "popularity" if "popularity" in others else others[0] if others else None
     _write(
         run,
@@ -160,7 +167,7 @@ def _write(run: OpenRun, config: Config, metrics: dict[str, Any], **told: Any) -
             for name, (label, text) in METRIC_LABELS.items()
             if any(of.partition("@")[0] == name for of in metrics["models"][told["model"]])
         },
-        ranked=sorted(metrics["models"], key=lambda name: -metrics["models"][name][told["metric"]]["value"]),
+        ranked=ranked(metrics["models"], told["metric"]),
         models_plot=sections.models(metrics, told["metric"], told["model"]),
         filter_seen=config.score.filter_seen,
         resamplings=config.evaluation.bootstrap,

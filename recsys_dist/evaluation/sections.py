@@ -14,7 +14,7 @@ import pyarrow as pa
 from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation.curves import coverage_by_length, of_model, share_of_popular, source_shares
-from recsys_dist.evaluation.labels import figure, metric_label, model_label
+from recsys_dist.evaluation.labels import figure, metric_label, model_label, ranked
 from recsys_dist.evaluation.nights import Night, interval
 from recsys_dist.evaluation.plots import Interval, Line, Plot, bars, intervals, lines
 from recsys_dist.workspace import STAGES, OpenRun, Run
@@ -42,10 +42,10 @@ TABLES = {"events": "Events", "items": "Items", "users": "Users"}
 
 def models(metrics: dict[str, Any], metric: str, ours: str) -> Plot:
     """Every model's figure of the metric that decides, with its interval."""
-    found = sorted(metrics["models"].items(), key=lambda of: -of[1][metric]["value"])
+    found = {name: metrics["models"][name][metric] for name in ranked(metrics["models"], metric)}
     rows = [
-        Interval(model_label(name), *interval(of[metric]), figure(metric, of[metric]["value"]), name == ours)
-        for name, of in found
+        Interval(model_label(name), *interval(of), figure(metric, of["value"]), name == ours)
+        for name, of in found.items()
     ]
     best = rows[0].label
     return Plot(

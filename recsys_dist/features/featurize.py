@@ -38,7 +38,7 @@ from recsys_dist.features.log import (
 )
 from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
-from recsys_dist.features.session import AT_ONCE, Steps, exit_code, remove_checksums, start
+from recsys_dist.features.session import AT_ONCE, SCRATCH, Steps, exit_code, remove_checksums, start
 from recsys_dist.features.source import Opened, open_source
 from recsys_dist.features.spec import field_specs
 from recsys_dist.features.split import assign, duplicates, gather, k_core, look_back
@@ -70,8 +70,6 @@ OUT_OF_MEMORY = 52
 """The exit code with which Spark's Java process then ends."""
 READING = "read, check, gather"
 """The step in which label.positive_when is evaluated."""
-SCRATCH = "scratch"
-"""Folder in the run for what is needed only while it is made."""
 
 
 def featurize(config: Config, run: OpenRun, rebuild: bool = False) -> dict[str, Any]:

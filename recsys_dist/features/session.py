@@ -22,6 +22,8 @@ from recsys_dist.config import Config
 from recsys_dist.job import require_java
 from recsys_dist.spark import NOWHERE, arguments, is_own, own_environment
 
+SCRATCH = "scratch"
+"""Folder in the run for what is needed only while it is made."""
 MEBIBYTE = 1 << 20
 AT_ONCE = 3
 """Jobs that run side by side, so that the end of one does not leave cores idle."""

@@ -12,6 +12,7 @@ from pyspark.sql import functions as F
 from recsys_dist.config import FIT_ON, Config, Recall
 from recsys_dist.errors import DataError
 from recsys_dist.features.session import (
+    SCRATCH,
     Steps,
     files,
     in_ranges,
@@ -37,9 +38,6 @@ from recsys_dist.recall.pairs import (
 )
 from recsys_dist.schema import BEFORE_VALID, DAILY, LATE, LATE_FROM, PRODUCTS
 from recsys_dist.workspace import OpenRun
-
-SCRATCH = "scratch"
-"""Folder in the run for what is needed only while it is made."""
 
 
 def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -162,7 +160,7 @@ class _Tables:
         """Fit `recall.linear` and write linear/model=<name>/.
 
         Args:
-            known: `user`, `item`, `place` of the events that count.
+            known: of `in_order`, the events that count.
             events: `item` and `n`, how many of them are its.
             pairs: of `neighbors.together`.
             users: `item` and `n`, how many users have it.

@@ -13,7 +13,7 @@ In both the squares of the weights W [items, items] are penalised. Legend: I ite
 """
 
 import math
-from functools import reduce
+from itertools import accumulate
 
 import numpy as np
 import pyarrow as pa
@@ -65,12 +65,8 @@ def sums_before(events: DataFrame, settings: Recall) -> DataFrame:
     }
     rows = rows.withColumns(own)
     # The sums of its squares over the first so many events after it.
-    squares = {"squares_0": F.lit(0.0)}
-    for gap in gaps:
-        squares[f"squares_{gap}"] = reduce(
-            Column.__add__, (F.col(f"own_{n}") ** 2 for n in range(1, gap + 1))
-        )
-    rows = rows.withColumns(squares)
+    sums = accumulate((F.col(name) ** 2 for name in own), initial=F.lit(0.0))
+    rows = rows.withColumns({f"squares_{number}": of for number, of in enumerate(sums)})
     met = {f"met_{gap}": F.lead(f"squares_{window - gap}", gap).over(in_order) for gap in gaps}
     rows = rows.withColumns(met)
     each = [_struct(F.col("item"), F.lit(0.0), F.col(f"squares_{window}"))]
@@ -101,9 +97,8 @@ def transitions(sums: pa.Table, counts_I: np.ndarray, settings: Recall) -> np.nd
         settings: of the configuration.
     """
     products_II, targets_II = (_square(sums, name, len(counts_I)) / UNIT for name in ("product", "target"))
-    products_II += np.triu(products_II, 1).T + np.tril(products_II, -1).T
-    _penalise(products_II, settings.transitions_penalty)
-    weights_II = np.linalg.solve(products_II, targets_II)
+    equations_II = _equations(products_II, np.diag(products_II).copy(), settings.transitions_penalty)
+    weights_II = np.linalg.solve(equations_II, targets_II)
     return weights_II / np.maximum(counts_I, 1.0) ** settings.transitions_damping
 
 
@@ -115,11 +110,8 @@ def ease(together: pa.Table, counts_I: np.ndarray, settings: Recall) -> np.ndarr
         counts_I: how many users have each item.
         settings: of the configuration.
     """
-    products_II = _square(together, "product", len(counts_I))
-    products_II += products_II.T
-    products_II[np.diag_indices_from(products_II)] = counts_I
-    _penalise(products_II, settings.ease_penalty)
-    inverse_II = np.linalg.inv(products_II)
+    both_II = _square(together, "product", len(counts_I))
+    inverse_II = np.linalg.inv(_equations(both_II, counts_I, settings.ease_penalty))
     weights_II = -inverse_II / np.diag(inverse_II)
     np.fill_diagonal(weights_II, 0.0)
     return weights_II
@@ -145,8 +137,13 @@ def _square(table: pa.Table, name: str, size: int) -> np.ndarray:
     return found_II
 
 
-def _penalise(products_II: np.ndarray, penalty: float) -> None:
-    products_II[np.diag_indices_from(products_II)] += penalty
+def _equations(products_II: np.ndarray, own_I: np.ndarray, penalty: float) -> np.ndarray:
+    """The normal equations' left side, of products that are known of each pair one way round or the other,
+    and of each item by itself.
+    """
+    found_II = products_II + products_II.T
+    np.fill_diagonal(found_II, own_I + penalty)
+    return found_II
 
 
 def counts_of(counts: DataFrame, n_items: int) -> np.ndarray:

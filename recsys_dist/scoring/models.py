@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from recsys_dist import config
+from recsys_dist.config import LINEAR
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.pairs import LINEAR, Pairs
+from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.published import load_parts
 from recsys_dist.errors import ConfigError
 from recsys_dist.scoring.scorers import (
@@ -98,7 +99,7 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
         sources["content"] = Content(items, inputs["recall"])
     if model.linear:
         sources["fm"] = FM(ranker)
-    why = {
+    why: dict[str, str] = {
         "fm": f"the model of {inputs['deepfm'].uri} is a {model.settings.model}",
         "content": f"{features.uri} has no categorical field of side item",
         **dict.fromkeys(LINEAR, f"it is not in recall.linear of {inputs['recall'].uri}"),
