@@ -550,6 +550,8 @@ class DeepFM(Section):
     start_from: str | None = None
     """Run id of an earlier deepfm run, or `latest`, to start from: a trained `fm`, or last night's model.
     What has the same name and width is taken over, rows of a vocabulary that has grown since are new."""
+    leave_out: tuple[str, ...] = ()
+    """Fields that the model does without."""
     embedding_dim: int = Field(16, ge=4, multiple_of=4)
     """Factors of a field; a multiple of 4, which the fused kernels need."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), min_length=1)
@@ -601,6 +603,10 @@ class DeepFM(Section):
     `negatives_power` says. next_items: one half of them are from the catalogue, one half what next items
     proposes for the example's history, which is what the model has to tell apart (with `pair` only, while
     that is learned; catalogue when the embeddings are fitted anew)."""
+    negatives_shared: bool = False
+    """The items are drawn once a step for all its examples, which costs little, so that they may be hundreds
+    or, in small catalogues, all: with `negatives` of at least the number of items the softmax is exact. For
+    objective softmax, and item fields that do not change from day to day (see `leave_out`)."""
     negatives_outside_history: bool = False
     """No item is drawn for an example that is in its longest history of items."""
     objective: Literal["logistic", "softmax", "bpr", "squared"] = "softmax"
@@ -672,6 +678,11 @@ class DeepFM(Section):
             raise ValueError(f"objective {self.objective} needs drawn items: negatives of 1 or more")
         if self.objective == "squared" and drawn:
             raise ValueError(f"objective squared learns values: negatives must be 0, found {self.negatives}")
+        if self.negatives_shared and (self.objective != "softmax" or self.negatives_from != "catalogue"):
+            raise ValueError(
+                f"negatives_shared is for objective softmax and negatives_from catalogue, found "
+                f"{self.objective} and {self.negatives_from}"
+            )
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
         if self.schedule == "plateau" and (self.fit_on == "train_valid" or self.pair):
@@ -1182,11 +1193,12 @@ class Config(Section):
         ]
         if pairs and not self.recall.late:
             wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")
-        liked = [f for f in self.fields if isinstance(f, History) and f.of == "item" and f.when == "positive"]
+        kept = [field for field in self.fields if field.name not in self.deepfm.leave_out]
+        liked = [f for f in kept if isinstance(f, History) and f.of == "item" and f.when == "positive"]
         if pairs and not liked:
             wrong.append(
-                "deepfm.pair needs a history of liked items: add {name: recent, kind: history, of: item, "
-                "when: positive, last: 20} to fields"
+                "deepfm.pair needs a history of liked items, which deepfm.leave_out does not name: add "
+                "{name: recent, kind: history, of: item, when: positive, last: 20} to fields"
             )
         return wrong
 

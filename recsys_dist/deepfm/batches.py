@@ -84,9 +84,11 @@ class Batch(Pipelineable):
     user: SideBatch
     """B rows."""
     item: SideBatch
-    """B * (1 + J) rows: each example's item, followed by the drawn ones."""
+    """B * (1 + J) rows: each example's item, followed by the drawn ones. Where these are drawn once for all
+    examples, B + J rows: the examples' items, followed by those."""
     log_probability: Tensor
-    """[B, J] float32: log of the probability with which each item was drawn."""
+    """[B, J] float32: log of the probability with which each item was drawn; infinite where an item does not
+    count for the example."""
     weight: Tensor
     """[B] float32: each example's weight in the loss; 0 for a row that only fills the batch."""
     label: Tensor

@@ -162,6 +162,13 @@ class Examples:
                     "such as {name: recent, kind: history, of: item}."
                 )
             self.history = max(histories, key=lambda field: field.last or 0)
+        daily = [field.name for field in catalogue.spec.daily]
+        if settings.negatives_shared and daily:
+            raise ConfigError(
+                f"deepfm.negatives_shared=true: {', '.join(daily)} of the items change from day to day, and "
+                f"the examples that share drawn ones are of many days. Let the model do without: "
+                f"--set 'deepfm.leave_out=[{', '.join(daily)}]'"
+            )
 
     @property
     def average(self) -> float:
@@ -180,6 +187,13 @@ class Examples:
     def steps(self) -> int:
         """Steps in an epoch."""
         return self.order.steps
+
+    @property
+    def drawn(self) -> int:
+        """Items beside each example."""
+        number = self.config.deepfm.negatives
+        shared = self.negatives and self.config.deepfm.negatives_shared
+        return min(number, int(self.catalogue.present.sum())) if shared else number
 
     def rows(self, step: int) -> int:
         """Examples in a step of an epoch."""
@@ -209,26 +223,33 @@ class Examples:
             parts = [self.pairs.as_of(part) for part in parts]
         table = self.shuffled.padded(parts, share)
         real = np.arange(share) < sum(map(len, parts))
-        items = np.zeros((share, 1 + settings.negatives), np.int64)
-        items[:, 0] = table["item"].to_numpy()
-        log_probability = np.zeros((share, settings.negatives), np.float32)
-        if self.negatives and real.any():
-            drawn = [
-                self._draw(part, self.negatives, [seed, epoch, step, stream])
-                for stream, part in zip(own, parts, strict=True)
-            ]
-            items[real, 1:] = np.concatenate([found for found, _ in drawn])
-            log_probability[real] = np.concatenate([found for _, found in drawn])
+        positives, days = table["item"].to_numpy().astype(np.int64), days_of(table["timestamp"])
+        if self.negatives and settings.negatives_shared:
+            # Of the step, not of a stream, so that all workers draw the same.
+            generator = np.random.default_rng([seed, epoch, step, self.order.streams])
+            drawn, odds = self.negatives.draw_for_all(settings.negatives, generator)
+            log_probability = np.where(self._left_out(table, positives, drawn), np.inf, odds)
+            items = np.column_stack([positives, np.broadcast_to(drawn, log_probability.shape)])
+            looked_up = np.concatenate([positives, drawn]), days[:1]  # they are the same on all days
+        else:
+            items = np.zeros((share, 1 + settings.negatives), np.int64)
+            items[:, 0] = positives
+            log_probability = np.zeros((share, settings.negatives), np.float32)
+            if self.negatives and real.any():
+                parts_drawn = [
+                    self._draw(part, self.negatives, [seed, epoch, step, stream])
+                    for stream, part in zip(own, parts, strict=True)
+                ]
+                items[real, 1:] = np.concatenate([found for found, _ in parts_drawn])
+                log_probability[real] = np.concatenate([found for _, found in parts_drawn])
+            looked_up = items.ravel(), np.repeat(days, items.shape[1])
         weight = real * (world_size / self.rows(step))
         if settings.sample_weight:
             weight = weight * table["value"].to_numpy() / (self.total.values / self.total.rows)
         return Batch(
             user=side_batch(table, self.fields),
-            item=self.catalogue.at(
-                torch.from_numpy(items.ravel()),
-                torch.from_numpy(np.repeat(days_of(table["timestamp"]), items.shape[1])),
-            ),
-            log_probability=torch.from_numpy(log_probability),
+            item=self.catalogue.at(*map(torch.from_numpy, looked_up)),
+            log_probability=torch.from_numpy(log_probability.astype(np.float32)),
             weight=torch.from_numpy(weight.astype(np.float32)),
             label=torch.from_numpy(targets(table, settings)),
             pair=self.pairs.of(table, torch.from_numpy(items)) if self.pairs else None,
@@ -255,14 +276,29 @@ class Examples:
         self, rows: pa.Table, negatives: Negatives, seed: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Negatives.draw for a stream's rows."""
-        history = padded(rows[self.history.name], self.history.last or 1) if self.history else None
-        positives, number = rows["item"].to_numpy(), self.config.deepfm.negatives
-        generator = np.random.default_rng(seed)
+        history, positives = self._known(rows), rows["item"].to_numpy()
+        number, generator = self.config.deepfm.negatives, np.random.default_rng(seed)
         if self.proposed is not None and self.pairs is not None:
             left_out = positives[:, None] if history is None else np.column_stack([positives, history])
             liked = latest_of(rows[self.pairs.history])
             return self.proposed.draw(left_out, number, generator, *liked)
         return negatives.draw(positives, number, generator, history)
+
+    def _known(self, rows: pa.Table) -> np.ndarray | None:
+        """[B, H] items that are not drawn beside the positives, where there are any."""
+        return padded(rows[self.history.name], self.history.last or 1) if self.history else None
+
+    def _left_out(self, rows: pa.Table, positives: np.ndarray, drawn: np.ndarray) -> np.ndarray:
+        """[B, J] bool: which of the items drawn for all do not count for an example."""
+        history = self._known(rows)
+        of_row = positives[:, None] if history is None else np.column_stack([positives, history])
+        order = np.argsort(drawn, kind="stable")
+        first, last = (np.searchsorted(drawn[order], of_row.ravel(), side) for side in ("left", "right"))
+        number = last - first
+        place = np.repeat(first - (number.cumsum() - number), number) + np.arange(number.sum())
+        found = np.zeros((len(positives), len(drawn)), bool)
+        found[np.repeat(np.arange(of_row.size) // of_row.shape[1], number), order[place]] = True
+        return found
 
 
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:

@@ -103,7 +103,7 @@ def train(task: Task, device: torch.device) -> Progress:
     if task.start_from and not whole:
         take_over(sharded.state_dict(), spec, task.start_from, optimizers.of_tables())
     last = (task.refit_epochs or settings.epochs) * examples.steps
-    log = _Log(task, attempt, progress.step, examples.steps, last)
+    log = _Log(task, attempt, progress.step, examples, last)
     log.write(DATA, {"told": [examples.told(), *([valid.told] if valid else [])]})
     log.write(PLAN, plan)
     remarks = [*refused]
@@ -197,10 +197,10 @@ def _require_current(folder: Path, attempt: int) -> None:
 class _Log:
     """What worker 0 tells the driver. The other workers' write nothing."""
 
-    def __init__(self, task: Task, attempt: int, resumed_from: int, epoch_steps: int, last: int) -> None:
+    def __init__(self, task: Task, attempt: int, resumed_from: int, examples: Examples, last: int) -> None:
         self.folder, self.attempt, self.resumed_from = task.folder, attempt, resumed_from
-        self.epoch_steps, self.last, self.evaluation_seconds = epoch_steps, last, 0.0
-        self.negatives = task.config.deepfm.negatives
+        self.epoch_steps, self.last, self.evaluation_seconds = examples.steps, last, 0.0
+        self.drawn = examples.drawn
         self.active = dist.get_rank() == 0
         self.told = time.monotonic()
         self._restart()
@@ -261,6 +261,6 @@ class _Log:
         left = (self.last - step) * self.seconds / self.steps + evaluations * self.evaluation_seconds
         return {
             "examples_per_s": round(rate),
-            "pairs_per_s": round(rate * (1 + self.negatives)),
+            "pairs_per_s": round(rate * (1 + self.drawn)),
             "seconds_left": round(left),
         }

@@ -10,7 +10,7 @@ number times the number's own. Either is one of the F fields.
 
 Legend: N rows, D embedding_dim (0 in `lr`), F fields of a side, V numbers of a side's value and vector
 fields, H width of the first hidden layer, A history fields with attention, L greatest length of a history, B
-examples, J items drawn for each.
+examples, J items drawn for each, or once for all.
 """
 
 import zlib
@@ -226,9 +226,15 @@ class DeepFM(nn.Module):
             item: items.
             counted: bool: which rows batch normalisation learns from; None: all.
         """
+        return self._rest(self._first_layer(user, item), counted)
+
+    def _first_layer(self, user: Side, item: Side) -> Tensor:
+        """[..., H] before activation."""
         x = user.hidden + item.hidden
-        if self.attended:
-            x = x + self.attention(user.history, user.age, item.query)
+        return x + self.attention(user.history, user.age, item.query) if self.attended else x
+
+    def _rest(self, x: Tensor, counted: Tensor | None) -> Tensor:
+        """The MLP from the first hidden layer on."""
         for layer in self.layers:
             x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
         return x.squeeze(-1).float()
@@ -248,15 +254,19 @@ class DeepFM(nn.Module):
             raise ValueError(
                 f"{len(self.pair_fields)} pair fields, and {'no ' * (pair is None)}values of them"
             )
-        logit = self._plain(user, item, counted)
-        return logit if pair is None else self.pair_head(pair, logit)
+        return self._logits(user, [item], counted, pair)
 
-    def _plain(self, user: Side, item: Side, counted: Tensor | None) -> Tensor:
-        """The logit without pair fields."""
-        if not self.deep:
-            return self.fm(user, item)
-        deep = self.mlp(user, item, counted)
-        return self.fm(user, item) + deep if self.linear else deep
+    def _logits(
+        self, user: Side, items: Sequence[Side], counted: Tensor | None, pair: Tensor | None
+    ) -> Tensor:
+        """`logits` of some sets of items, beside each other in the last dimension."""
+        logit = torch.zeros(())
+        if self.deep:
+            # Batch normalisation is to see all of them at once.
+            logit = self._rest(_beside([self._first_layer(user, item) for item in items], -2), counted)
+        if self.linear:
+            logit = logit + _beside([self.fm(user, item) for item in items], -1)
+        return logit if pair is None else self.pair_head(pair, logit)
 
     @property
     def width(self) -> int:
@@ -385,25 +395,43 @@ class DeepFM(nn.Module):
                     layer.bias.zero_()
 
 
+def _beside(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
 @torch.fx.wrap
 def after_lookup(
     model: DeepFM, batch: Batch, users: KeyedTensor, items: KeyedTensor, sequences: KeyedTensor | None
 ) -> tuple[Tensor, Tensor]:
     """The rest of the forward pass, into which torch.fx does not look."""
     user = model._user_side(batch.user, users, sequences).leading(-1, 1)
-    item = model._item_side(batch.item, items).leading(len(batch.user), -1)
-    logits = model.logits(user, item, (batch.weight > 0).unsqueeze(1), batch.pair)
+    item, number = model._item_side(batch.item, items), len(batch.user)
+    if model.settings.negatives_shared:
+        own, drawn = item.rows(0, number), item.rows(number, len(batch.item))
+        sets = [own.leading(number, 1), drawn.leading(1, -1)]
+    else:
+        sets = [item.leading(number, -1)]
+    logits = model._logits(user, sets, (batch.weight > 0).unsqueeze(1), batch.pair)
     return (model.loss(logits, batch) * batch.weight).sum(), logits
 
 
 def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
-    """The fields that the model has: all, or user and item in `mf`, and the pairs'; and how it pools the
-    histories.
+    """The fields that the model has: all but those that are left out, or user and item in `mf`, and the
+    pairs'; and how it pools the histories.
 
     Raises:
         ConfigError: recency or attention of a field that is not such a history, sharding of one without a
-            table.
+            table; a field is left out that is not there, or is needed.
     """
+    names = [field.name for field in spec.fields if field.name not in ("user", "item")]
+    strange = [name for name in settings.leave_out if name not in names]
+    if strange:
+        raise ConfigError(
+            f"deepfm.leave_out: {', '.join(strange)} is no field that can be left out; those are "
+            f"{', '.join(names)}"
+        )
+    kept = tuple(field for field in spec.fields if field.name not in settings.leave_out)
+    spec = spec.model_copy(update={"fields": kept})
     tables = [field.name for field in spec.fields if field.type in INDEXED]
     strange = [name for name in settings.sharding if name not in tables]
     if strange:

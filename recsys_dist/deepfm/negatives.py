@@ -62,6 +62,23 @@ class Negatives:
         others = np.maximum(1 - gone.sum(1), drawn.max(1))
         return items, np.log(drawn / others[:, None]).astype(np.float32)
 
+    def draw_for_all(self, number: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Items [J] of the catalogue and the log of their probability [J], float32.
+
+        Where that would be as many as there are, all of them, once each: what is estimated from draws with
+        such probabilities is then exact.
+
+        Args:
+            number: J, at most.
+            generator: the only source of chance.
+        """
+        items = self.catalogue.items
+        if number >= len(items):
+            return items, np.full(len(items), -np.log(len(items)), np.float32)
+        nothing = np.zeros((1, 1), items.dtype)
+        drawn, odds = self.catalogue.draw(nothing, number, generator)
+        return drawn[0], odds[0]
+
 
 class Distribution:
     """Items that are drawn in proportion to weights.

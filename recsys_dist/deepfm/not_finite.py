@@ -65,7 +65,10 @@ def _bad_inputs(model: DeepFM, batch: Batch) -> dict[int, set[str]]:
         names = [f.name for f in fields if f.type not in INDEXED for _ in range(f.cardinality)]
         for row, column in (~side.values.isfinite()).nonzero().tolist():
             item = f" of item {side.indices['item'].values()[row]}" if side is batch.item else ""
-            found[row * len(batch.user) // len(side)].add(names[column] + item)
+            # Items that are drawn for all examples are told of the first.
+            shared = model.settings.negatives_shared and side is batch.item
+            example = row * (row < len(batch.user)) if shared else row * len(batch.user) // len(side)
+            found[example].add(names[column] + item)
     if batch.pair is not None:
         for row, _, column in (~batch.pair.isfinite()).nonzero().tolist():
             found[row].add(model.pair_fields[column - 1].name)  # the first number says that they are known

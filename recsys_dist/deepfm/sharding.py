@@ -43,13 +43,14 @@ def make_plan(
     """
     settings, world_size = model.settings, process_group.size()
     constraints = {}
+    beside = settings.negatives / (settings.batch_size if settings.negatives_shared else 1)
     for name, field in ((field.name, field) for field in model.spec.fields if field.type in INDEXED):
         chosen = [settings.sharding[name]] if name in settings.sharding else OFFERED
         constraints[f"table_{name}"] = ParameterConstraints(
             # One worker has nothing to choose: whole on it is what costs least.
             sharding_types=chosen if world_size > 1 or len(chosen) == 1 else ["table_wise"],
             pooling_factors=[float(field.last or 1)],
-            num_poolings=[1.0 + settings.negatives if field.side == "item" else 1.0],
+            num_poolings=[1.0 + beside if field.side == "item" else 1.0],
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     cuda = device.type == "cuda"
