@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+import recsys_dist.cluster  # noqa: F401  (sets what torch reads when a test imports it)
 from recsys_dist.spark import JAVA_OPTIONS, java_options, own_environment
 
 

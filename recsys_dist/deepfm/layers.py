@@ -170,12 +170,19 @@ class PairHead(nn.Module):
             pair: [..., 1 + P] 1 where the fields are known, and they.
             logit: [...].
         """
-        known = pair[..., 0] > 0
+        known, fixed = pair[..., 0] > 0, logit.detach().float()
+        if not self.training:
+            return logit + torch.where(known, self._added(pair, fixed), 0)
+        # Of most examples nothing is known.
+        added = self._added(pair[known], fixed[known])
+        return torch.where(known, fixed, logit) + torch.zeros_like(fixed).masked_scatter(known, added)
+
+    def _added(self, pair: Tensor, logit: Tensor) -> Tensor:
+        """[...] of pairs whose fields are known."""
         with torch.autocast(pair.device.type, enabled=False):
-            x = torch.cat([pair, logit.detach().float().unsqueeze(-1)], dim=-1)
-            added = self.layers(self.norm(x, known)).squeeze(-1)
-        plain = torch.where(known, logit.detach(), logit) if self.training else logit
-        return plain + torch.where(known, added, 0)
+            x = torch.cat([pair, logit.unsqueeze(-1)], dim=-1)
+            added: Tensor = self.layers(self.norm(x)).squeeze(-1)
+            return added
 
 
 def recency(age: Tensor, decay: float) -> Tensor:

@@ -60,7 +60,7 @@ def test_nothing_is_being_written_when_an_epoch_is_told(config, features, tmp_pa
 @pytest.mark.parametrize("most", [1, 2, 5, 8])
 def test_no_more_steps_are_lost_than_the_settings_allow(config, features, tmp_path, most):
     """Also while a checkpoint is being written, which takes longer than the steps to the next one."""
-    changed = with_settings(config, batch_size=40, checkpoint_every_steps=most)
+    changed = with_settings(config, batch_size=40, epochs=1, checkpoint_every_steps=most)
     (lost,) = run_workers(1, lost_at_worst, tmp_path, changed, features, tmp_path)
     assert max(lost) == max(1, most // 2 * 2)
 

@@ -27,6 +27,7 @@ from tests.synthetic import synthetic_config, synthetic_features
 
 BIN = Path(sys.executable).parent
 FEW_STEPS = ["--set", "deepfm.epochs=2", "--set", "deepfm.hidden=[16]"]
+ONE_EPOCH = ["--set", "deepfm.epochs=1"]
 ROW_WISE = ["--set", "deepfm.sharding={item: row_wise}"]
 
 
@@ -229,7 +230,7 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     # The next night: this one's model is where it starts.
     synthetic_features(config)
     second = subprocess.run(
-        [*words, "--set", "mlflow.tracking_uri=null"],
+        [*words, "--set", "mlflow.tracking_uri=null", "--set", "deepfm.fit_on=train", *ONE_EPOCH],
         env=environment(), capture_output=True, text=True, check=False, timeout=240,
     )  # fmt: skip
     assert second.returncode == 0, second.stdout + second.stderr
