@@ -192,8 +192,9 @@ class Examples:
     def drawn(self) -> int:
         """Items beside each example."""
         number = self.config.deepfm.negatives
-        shared = self.negatives and self.config.deepfm.negatives_shared
-        return min(number, int(self.catalogue.present.sum())) if shared else number
+        if self.negatives and self.config.deepfm.negatives_shared:
+            return min(number, len(self.negatives.catalogue.items))
+        return number
 
     def rows(self, step: int) -> int:
         """Examples in a step of an epoch."""
@@ -229,7 +230,8 @@ class Examples:
             generator = np.random.default_rng([seed, epoch, step, self.order.streams])
             drawn, odds = self.negatives.draw_for_all(settings.negatives, generator)
             log_probability = np.where(self._left_out(table, positives, drawn), np.inf, odds)
-            items = np.column_stack([positives, np.broadcast_to(drawn, log_probability.shape)])
+            if self.pairs:
+                items = np.column_stack([positives, np.broadcast_to(drawn, log_probability.shape)])
             looked_up = np.concatenate([positives, drawn]), days[:1]  # they are the same on all days
         else:
             items = np.zeros((share, 1 + settings.negatives), np.int64)
@@ -249,7 +251,7 @@ class Examples:
         return Batch(
             user=side_batch(table, self.fields),
             item=self.catalogue.at(*map(torch.from_numpy, looked_up)),
-            log_probability=torch.from_numpy(log_probability.astype(np.float32)),
+            log_probability=torch.from_numpy(log_probability.astype(np.float32, copy=False)),
             weight=torch.from_numpy(weight.astype(np.float32)),
             label=torch.from_numpy(targets(table, settings)),
             pair=self.pairs.of(table, torch.from_numpy(items)) if self.pairs else None,
@@ -279,7 +281,7 @@ class Examples:
         history, positives = self._known(rows), rows["item"].to_numpy()
         number, generator = self.config.deepfm.negatives, np.random.default_rng(seed)
         if self.proposed is not None and self.pairs is not None:
-            left_out = positives[:, None] if history is None else np.column_stack([positives, history])
+            left_out = _with(positives, history)
             liked = latest_of(rows[self.pairs.history])
             return self.proposed.draw(left_out, number, generator, *liked)
         return negatives.draw(positives, number, generator, history)
@@ -290,8 +292,7 @@ class Examples:
 
     def _left_out(self, rows: pa.Table, positives: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """[B, J] bool: which of the items drawn for all do not count for an example."""
-        history = self._known(rows)
-        of_row = positives[:, None] if history is None else np.column_stack([positives, history])
+        of_row = _with(positives, self._known(rows))
         order = np.argsort(drawn, kind="stable")
         first, last = (np.searchsorted(drawn[order], of_row.ravel(), side) for side in ("left", "right"))
         number = last - first
@@ -299,6 +300,11 @@ class Examples:
         found = np.zeros((len(positives), len(drawn)), bool)
         found[np.repeat(np.arange(of_row.size) // of_row.shape[1], number), order[place]] = True
         return found
+
+
+def _with(positives: np.ndarray, history: np.ndarray | None) -> np.ndarray:
+    """[B, 1 + H] items that are not drawn, the positive first."""
+    return positives[:, None] if history is None else np.column_stack([positives, history])
 
 
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:

@@ -218,26 +218,24 @@ class DeepFM(nn.Module):
             across = torch.einsum("...d,...d->...", user.sum, item.sum)
         return first + user.pair + item.pair + across
 
-    def mlp(self, user: Side, item: Side, counted: Tensor | None = None) -> Tensor:
+    def mlp(self, user: Side, *items: Side, counted: Tensor | None = None) -> Tensor:
         """The deep part; leading shapes broadcast.
 
         Args:
             user: users.
-            item: items.
+            items: some sets of items, beside each other in the last dimension: batch normalisation is to see
+                all of them at once.
             counted: bool: which rows batch normalisation learns from; None: all.
         """
-        return self._rest(self._first_layer(user, item), counted)
+        x = _beside([self._first_layer(user, item) for item in items], -2)
+        for layer in self.layers:
+            x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
+        return x.squeeze(-1).float()
 
     def _first_layer(self, user: Side, item: Side) -> Tensor:
         """[..., H] before activation."""
         x = user.hidden + item.hidden
         return x + self.attention(user.history, user.age, item.query) if self.attended else x
-
-    def _rest(self, x: Tensor, counted: Tensor | None) -> Tensor:
-        """The MLP from the first hidden layer on."""
-        for layer in self.layers:
-            x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
-        return x.squeeze(-1).float()
 
     def logits(
         self, user: Side, item: Side, counted: Tensor | None = None, pair: Tensor | None = None
@@ -262,8 +260,7 @@ class DeepFM(nn.Module):
         """`logits` of some sets of items, beside each other in the last dimension."""
         logit = torch.zeros(())
         if self.deep:
-            # Batch normalisation is to see all of them at once.
-            logit = self._rest(_beside([self._first_layer(user, item) for item in items], -2), counted)
+            logit = self.mlp(user, *items, counted=counted)
         if self.linear:
             logit = logit + _beside([self.fm(user, item) for item in items], -1)
         return logit if pair is None else self.pair_head(pair, logit)

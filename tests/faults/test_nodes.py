@@ -12,6 +12,7 @@ import pytest
 from ray.cluster_utils import Cluster
 
 from recsys_dist.deepfm.published import load
+from recsys_dist.deepfm.reports import HISTORY, lines
 from tests.faults.test_training import (
     DEADLINE_SECONDS,
     SETTINGS,
@@ -57,14 +58,11 @@ def test_a_training_takes_up_workers_when_a_node_comes(head, tmp_path):
         another_node(head)
         (folder,) = tmp_path.glob("deepfm/*/training")
 
-        def lines():
-            """Of the history; none before an epoch has ended."""
-            history = folder / "history.jsonl"
-            return [json.loads(line) for line in history.read_text().splitlines()] if history.exists() else []
-
         wait_for(lambda: "on 2 workers" in output.read_text(), process, output)
         assert len(json.loads((folder / "workers.json").read_text())) == 2
-        history = wait_for(lambda: (found := lines()) and found[-1]["attempt"] and found, process, output)
+        history = wait_for(
+            lambda: (found := lines(folder / HISTORY)) and found[-1]["attempt"] and found, process, output
+        )
     (resumed_from,) = {line["resumed_from"] for line in history if line["attempt"]}
     assert resumed_from >= 40
     assert f"  goes on from step {resumed_from:,} on 2 workers\n" in output.read_text()
