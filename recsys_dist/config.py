@@ -572,9 +572,9 @@ class DeepFM(Section):
     """The same of histories of items, which the MLP also reads weighted by the candidate item."""
     pair: tuple[Pair, ...] = ()
     """What the user's longest history of liked items says of the item, by the tables of a recall run
-    (`recall.late` above 0). An MLP of them and of the logit is added to the logit. It is learned on late
-    train events, by tables of what came before these and beside embeddings that are not fitted to them; then
-    the embeddings are fitted anew, to all events."""
+    (`recall.late` above 0), beside a model that ranks (`negatives` of 1 or more). An MLP of them and of the
+    logit is added to the logit. It is learned on lists of late train events, by tables of what came before
+    these and beside a model that is fitted to nothing later. With `start_from` it is taken over."""
     pair_hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((64, 32), min_length=1)
     """Widths of that MLP's layers."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -598,11 +598,9 @@ class DeepFM(Section):
     its own label (objective logistic) or value (squared)."""
     negatives_power: float = Field(0.0, ge=0, le=1)
     """Items are drawn with probability proportional to (1 + train positives)^power; 0 is uniform."""
-    negatives_from: Literal["catalogue", "batch", "next_items"] = "catalogue"
+    negatives_from: Literal["catalogue", "batch"] = "catalogue"
     """batch: the items drawn for a positive are other positives of its stream in the same step, whatever
-    `negatives_power` says. next_items: one half of them are from the catalogue, one half what next items
-    proposes for the example's history, which is what the model has to tell apart (with `pair` only, while
-    that is learned; catalogue when the embeddings are fitted anew)."""
+    `negatives_power` says."""
     negatives_shared: bool = False
     """The items are drawn once a step for all its examples, which costs little, so that they may be hundreds
     or, in small catalogues, all: with `negatives` of at least the number of items the softmax is exact. For
@@ -685,6 +683,8 @@ class DeepFM(Section):
             )
         if self.label_smoothing and self.objective != "logistic":
             raise ValueError(f"label_smoothing belongs to objective logistic, found {self.objective}")
+        if self.pair and not drawn:
+            raise ValueError("pair is for models that rank: negatives of 1 or more")
         if self.schedule == "plateau" and (self.fit_on == "train_valid" or self.pair):
             raise ValueError(
                 "schedule plateau goes by valid, which the second fit that fit_on train_valid or pair fields "
@@ -1174,11 +1174,6 @@ class Config(Section):
             for pair in pairs
             if pair.attribute is not None and pair.attribute not in attributes
         ]
-        if self.deepfm.negatives_from == "next_items" and not pairs:
-            wrong.append(
-                "deepfm.negatives_from=next_items needs the tables that deepfm.pair is of, for example "
-                "deepfm.pair=[{name: next, measure: next_items}]"
-            )
         if pairs and self.score.mode == "exhaustive":
             wrong.append(
                 "score.mode=exhaustive is for models without pair fields: leave deepfm.pair out, or set "

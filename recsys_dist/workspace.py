@@ -71,7 +71,6 @@ EXPERIMENTS = {
             *("seed", "deepfm", "score.filter_seen"),
             *("tune.space", "tune.trials", "tune.grace_epochs", "tune.reduction_factor"),
         ),
-        pairs_read=("recall",),
     )
 }
 """No part of a night. Their runs live under `tune.root`, and none is read by a later stage."""

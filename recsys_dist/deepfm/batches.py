@@ -93,9 +93,6 @@ class Batch(Pipelineable):
     """[B] float32: each example's weight in the loss; 0 for a row that only fills the batch."""
     label: Tensor
     """[B] float32: 1 for a positive, 0 else; with objective squared the value."""
-    pair: Tensor | None = None
-    """[B, 1 + J, 1 + P] float32: of each pair 1 where the P pair fields are known, and these; else 0. None
-    where the model has no pair fields."""
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """The same on a device."""
@@ -105,7 +102,6 @@ class Batch(Pipelineable):
             self.log_probability.to(device, non_blocking=non_blocking),
             self.weight.to(device, non_blocking=non_blocking),
             self.label.to(device, non_blocking=non_blocking),
-            None if self.pair is None else self.pair.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
@@ -116,14 +112,12 @@ class Batch(Pipelineable):
             self.log_probability.pin_memory(),
             self.weight.pin_memory(),
             self.label.pin_memory(),
-            None if self.pair is None else self.pair.pin_memory(),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it (CUDA)."""
-        for part in (self.user, self.item, self.log_probability, self.weight, self.label, self.pair):
-            if part is not None:
-                part.record_stream(stream)
+        for part in (self.user, self.item, self.log_probability, self.weight, self.label):
+            part.record_stream(stream)
 
 
 def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSpec, ...]) -> SideBatch:

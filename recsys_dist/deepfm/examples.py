@@ -19,13 +19,10 @@ import torch
 from recsys_dist import config
 from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import Batch, side_batch
-from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
+from recsys_dist.deepfm.ingest import Keep, Order, RowGroups, Shuffled
 from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.negatives import Negatives
-from recsys_dist.deepfm.pairs import LearnedPairs
-from recsys_dist.deepfm.proposed import Proposed
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.recall.related import latest_of
 from recsys_dist.schema import FeatureSpec, padded
 from recsys_dist.workspace import Run
 
@@ -90,11 +87,10 @@ class Examples:
         catalogue: its items.
         config: seed, batch size and how items are drawn.
         parts: whose examples they are.
-        recall: the run with the tables of the pair fields, where the model has any.
+        keep: which of these; None: all.
 
     Raises:
-        DataError: there is none, a target is not finite, values are asked to be weights and are not, or the
-            recall run's tables know events that are not earlier.
+        DataError: there is none, a target is not finite, or values are asked to be weights and are not.
     """
 
     def __init__(
@@ -103,7 +99,7 @@ class Examples:
         catalogue: Items,
         config: Config,
         parts: Sequence[str] = ("train",),
-        recall: Run | None = None,
+        keep: Keep | None = None,
     ) -> None:
         settings = config.deepfm
         self.run = run
@@ -112,15 +108,8 @@ class Examples:
         self.catalogue = catalogue
         self.fields = catalogue.spec.side("user", "context")
         columns = catalogue.spec.examples_schema().names
-        self.pairs = None
-        pair_fields = catalogue.spec.side("pair")
-        if pair_fields:
-            assert recall is not None
-            self.pairs = LearnedPairs(pair_fields, catalogue, run, recall)
-            train = RowGroups(run.dataset("examples"), [], pc.field("split") == "train", 0)
-            self.pairs.require_earlier(sum(train.each(self.pairs.earlier, ["user", "timestamp", "label"])))
         room = settings.cache_megabytes << 20
-        groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room)
+        groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room, keep)
         counted = groups.each(functools.partial(_count, settings=settings), ["label", "value"])
         self.total = Counted(*(sum(column) for column in zip(Counted(0, 0, 0, 0, 0), *counted, strict=True)))
         if not self.total.rows:
@@ -149,10 +138,6 @@ class Examples:
                 settings.negatives_power,
                 settings.negatives_from == "batch",
             )
-        self.proposed = None
-        if self.negatives and settings.negatives_from == "next_items":
-            assert self.pairs is not None, "checked with the configuration"
-            self.proposed = Proposed(self.negatives.catalogue, *self.pairs.late.next_items())
         self.history = None
         if settings.negatives_outside_history:
             histories = [f for f in catalogue.spec.fields if f.kind == "history" and f.of == "item"]
@@ -220,8 +205,6 @@ class Examples:
         settings, seed = self.config.deepfm, self.config.seed
         own, share = self._share(rank, world_size)
         parts = [self.shuffled.take(epoch, step, stream) for stream in own]
-        if self.pairs:
-            parts = [self.pairs.as_of(part) for part in parts]
         table = self.shuffled.padded(parts, share)
         real = np.arange(share) < sum(map(len, parts))
         positives, days = table["item"].to_numpy().astype(np.int64), days_of(table["timestamp"])
@@ -230,8 +213,6 @@ class Examples:
             generator = np.random.default_rng([seed, epoch, step, self.order.streams])
             drawn, odds = self.negatives.draw_for_all(settings.negatives, generator)
             log_probability = np.where(self._left_out(table, positives, drawn), np.inf, odds)
-            if self.pairs:
-                items = np.column_stack([positives, np.broadcast_to(drawn, log_probability.shape)])
             looked_up = np.concatenate([positives, drawn]), days[:1]  # they are the same on all days
         else:
             items = np.zeros((share, 1 + settings.negatives), np.int64)
@@ -254,7 +235,6 @@ class Examples:
             log_probability=torch.from_numpy(log_probability.astype(np.float32, copy=False)),
             weight=torch.from_numpy(weight.astype(np.float32)),
             label=torch.from_numpy(targets(table, settings)),
-            pair=self.pairs.of(table, torch.from_numpy(items)) if self.pairs else None,
         )
 
     def numbers(self, epoch: int, step: int, rank: int, world_size: int) -> np.ndarray:
@@ -278,13 +258,8 @@ class Examples:
         self, rows: pa.Table, negatives: Negatives, seed: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
         """Negatives.draw for a stream's rows."""
-        history, positives = self._known(rows), rows["item"].to_numpy()
         number, generator = self.config.deepfm.negatives, np.random.default_rng(seed)
-        if self.proposed is not None and self.pairs is not None:
-            left_out = _with(positives, history)
-            liked = latest_of(rows[self.pairs.history])
-            return self.proposed.draw(left_out, number, generator, *liked)
-        return negatives.draw(positives, number, generator, history)
+        return negatives.draw(rows["item"].to_numpy(), number, generator, self._known(rows))
 
     def _known(self, rows: pa.Table) -> np.ndarray | None:
         """[B, H] items that are not drawn beside the positives, where there are any."""
@@ -292,7 +267,8 @@ class Examples:
 
     def _left_out(self, rows: pa.Table, positives: np.ndarray, drawn: np.ndarray) -> np.ndarray:
         """[B, J] bool: which of the items drawn for all do not count for an example."""
-        of_row = _with(positives, self._known(rows))
+        history = self._known(rows)
+        of_row = positives[:, None] if history is None else np.column_stack([positives, history])
         order = np.argsort(drawn, kind="stable")
         first, last = (np.searchsorted(drawn[order], of_row.ravel(), side) for side in ("left", "right"))
         number = last - first
@@ -300,11 +276,6 @@ class Examples:
         found = np.zeros((len(positives), len(drawn)), bool)
         found[np.repeat(np.arange(of_row.size) // of_row.shape[1], number), order[place]] = True
         return found
-
-
-def _with(positives: np.ndarray, history: np.ndarray | None) -> np.ndarray:
-    """[B, 1 + H] items that are not drawn, the positive first."""
-    return positives[:, None] if history is None else np.column_stack([positives, history])
 
 
 def _count(table: pa.Table, settings: config.DeepFM) -> Counted:

@@ -12,7 +12,7 @@ import bisect
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,17 @@ CHUNK = 1 << 16
 """Rows that are shuffled together, at least: row groups are not read in parts."""
 
 
+class Keep(Protocol):
+    """Which rows are let through, where a filter's expression cannot say it."""
+
+    columns: tuple[str, ...]
+    """What it goes by."""
+
+    def __call__(self, table: pa.Table) -> np.ndarray:
+        """[N] bool of these rows, by those columns."""
+        ...
+
+
 class RowGroups:
     """The row groups of a data set, and of each the rows that a filter lets through.
 
@@ -32,12 +43,19 @@ class RowGroups:
         columns: what is read.
         wanted: the filter.
         cache_bytes: row groups are kept in memory, those that were used last, up to so many bytes.
+        keep: of the rows that the filter lets through; None: all.
     """
 
     def __init__(
-        self, dataset: pa.dataset.Dataset, columns: Sequence[str], wanted: pc.Expression, cache_bytes: int
+        self,
+        dataset: pa.dataset.Dataset,
+        columns: Sequence[str],
+        wanted: pc.Expression,
+        cache_bytes: int,
+        keep: Keep | None = None,
     ) -> None:
         self._schema, self._columns, self._wanted = dataset.schema, list(columns), wanted
+        self._keep = keep
         files = sorted(dataset.get_fragments(filter=wanted), key=lambda file: file.path)
         self._groups = [group for file in files for group in file.split_by_row_group()]
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
@@ -74,11 +92,20 @@ class RowGroups:
         """The file, and the row in it, of a row that the filter lets through; both count from 0."""
         group = self._groups[number]
         mask = group.to_table(schema=self._schema, columns={"wanted": self._wanted})["wanted"]
+        rows = np.flatnonzero(mask.to_numpy())
+        if self._keep:
+            rows = rows[self._keep(self._wanted_rows(number, self._keep.columns))]
         before = range(group.row_groups[0].id)
         first = sum(group.metadata.row_group(earlier).num_rows for earlier in before)
-        return f"{group.path} row {first + int(np.flatnonzero(mask.to_numpy())[row])}"
+        return f"{group.path} row {first + int(rows[row])}"
 
     def _read(self, number: int, columns: Sequence[str]) -> pa.Table:
+        if not self._keep:
+            return self._wanted_rows(number, columns)
+        table = self._wanted_rows(number, tuple(dict.fromkeys((*columns, *self._keep.columns))))
+        return table.filter(pa.array(self._keep(table))).select(list(columns))
+
+    def _wanted_rows(self, number: int, columns: Sequence[str]) -> pa.Table:
         return self._groups[number].to_table(schema=self._schema, columns=list(columns), filter=self._wanted)
 
 

@@ -144,45 +144,39 @@ class Attention(nn.Module):
 
 
 class PairHead(nn.Module):
-    """What pair fields add to a logit: an MLP over them and the logit itself, which may so take from it too.
-
-    What they are worth beside a logit can only be learned on examples that the logit is not fitted to. So
-    where they are known, no gradient passes to it.
+    """What pair fields make of a logit: logit + w . x + MLP(x), where x are the fields and the logit itself,
+    standardised; so it may also take from what the logit says.
 
     Args:
         fields: P.
-        hidden: widths of the layers.
+        hidden: widths of the MLP's layers.
         device: of the parameters.
     """
 
+    mean: Tensor
+    deviation: Tensor
+
     def __init__(self, fields: int, hidden: Sequence[int], device: torch.device | str | None = None) -> None:
         super().__init__()
-        self.norm = BatchNorm(2 + fields, device)
+        self.register_buffer("mean", torch.zeros(fields + 1, device=device))
+        self.register_buffer("deviation", torch.ones(fields + 1, device=device))
+        self.linear = nn.Linear(fields + 1, 1, bias=False, device=device)
         layers: list[nn.Module] = []
-        for before, width in zip((2 + fields, *hidden), hidden, strict=False):
+        for before, width in zip((fields + 1, *hidden), hidden, strict=False):
             layers += [nn.Linear(before, width, device=device), nn.ReLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(hidden[-1], 1, device=device))
 
     def forward(self, pair: Tensor, logit: Tensor) -> Tensor:
-        """[...] the logit with what the fields add, which is nothing where they are not known.
+        """[...] float32.
 
         Args:
-            pair: [..., 1 + P] 1 where the fields are known, and they.
+            pair: [..., P] the fields.
             logit: [...].
         """
-        known, fixed = pair[..., 0] > 0, logit.detach().float()
-        if not self.training:
-            return logit + torch.where(known, self._added(pair, fixed), 0)
-        # Of most examples nothing is known.
-        added = self._added(pair[known], fixed[known])
-        return torch.where(known, fixed, logit) + torch.zeros_like(fixed).masked_scatter(known, added)
-
-    def _added(self, pair: Tensor, logit: Tensor) -> Tensor:
-        """[...] of pairs whose fields are known."""
         with torch.autocast(pair.device.type, enabled=False):
-            x = torch.cat([pair, logit.unsqueeze(-1)], dim=-1)
-            added: Tensor = self.layers(self.norm(x)).squeeze(-1)
-            return added
+            logit = logit.float()
+            x = (torch.cat([pair, logit.unsqueeze(-1)], dim=-1) - self.mean) / self.deviation
+            return logit + (self.linear(x) + self.layers(x)).squeeze(-1)
 
 
 def recency(age: Tensor, decay: float) -> Tensor:

@@ -15,11 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recsys_dist.config import FIT_ON, Config
+from recsys_dist.config import Config
 from recsys_dist.deepfm.batches import Batch
 from recsys_dist.deepfm.checkpoint import Checkpoints, Progress, newest
 from recsys_dist.deepfm.examples import Ahead, Examples
 from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.late import Early
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import complaint, diverged
 from recsys_dist.deepfm.optimizer import Optimizers, rate_factor
@@ -57,13 +58,14 @@ class Task:
     features: Run
     folder: Path
     """Where checkpoints and progress go; all workers see it."""
-    recall: Run | None = None
-    """With the tables of the pair fields, where the model has any."""
+    parts: tuple[str, ...] = ("train",)
+    """Of whose examples it learns."""
+    before_late: Run | None = None
+    """The recall run whose late events are left out of these."""
+    epochs: int | None = None
+    """Fit for so many; None: until valid no longer gets better."""
     start_from: Run | None = None
     """Whose model the first attempt starts from."""
-    refit_epochs: int | None = None
-    """Fit on the parts of `deepfm.fit_on` for so many epochs; None: on train, until valid no longer gets
-    better."""
     on_epoch: Callable[[dict[str, Any]], None] | None = None
     """Called by every worker with an epoch's line of the history, when its checkpoint is complete: nothing is
     being written then, so that whoever ends the training in this call may remove what there is."""
@@ -72,7 +74,7 @@ class Task:
 def train(task: Task, device: torch.device) -> Progress:
     """Train until the epochs are done or the metric stops improving, from the newest checkpoint if any.
 
-    Where it is a refit there is nothing to measure with, and the last epoch is the best. The default process
+    Where the number of epochs is given nothing is measured, and the last one is the best. The default process
     group must be there. On return the checkpoint of `Progress.best_step` is the result.
 
     Args:
@@ -89,10 +91,9 @@ def train(task: Task, device: torch.device) -> Progress:
     whole, refused = newest(task.folder)
     spec = used_fields(task.features.spec(), settings)
     items = Items(task.features, spec)
-    refit = task.refit_epochs is not None
-    parts = FIT_ON[settings.fit_on] if refit else ("train",)
-    examples = Examples(task.features, items, task.config, parts, task.recall)
-    valid = None if refit else validation(task.features, items, task.config, recall=task.recall)
+    keep = Early(task.features, task.before_late) if task.before_late else None
+    examples = Examples(task.features, items, task.config, task.parts, keep)
+    valid = None if task.epochs else validation(task.features, items, task.config)
     model = DeepFM(spec, settings, device=device, tables="meta", seed=seed)
     model.start_at(examples.average)
     assert dist.group.WORLD
@@ -102,7 +103,7 @@ def train(task: Task, device: torch.device) -> Progress:
     progress = checkpoints.load(sharded, optimizers, whole) if whole else Progress()
     if task.start_from and not whole:
         take_over(sharded.state_dict(), spec, task.start_from, optimizers.of_tables())
-    last = (task.refit_epochs or settings.epochs) * examples.steps
+    last = (task.epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples, last)
     log.write(DATA, {"told": [examples.told(), *([valid.told] if valid else [])]})
     log.write(PLAN, plan)

@@ -246,31 +246,30 @@ class DeepFM(nn.Module):
             user: users.
             item: items.
             counted: see `mlp`.
-            pair: [..., 1 + P] the pair fields, of a model that has them.
+            pair: [..., P] the pair fields, of a model that has them.
         """
         if (pair is None) == bool(self.pair_fields):
             raise ValueError(
                 f"{len(self.pair_fields)} pair fields, and {'no ' * (pair is None)}values of them"
             )
-        return self._logits(user, [item], counted, pair)
+        logit = self._logits(user, [item], counted)
+        return logit if pair is None else self.pair_head(pair, logit)
 
-    def _logits(
-        self, user: Side, items: Sequence[Side], counted: Tensor | None, pair: Tensor | None
-    ) -> Tensor:
-        """`logits` of some sets of items, beside each other in the last dimension."""
+    def _logits(self, user: Side, items: Sequence[Side], counted: Tensor | None) -> Tensor:
+        """Without the pair fields, of some sets of items, beside each other in the last dimension."""
         logit = torch.zeros(())
         if self.deep:
             logit = self.mlp(user, *items, counted=counted)
         if self.linear:
             logit = logit + _beside([self.fm(user, item) for item in items], -1)
-        return logit if pair is None else self.pair_head(pair, logit)
+        return logit
 
     @property
     def width(self) -> int:
         """Numbers of the widest array that `logits` makes of a pair."""
         history = sum(field.last or 1 for field in self.user_fields if field.name in self.attended)
         hidden = self.user_hidden.out_features if self.deep else 0
-        pair = max(2 + len(self.pair_fields), *self.settings.pair_hidden) if self.pair_fields else 0
+        pair = max(1 + len(self.pair_fields), *self.settings.pair_hidden) if self.pair_fields else 0
         return max(1, hidden, history + 4 * self.dim, pair)
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -384,12 +383,13 @@ class DeepFM(nn.Module):
                 if layer.bias is not None:
                     layer.bias.zero_()
         if self.pair_fields:
-            for layer in self.pair_head.layers:
+            for layer in (self.pair_head.linear, *self.pair_head.layers):
                 if isinstance(layer, nn.Linear):
                     # At first it adds nothing.
                     deviation = (2 / layer.in_features) ** 0.5 * (layer.out_features > 1)
                     layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * deviation)
-                    layer.bias.zero_()
+                    if layer.bias is not None:
+                        layer.bias.zero_()
 
 
 def _beside(parts: list[Tensor], dim: int) -> Tensor:
@@ -408,7 +408,7 @@ def after_lookup(
         sets = [own.leading(number, 1), drawn.leading(1, -1)]
     else:
         sets = [item.leading(number, -1)]
-    logits = model._logits(user, sets, (batch.weight > 0).unsqueeze(1), batch.pair)
+    logits = model._logits(user, sets, (batch.weight > 0).unsqueeze(1))
     return (model.loss(logits, batch) * batch.weight).sum(), logits
 
 

@@ -69,9 +69,6 @@ def _bad_inputs(model: DeepFM, batch: Batch) -> dict[int, set[str]]:
             shared = model.settings.negatives_shared and side is batch.item
             example = row * (row < len(batch.user)) if shared else row * len(batch.user) // len(side)
             found[example].add(names[column] + item)
-    if batch.pair is not None:
-        for row, _, column in (~batch.pair.isfinite()).nonzero().tolist():
-            found[row].add(model.pair_fields[column - 1].name)  # the first number says that they are known
     return found
 
 

@@ -20,7 +20,8 @@ from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.checkpoint import read_into
 from recsys_dist.deepfm.model import PAIR_HEAD
-from recsys_dist.deepfm.published import WEIGHTS, description
+from recsys_dist.deepfm.pairs import pair_specs
+from recsys_dist.deepfm.published import WEIGHTS, Weights, description
 from recsys_dist.deepfm.sharding import held_rows
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import FeatureSpec, FieldSpec
@@ -33,8 +34,8 @@ def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec
     """The run that `start_from` names; None where it is not set, or `latest` and there is none yet.
 
     Raises:
-        ConfigError: there is no such run, its embeddings have another width, or its indices may mean
-            something else in `spec`.
+        ConfigError: there is no such run, its embeddings have another width, its indices may mean something
+            else in `spec`, or it has not learned what these pair fields are worth.
     """
     if settings.start_from is None:
         return None
@@ -67,7 +68,20 @@ def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec
             f"leave start_from out."
         )
     made.require_continued(spec)
+    theirs = tuple(field for field in made.fields if field.side == "pair")
+    if settings.pair and (theirs, made.settings.pair_hidden) != (pair_specs(settings), settings.pair_hidden):
+        raise ConfigError(
+            f"deepfm.start_from={settings.start_from}: the model of {runs[0].uri} has not learned what the "
+            f"fields of deepfm.pair are worth, but {', '.join(f.name for f in theirs) or 'no pair fields'}. "
+            f"Beside embeddings that know the late events it cannot be learned: leave start_from out once."
+        )
     return runs[0]
+
+
+def earlier_head(run: Run) -> dict[str, torch.Tensor]:
+    """What a run's model says that its pair fields are worth, by name in its state_dict."""
+    weights = Weights(run)
+    return {name: weights.whole(name) for name in weights.tensors if name.startswith(PAIR_HEAD)}
 
 
 @torch.no_grad()
@@ -87,16 +101,10 @@ def take_over(
     """
     fields = {field.name: field for field in description(run).fields}
     # Tensors over all fields of a side mean the same only where the fields do.
-    mine_of_numbers, theirs_of_numbers = (
-        [(f.name, f.type, f.cardinality) for f in of if f.type not in INDEXED]
-        for of in (spec.fields, fields.values())
-    )
-    same = mine_of_numbers == theirs_of_numbers
-    own, others = (
-        [(field.side == "pair", field.name) for field in of] for of in (spec.fields, fields.values())
-    )
-    order, pairs = (
-        [f for f in own if f[0] == pair] == [f for f in others if f[0] == pair] for pair in (False, True)
+    own, others = ([field for field in of if field.side != "pair"] for of in (spec.fields, fields.values()))
+    same_fields = [field.name for field in own] == [field.name for field in others]
+    numbers, their_numbers = (
+        [(f.name, f.type, f.cardinality) for f in of if f.type not in INDEXED] for of in (own, others)
     )
     taken = []
     with _local(run) as folder, safetensors.safe_open(f"{folder}/{WEIGHTS}", "pt") as weights:
@@ -109,7 +117,7 @@ def take_over(
                     continue
                 _copy_rows(theirs, shape[0], mine)
             elif tuple(mine.shape) == shape and (
-                same if name.endswith("_values") else pairs if name.startswith(PAIR_HEAD) else order
+                numbers == their_numbers if name.endswith("_values") else same_fields
             ):
                 mine.copy_(theirs[...] if shape else weights.get_tensor(name))
             else:

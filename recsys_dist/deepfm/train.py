@@ -8,7 +8,7 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,14 @@ from recsys_dist.deepfm.reports import (
     lines,
     refused,
     refusing,
+    write_json,
 )
 from recsys_dist.deepfm.tracking import Tracking
 from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.workspace import OpenRun, Run, Workspace
 
+HEAD, LEARNED = "head.safetensors", "head.json"
+"""In the folder of the fit on early events: what was learned of the pair fields, and what is told of it."""
 RAY = "ray"
 """The folder in which Ray Train keeps its own state."""
 MEASURED = {
@@ -119,18 +122,6 @@ def require_enough(features: Run, config: Config) -> None:
             )
 
 
-@dataclass(frozen=True)
-class _Fitted:
-    """What the training left in its folders."""
-
-    history: list[dict[str, Any]]
-    """Of the fit on train."""
-    folder: Path
-    """Of the last fit, whose best checkpoint is published; a refit's best one is its last."""
-    pairs: Path | None = None
-    """Of the fit that learned what pair fields are worth, where it is another one."""
-
-
 def _best_checkpoint(folder: Path) -> Path:
     """That of a fit's best step.
 
@@ -154,33 +145,102 @@ def _best_checkpoint(folder: Path) -> Path:
     return found[step]
 
 
-def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -> _Fitted:
-    """Fit on train, and where it is asked for once more on train and valid.
+@dataclass(frozen=True)
+class _Fitted:
+    """What the training left in its folders."""
 
-    With pair fields always once more, without them: the first fit's embeddings know nothing of the late
-    events on which it learned what the fields are worth, and the published ones know all.
+    history: list[dict[str, Any]]
+    """Of the fit on train."""
+    folder: Path
+    """Of the last fit, whose best checkpoint is published; that of a fit of given epochs is its last."""
+    head: dict[str, Any] = field(default_factory=dict)
+    """The weights that say what pair fields are worth, by name; where there are such fields."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What is told of them, where they were learned."""
+
+
+def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -> _Fitted:
+    """Fit on train, and, where it is asked for, once more on train and valid, for as many epochs.
+
+    Beside pair fields there is a fit on the early events of train alone, from which the head learns what the
+    fields are worth; and the head stays the same beside embeddings that know all events. A model that starts
+    from an earlier one, which knows late events too, takes over that one's head.
     """
+    from safetensors.torch import load_file
+
+    from recsys_dist.deepfm.start_from import earlier_head
+
     folder, settings = run.training, config.deepfm
-    inputs = run.inputs
-    read = {"features": inputs["features"], "recall": inputs.get("recall")}
-    task = {"config": config, **read, "start_from": before}
-    again = folder / "refit"
-    if not again.exists():  # or a driver that died was there already
+    plain = config.with_deepfm({"pair": ()})
+    task = {"config": plain, "features": run.inputs["features"], "start_from": before}
+    early, refit = folder / "early", folder / "refit"
+    recall = run.inputs.get("recall")
+    if not early.exists() and not refit.exists():  # or a driver that died was there already
         _train(config, folder, task, tracking)
-    fitted = _Fitted(lines(folder / HISTORY), folder)
-    epochs = best(fitted.history)["epoch"]
+    history = lines(folder / HISTORY)
+    epochs = best(history)["epoch"]
     print(f"  the best epoch is {epochs} (* marks an epoch better than all before)")
-    if settings.fit_on == "train" and not settings.pair:
-        return fitted
-    parts = " and ".join(FIT_ON[settings.fit_on])
-    print(f"  fitted anew on {'all of ' * bool(settings.pair)}{parts} for {epochs} epochs:")
-    again.mkdir(exist_ok=True)
-    if settings.pair:
-        drawn = "catalogue" if settings.negatives_from == "next_items" else settings.negatives_from
-        plain = settings.model_copy(update={"pair": (), "negatives_from": drawn})
-        task |= {"config": config.model_copy(update={"deepfm": plain}), "recall": None}
-    _train(config, again, task | {"refit_epochs": epochs}, tracking)
-    return _Fitted(fitted.history, again, folder if settings.pair else None)
+    head: dict[str, Any] = {}
+    told: dict[str, Any] = {}
+    if settings.pair and before:
+        head = earlier_head(before)
+        print(f"  what the pair fields are worth is as in {before.uri}")
+    elif settings.pair:
+        assert recall is not None, "checked with the configuration"
+        if not (early / HEAD).exists():
+            print(f"  fitted anew on what is before the late events of train, for {epochs} epochs:")
+            early.mkdir(exist_ok=True)
+            alone = {"start_from": None, "before_late": recall, "epochs": epochs}
+            _train(config, early, task | alone, tracking)
+            _learn_head(config, run.inputs["features"], recall, folder, early)
+        head, told = load_file(early / HEAD), json.loads((early / LEARNED).read_text())
+        print(
+            f"  what the pair fields are worth is learned on the late events of {told['lists']:,} users: "
+            f"valid NDCG@10 {told['ndcg@10']:.4f} with them, {best(history)['ndcg@10']:.4f} without",
+            flush=True,
+        )
+    if settings.fit_on == "train":
+        return _Fitted(history, folder, head, told)
+    parts = FIT_ON[settings.fit_on]
+    print(f"  fitted anew on {' and '.join(parts)} for {epochs} epochs:")
+    refit.mkdir(exist_ok=True)
+    _train(config, refit, task | {"parts": parts, "epochs": epochs}, tracking)
+    return _Fitted(history, refit, head, told)
+
+
+def _learn_head(config: Config, features: Run, recall: Run, whole: Path, early: Path) -> None:
+    """Write HEAD and LEARNED of the fits in these folders, in one Ray worker."""
+    task = {"config": config, "features": features, "recall": recall}
+    task |= {"whole": _best_checkpoint(whole), "early": _best_checkpoint(early)}
+    worker = ray.remote(_head_worker).options(
+        num_gpus=int(_on_gpus(config)), max_retries=config.deepfm.max_failures
+    )
+    try:
+        ray.get(worker.remote(task, early))
+    except ray.exceptions.RayError as error:
+        raise RetryableError(
+            f"Learning what the pair fields are worth failed: {error}. If this is not the data's or the "
+            f"settings' fault, run the job again."
+        ) from error
+    _require_accepted(early)
+
+
+def _head_worker(task: dict[str, Any], folder: Path) -> None:
+    """What the Ray worker runs that learns the head."""
+    quiet()
+    import safetensors.torch
+    import torch
+
+    from recsys_dist.deepfm.head import learn
+
+    gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
+    torch.set_num_threads(os.cpu_count() or 1)
+    with refusing(folder):
+        head, told = learn(**task, device=torch.device("cuda" if gpu else "cpu"))
+        write_json(folder / LEARNED, told)
+        new = folder / f"{HEAD}.{os.getpid()}.new"
+        new.write_bytes(safetensors.torch.save(head))
+        new.replace(folder / HEAD)
 
 
 def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Tracking) -> None:
@@ -188,8 +248,8 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     # Of a driver that died.
     shutil.rmtree(folder / RAY, ignore_errors=True)
     (folder / REFUSED).unlink(missing_ok=True)
-    found, least = int(ray.cluster_resources().get("GPU", 0)), config.deepfm.workers[0]
-    gpus = found >= least
+    gpus, found = _on_gpus(config), int(ray.cluster_resources().get("GPU", 0))
+    least = config.deepfm.workers[0]
     if found and not gpus:
         print(
             f"  the cluster has {found} of the {least} GPUs that deepfm.num_workers asks for: training on "
@@ -230,6 +290,11 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     _require_accepted(folder)
 
 
+def _on_gpus(config: Config) -> bool:
+    """Has the cluster a GPU for each worker?"""
+    return int(ray.cluster_resources().get("GPU", 0)) >= config.deepfm.workers[0]
+
+
 def _require_accepted(folder: Path) -> None:
     """Raise what a worker found wrong with settings or data."""
     wrong = refused(folder)
@@ -263,7 +328,7 @@ def _worker(task: dict[str, Any]) -> None:
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
     from recsys_dist.deepfm.checkpoint import load_weights
-    from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
+    from recsys_dist.deepfm.model import DeepFM, used_fields
     from recsys_dist.deepfm.not_finite import diverged
     from recsys_dist.deepfm.published import publish
 
@@ -272,10 +337,9 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     model = DeepFM(spec, config.deepfm)
     state = model.state_dict()
-    head = {name: of for name, of in state.items() if fitted.pairs and name.startswith(PAIR_HEAD)}
-    load_weights(path, {name: of for name, of in state.items() if name not in head})
-    if fitted.pairs:
-        load_weights(_best_checkpoint(fitted.pairs), head)
+    load_weights(path, {name: of for name, of in state.items() if name not in fitted.head})
+    for name, weights in fitted.head.items():
+        state[name].copy_(weights)
     # Nothing has looked at the last step of a refit, which has no part to measure with.
     wrong = [name for name, of in state.items() if of.is_floating_point() and not of.isfinite().all()]
     if wrong:
@@ -290,6 +354,8 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     return {
         "metric": line["metric"],
         **{name: line[name] for name in MEASURED if name in line},
+        **{name: of for name, of in fitted.told.items() if name in MEASURED},
+        **({"head": fitted.told} if fitted.told else {}),
         "best_epoch": line["epoch"],
         "fit_on": config.deepfm.fit_on,
         "epochs": history[-1]["epoch"],

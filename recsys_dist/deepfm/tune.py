@@ -207,12 +207,12 @@ def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder:
     tasks, wrong = {}, {}
     for number, point in enumerate(points, start=1):
         try:
-            own = config.with_deepfm(point)
+            # What is searched is what the pair fields stand beside.
+            own = config.with_deepfm(point | {"pair": ()})
             # What YAML takes for a text, such as 1e-4, is a number from here on.
             points[number - 1] = own.deepfm.model_dump(mode="json", include=set(point))
             before = earlier_run(Workspace(config), own.deepfm, used_fields(features.spec(), own.deepfm))
-            recall = run.inputs.get("recall")
-            tasks[number] = Task(own, features, folder / f"trial_{number}", recall, start_from=before)
+            tasks[number] = Task(own, features, folder / f"trial_{number}", start_from=before)
         except ConfigError as error:
             wrong[number] = error
     metrics = sorted({task.config.deepfm.metric for task in tasks.values()})

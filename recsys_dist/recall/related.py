@@ -3,7 +3,6 @@
 Legend: B users, I items (index 0 is unknown), N others of an item, H history positions.
 """
 
-import copy
 import functools
 
 import numpy as np
@@ -37,13 +36,6 @@ class RelatedItems:
         self.weights_IN = torch.as_tensor(weights)
         self.mean_weight = float(np.abs(weight).mean(dtype=np.float64)) if len(weight) else 1.0
         """Of their sizes, where some are below 0."""
-
-    def with_weights(self, weights_IN: Tensor) -> "RelatedItems":
-        """The same items with other weights."""
-        other = copy.copy(self)
-        vars(other).pop("square_II", None)
-        other.weights_IN = weights_IN
-        return other
 
     def add(self, scores_BI: Tensor, history_BH: Tensor, share_BH: Tensor) -> None:
         """Add to the scores what the items of a history say, each with its share."""

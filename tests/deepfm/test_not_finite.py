@@ -3,20 +3,17 @@
 import dataclasses
 import re
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from torch.multiprocessing import ProcessRaisedException
 
 from recsys_dist.deepfm.checkpoint import complete, load_weights
 from recsys_dist.deepfm.examples import Examples, read_examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM
-from recsys_dist.deepfm.not_finite import _bad_inputs
 from tests.deepfm.workers import run_workers, train_in
 from tests.synthetic import synthetic_config, synthetic_features
 
@@ -122,13 +119,3 @@ def test_so_does_one_that_diverges_in_an_epochs_last_step(config, features, tmp_
     changed = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
     message = "ConfigError: After epoch 1 the model's predictions are not finite. .* Lower deepfm.learning"
     assert train_and_fail(1, tmp_path, changed, features, message) == 0
-
-
-def test_a_pair_field_that_is_not_finite_is_an_input():
-    pair = torch.ones(2, 3, 3)  # each of 3 items: are they known, and both fields
-    pair[1, 2, 2] = torch.inf
-    nothing = SimpleNamespace(values=torch.zeros(2, 0))  # of either side
-    fields = [SimpleNamespace(name="next"), SimpleNamespace(name="since")]
-    model = SimpleNamespace(user_fields=[], item_fields=[], pair_fields=fields)
-    batch = SimpleNamespace(user=nothing, item=nothing, pair=pair)
-    assert _bad_inputs(model, batch) == {1: {"since"}}

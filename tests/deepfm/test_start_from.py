@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
-from recsys_dist.deepfm.model import DeepFM, initial_rows
+from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, initial_rows, used_fields
 from recsys_dist.deepfm.published import publish
-from recsys_dist.deepfm.start_from import earlier_run, take_over
+from recsys_dist.deepfm.start_from import earlier_head, earlier_run, take_over
 from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import run_workers, started_from, train_in
@@ -155,6 +155,29 @@ def test_latest(config, features, tmp_path):
     assert earlier_run(empty, config.deepfm, features.spec()) is None
     runs = [published(config, features)[0] for _ in range(2)]
     assert earlier_run(Workspace(config), settings, features.spec()).run_id == runs[-1].run_id
+
+
+def test_what_pair_fields_are_worth_is_taken_over_or_not_known(config, features):
+    """Beside embeddings that know the late events it cannot be learned."""
+    paired = synthetic_config(config.storage.root, pair="[{name: next, measure: next_items}]")
+    run, theirs = published(paired, features, used_fields(features.spec(), paired.deepfm))
+    found = earlier_head(run)
+    assert set(found) == {name for name in theirs if name.startswith(PAIR_HEAD)}
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in found.items())
+    workspace, spec = Workspace(paired), features.spec()
+    same = with_settings(paired, start_from=run.run_id)
+    assert earlier_run(workspace, same.deepfm, spec).run_id == run.run_id
+    other = synthetic_config(config.storage.root, pair="[{name: next, measure: next_items, recency: 2}]")
+    for changed, what in ((with_settings(same, pair_hidden=(3,)), "next"), (other, "next")):
+        settings = with_settings(changed, start_from=run.run_id).deepfm
+        with pytest.raises(ConfigError, match=f"are worth, but {what}.*leave start_from out once"):
+            earlier_run(workspace, settings, spec)
+    without, _ = published(config, features)
+    with pytest.raises(ConfigError, match="are worth, but no pair fields"):
+        earlier_run(workspace, with_settings(paired, start_from=without.run_id).deepfm, spec)
+    # The other way round the model alone is taken over.
+    model = DeepFM(spec, config.deepfm, seed=1)
+    assert set(take_over(model.state_dict(), spec, run)) == set(theirs) - set(found)
 
 
 def test_what_does_not_fit_is_refused(config, features, trained_fm):

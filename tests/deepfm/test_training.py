@@ -476,21 +476,20 @@ def test_training_stops_when_the_metric_no_longer_improves(config, features, tmp
     assert metrics[best] != metrics[-1]
 
 
-@pytest.mark.parametrize("fit_on", ["train_valid", "train"])
-def test_a_refit_learns_from_valid_too_where_that_is_asked_for_and_measures_nothing(
-    config, features, tmp_path, fit_on
+@pytest.mark.parametrize("parts", [("train",), ("train", "valid")])
+def test_a_fit_of_given_epochs_learns_from_the_given_parts_and_measures_nothing(
+    config, features, tmp_path, parts
 ):
-    changed = {"batch_size": 40, "fit_on": fit_on}
-    small = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changed)})
-    progress = run_workers(1, train_in, tmp_path, small, features, tmp_path, 2)[0]
+    small = config.model_copy(update={"deepfm": config.deepfm.model_copy(update={"batch_size": 40})})
+    more = {"parts": parts, "epochs": 2}
+    progress = run_workers(1, train_in, tmp_path, small, features, tmp_path, more)[0]
     lines = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2]
     assert not any("metric" in line for line in lines)
     items = Items(features, features.spec())
-    parts = {"train_valid": ("train", "valid"), "train": ("train",)}
-    steps = {name: Examples(features, items, small, of).steps for name, of in parts.items()}
-    assert steps["train_valid"] > steps["train"]
-    assert progress["step"] == progress["best_step"] == 2 * steps[fit_on]
+    steps = {of: Examples(features, items, small, of).steps for of in (("train",), ("train", "valid"))}
+    assert steps["train", "valid"] > steps["train",]
+    assert progress["step"] == progress["best_step"] == 2 * steps[parts]
 
 
 def test_the_next_batch_is_the_one_that_is_asked_for(plain, features):
@@ -539,7 +538,7 @@ def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, fil
             truth.setdefault(row["user"], set()).add(row["item"])
             first.setdefault(row["user"], int(row["timestamp"].timestamp() // 86_400))
             weekdays.setdefault(row["user"], row["weekday"])
-    users = validation.user.indices.to_dict()["user"].values().tolist()
+    users = validation.users.user.indices.to_dict()["user"].values().tolist()
     assert sorted(users) == sorted(truth)
     assert few or len({frozenset(listable(features, day)) for day in first.values()}) > 1
     with torch.no_grad():
@@ -547,7 +546,7 @@ def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, fil
             day: model.item_side(side_batch(items_as_of(features, day), model.item_fields))
             for day in set(first.values())
         }
-        user_side = model.user_side(validation.user)
+        user_side = model.user_side(validation.users.user)
         logits = [
             model.logits(user_side.rows(row, row + 1), sides[first[user]]) for row, user in enumerate(users)
         ]
@@ -559,7 +558,7 @@ def test_validation_agrees_with_ndcg_written_out(config, features, tmp_path, fil
         gain = sum(1 / np.log2(place + 2) for place, item in enumerate(ranked) if item in truth[user])
         total += gain / sum(1 / np.log2(place + 2) for place in range(min(10, len(truth[user]))))
     assert found == pytest.approx(total / len(users), abs=1e-6)
-    indices = validation.user.indices.to_dict()
+    indices = validation.users.user.indices.to_dict()
     assert set(indices["hour"].values().tolist()) == {spec.hour + 1}
     assert indices["weekday"].values().tolist() == [weekdays[user] for user in users]
 

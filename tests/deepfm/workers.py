@@ -197,15 +197,12 @@ def validated(config: Any, features: Any) -> float:
     return Ranking(features, items, config).ndcg(model, device_of_group())
 
 
-def train_in(
-    config: Any, features: Any, folder: Path, refit_epochs: int | None = None, recall: Any = None
-) -> dict[str, Any]:
-    """The whole loop."""
+def train_in(config: Any, features: Any, folder: Path, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The whole loop, of a Task with these other arguments."""
     from recsys_dist.deepfm.loop import Task, train
 
     folder.mkdir(exist_ok=True)
-    task = Task(config, features, folder, recall, refit_epochs=refit_epochs)
-    return asdict(train(task, device_of_group()))
+    return asdict(train(Task(config, features, folder, **(more or {})), device_of_group()))
 
 
 def train_catching_up(config: Any, features: Any, folder: Path, every: int) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""The late train events, of which the tables under late/ of a recall run know nothing: on them a model learns
+what the pair fields are worth beside a logit that knows nothing of them either.
+"""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from recsys_dist.config import Config
+from recsys_dist.deepfm.held_out import HeldOut
+from recsys_dist.deepfm.items import Items
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.schema import LATE, SEEN_COLUMN
+from recsys_dist.workspace import Run
+
+NEVER = np.iinfo(np.int64).max
+
+
+class Early:
+    """Which train examples are before their users' late ones (see ingest.Keep).
+
+    Args:
+        features: the features run.
+        recall: the recall run, which says from when on a user's events are late.
+
+    Raises:
+        ConfigError: it says nothing of the kind.
+    """
+
+    columns: tuple[str, ...] = ("user", "timestamp")
+
+    def __init__(self, features: Run, recall: Run) -> None:
+        try:
+            moments = recall.table(f"{LATE}/late_from")
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{recall.uri} has no {LATE}, which pair fields are learned with. Run jobs/recall.py with "
+                f"recall.late above 0, for example 0.2."
+            ) from None
+        self.from_U = np.full(features.spec().n_users + 1, NEVER)
+        """[U] microseconds from which on a user's train events are late."""
+        self.from_U[moments["user"].to_numpy()] = moments["late_from"].cast(pa.int64()).to_numpy()
+
+    def __call__(self, table: pa.Table) -> np.ndarray:
+        """[N] bool of train examples, by their `user` and `timestamp`."""
+        moments: np.ndarray = table["timestamp"].cast(pa.int64()).to_numpy()
+        early: np.ndarray = moments < self.from_U[table["user"].to_numpy()]
+        return early
+
+
+def require_earlier(features: Run, recall: Run) -> None:
+    """Raise a DataError where the tables under late/ were counted from other events than the early ones."""
+    early = Early(features, recall)
+    wanted = pc.field("split") == "train"
+    if recall.manifest["config"]["recall"]["events"] == "positive":
+        wanted &= pc.field("label") > 0
+    batches = features.dataset("examples").to_batches(columns=list(Early.columns), filter=wanted)
+    found = sum(int(early(pa.table(batch)).sum()) for batch in batches)
+    known = int(recall.manifest["figures"]["late"]["known"])
+    if found != known:
+        raise DataError(
+            f"{recall.uri}/{LATE} was counted from {known} events, and {found} train events are earlier than "
+            f"its users' late ones: what the ranking model learns of such tables would not hold for new "
+            f"events. Run jobs/recall.py --force."
+        )
+
+
+def late_users(items: Items, features: Run, recall: Run, config: Config, most: int) -> HeldOut:
+    """Users as of when their late events began, and the positive ones of these.
+
+    Args:
+        items: of the features run, with the model's fields.
+        features: that run.
+        recall: whose late events they are.
+        config: seed, and which items are left out of the lists.
+        most: users are drawn where there are more.
+
+    Raises:
+        DataError: nobody has one of an item that he had not seen.
+    """
+    state, filter_seen = recall.table(f"{LATE}/users"), config.score.filter_seen
+    if len(state) > most:
+        chosen = np.random.default_rng([config.seed, 2]).choice(len(state), most, replace=False)
+        state = state.take(pa.array(np.sort(chosen)))
+    users = state["user"]
+    wanted = (pc.field("split") == "train") & pc.field("user").isin(users.combine_chunks())
+    columns = ["user", "item", "timestamp", "label"]
+    events = features.table("examples", columns=columns, filter=wanted)
+    early = pa.array(Early(features, recall)(events))
+    positive = pc.greater(events["label"], 0)
+    before = events.filter(early if filter_seen == "all" else pc.and_(early, positive))
+    if filter_seen != "none":
+        before = before.sort_by("user")
+        owners = before["user"].to_numpy()
+        ends = np.searchsorted(owners, np.sort(users.to_numpy()), side="right")
+        state = state.sort_by("user")
+        offsets = pa.array(np.append([0], ends), pa.int32())
+        seen = pa.ListArray.from_arrays(offsets, before["item"].combine_chunks())
+        state = state.append_column(SEEN_COLUMN[filter_seen], seen)
+    later = events.filter(pc.and_(pc.invert(early), positive))
+    found = HeldOut(items, state, later, filter_seen, most, config.seed)
+    if not len(found):
+        raise DataError(
+            f"{recall.uri}/{LATE}: of {len(state)} users none has a late positive event of an item that was "
+            f"new to them, and pair fields are learned on those. Raise recall.late, leave deepfm.pair out, "
+            f"or set score.filter_seen=none."
+        )
+    return found

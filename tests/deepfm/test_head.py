@@ -1,0 +1,300 @@
+"""What pair fields are worth, learned on lists of late events beside what knows nothing of these."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet
+import pytest
+import torch
+
+from recsys_dist.cluster import local_or_cluster
+from recsys_dist.deepfm import checkpoint, head, train
+from recsys_dist.deepfm.checkpoint import load_weights
+from recsys_dist.deepfm.examples import Examples
+from recsys_dist.deepfm.head import Lists, fit, lists
+from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.late import Early, late_users, require_earlier
+from recsys_dist.deepfm.layers import PairHead
+from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
+from recsys_dist.deepfm.pairs import Pairs
+from recsys_dist.deepfm.published import load
+from recsys_dist.deepfm.reports import best, lines
+from recsys_dist.errors import ConfigError, DataError
+from recsys_dist.schema import LATE, SEEN_COLUMN
+from recsys_dist.workspace import Workspace
+from tests.deepfm.test_pairs import PAIR
+from tests.deepfm.workers import run_workers, train_in
+from tests.models import random_recall
+from tests.synthetic import synthetic_config, synthetic_features
+
+
+@pytest.fixture(scope="module")
+def night(tmp_path_factory):
+    config = synthetic_config(tmp_path_factory.mktemp("root"), pair=PAIR)
+    features = synthetic_features(config)
+    return config, features, random_recall(config, features)
+
+
+@pytest.fixture(scope="module")
+def plain(night):
+    config, _, _ = night
+    return config.with_deepfm({"pair": ()})
+
+
+@pytest.fixture(scope="module")
+def items(night, plain):
+    return Items(night[1], used_fields(night[1].spec(), plain.deepfm))
+
+
+@pytest.fixture(scope="module")
+def model(night, plain):
+    settings = plain.deepfm.model_copy(update={"init_scale": 0.5})
+    return DeepFM(used_fields(night[1].spec(), settings), settings, seed=5).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(night, items):
+    config, features, recall = night
+    return Pairs(used_fields(features.spec(), config.deepfm).side("pair"), items, recall, f"{LATE}/")
+
+
+def with_filter(config, filter_seen):
+    return config.model_copy(update={"score": config.score.model_copy(update={"filter_seen": filter_seen})})
+
+
+def events_of(features, recall):
+    """Train events as rows, each with `late`: of a user with a state, from when his late ones begin."""
+    moments = {row["user"]: row["late_from"] for row in recall.table(f"{LATE}/late_from").to_pylist()}
+    rows = features.table("examples", filter=pc.field("split") == "train").to_pylist()
+    for row in rows:
+        row["late"] = row["user"] in moments and row["timestamp"] >= moments[row["user"]]
+    return rows
+
+
+def test_examples_before_the_late_ones_and_where_they_are(night, plain, items):
+    _, features, recall = night
+    examples = Examples(features, items, plain, ("train",), Early(features, recall))
+    expected = sorted(
+        (row["user"], row["item"])
+        for row in events_of(features, recall)
+        if row["label"] == 1 and not row["late"]
+    )
+    found, places = [], []
+    for step in range(examples.steps):
+        batch = examples.batch(0, step, 0, 1)
+        rows = batch.item.indices["item"].values().view(len(batch.user), -1)[:, 0]
+        real = (batch.weight > 0).tolist()
+        pairs = zip(batch.user.indices["user"].values().tolist(), rows.tolist(), strict=True)
+        found += [pair for pair, is_real in zip(pairs, real, strict=True) if is_real]
+        numbers = examples.numbers(0, step, 0, 1)[: sum(real)]
+        places += examples.places(numbers.tolist())
+    assert sorted(found) == expected
+    every = Examples(features, items, plain).total.rows
+    assert 20 < len(found) < every - 20
+    for pair, place in list(zip(found, places, strict=True))[::17]:
+        file, row = place.split(" row ")
+        at = pyarrow.parquet.read_table(file, columns=["user", "item"]).slice(int(row), 1).to_pylist()[0]
+        assert (at["user"], at["item"]) == pair
+
+
+def test_tables_that_know_late_events_are_refused(night):
+    """The planted leak: tables counted from the whole train part in the place of the earlier ones."""
+    _, features, recall = night
+    require_earlier(features, recall)
+    leaking = dataclasses.replace(
+        recall,
+        manifest=recall.manifest | {"figures": {"late": {"known": features.spec().positives["train"]}}},
+    )
+    with pytest.raises(DataError, match=r"was counted from .* earlier than its users' late ones"):
+        require_earlier(features, leaking)
+
+
+def test_a_recall_run_without_late_events_is_refused(night):
+    config, features, _ = night
+    run = Workspace(config).new("recall", {"no late": 1}, {"features": features})
+    with pytest.raises(ConfigError, match=r"has no before=late, .*recall\.late above 0"):
+        Early(features, run.commit(config, {}))
+
+
+@pytest.mark.parametrize("filter_seen", ["all", "positives", "none"])
+def test_late_users_are_as_of_when_their_late_events_began(night, items, filter_seen):
+    config, features, recall = night
+    users = late_users(items, features, recall, with_filter(config, filter_seen), 1000)
+    states = {row["user"]: row for row in recall.table(f"{LATE}/users").to_pylist()}
+    events = events_of(features, recall)
+    checked = 0
+    for row, state in enumerate(users.state.to_pylist()):
+        own = [event for event in events if event["user"] == state["user"]]
+        counts = {"all": lambda event: True, "positives": lambda event: event["label"] > 0}
+        before = [event for event in own if not event["late"]]
+        seen = {e["item"] for e in before if filter_seen != "none" and counts[filter_seen](e)}
+        if filter_seen != "none":
+            assert set(state.pop(SEEN_COLUMN[filter_seen])) == seen
+        assert state == states[state["user"]]
+        later = [e for e in own if e["late"] and e["label"] > 0 and e["item"] not in seen]
+        later.sort(key=lambda event: (event["timestamp"], event["item"]))
+        rows, liked, places = users.relevant(row, row + 1)
+        assert rows.eq(0).all()
+        assert liked.tolist() == [event["item"] for event in later]
+        assert places.tolist() == list(range(len(later)))
+        allowed = users.allowed(row, row + 1)[0]
+        assert not allowed[list(seen)].any()
+        listable = items.listable(users.days[row : row + 1])[0]
+        assert allowed.sum() == listable.sum() - listable[list(seen)].sum()
+        checked += len(later)
+    assert len(users) > 20
+    assert checked > 50
+
+
+def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
+    config, features, recall = night
+    users = late_users(items, features, recall, config, 1000)
+    made = lists(model, pairs, users, seed=1)
+    assert made.inputs.shape == (len(users), len(items) + 1, 4)
+    for row in range(0, len(users), 7):
+        allowed = users.allowed(row, row + 1)[0]
+        assert (made.stands_for[row] == 0).sum() == allowed.sum()
+        _, liked, places = users.relevant(row, row + 1)
+        worth = torch.zeros(len(items) + 1)
+        for item, place in zip(liked.tolist(), places.tolist(), strict=True):
+            worth[item] += np.exp(-place / head.SOON)
+        worth *= allowed
+        worth /= worth.sum()
+        there = made.stands_for[row] > -torch.inf
+        torch.testing.assert_close(made.weight[row][there].sort().values, worth[allowed].sort().values)
+        # Each entry is an item: its fields, and the logit of the model, say which.
+        history = users.state["recent"].slice(row, 1)
+        user = model.user_side(users.user.take(torch.tensor([row]))).leading(-1, 1)
+        side = model.item_side(items.at(torch.arange(len(items) + 1), users.days[row : row + 1]))
+        expected = torch.cat(
+            [pairs.of_all(history)[0], model.logits(user, side.leading(1, -1))[0, :, None]], 1
+        )
+        by_logit = lambda of: of[of[:, -1].argsort()]  # noqa: E731
+        torch.testing.assert_close(by_logit(made.inputs[row][there]), by_logit(expected[allowed]))
+
+
+def test_of_a_large_one_some_entries_stand_for_the_others(night, items, model, pairs, monkeypatch):
+    config, features, recall = night
+    users = late_users(items, features, recall, config, 1000)
+    monkeypatch.setattr(head, "LATE_EVENTS", 6)
+    whole = lists(model, pairs, users, seed=1)
+    monkeypatch.setattr(head, "ENTRIES", 24)
+    monkeypatch.setattr(head, "CHUNK", 1)
+    exact = (whole.inputs[..., -1] / 5 + whole.stands_for).exp().sum(1)
+    sums = []
+    for seed in range(40):
+        made = lists(model, pairs, users, seed=seed)
+        assert made.inputs.shape == (len(users), 24, 4)
+        torch.testing.assert_close(made.stands_for.exp().sum(1), users.allowed(0, len(users)).sum(1).float())
+        torch.testing.assert_close(made.weight.sum(1), whole.weight.sum(1))
+        for field in (0, 1):  # what proposes: the greatest are there
+            allowed = whole.stands_for > -torch.inf
+            most = whole.inputs[..., field].masked_fill(~allowed, -torch.inf).amax(1)
+            torch.testing.assert_close(made.inputs[..., field].amax(1), most)
+        sums.append((made.inputs[..., -1] / 5 + made.stands_for).exp().sum(1))
+    off = (torch.stack(sums).mean(0) / exact - 1).abs()
+    assert off.mean() < 0.01
+    assert torch.stack(sums).std(0).min() > 0
+
+
+def planted(users, seed):
+    """Lists of 30 items of which the second number decides; the logit says nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(users, 30, 4, generator=generator) * torch.tensor([1, 50, 1, 0.5]) + 7
+    inputs[..., 2] = 1
+    own = (inputs[..., 1] * 3 / 50).softmax(1).multinomial(1, generator=generator)
+    weight = torch.zeros(users, 30).scatter_(1, own, 1)
+    return Lists(inputs, torch.zeros(users, 30), weight)
+
+
+def test_a_head_learns_what_a_field_is_worth():
+    made, new = planted(2000, 1), planted(200, 2)
+    torch.manual_seed(1)
+    start = PairHead(3, (8, 4))
+    state = {name: tensor.clone() for name, tensor in start.state_dict().items()}
+    found = fit(made, start, seed=3)
+    assert found.loss < found.before
+    assert found.epoch > 0
+    score = found.head(new.inputs[..., :-1], new.inputs[..., -1])
+    hits = score.argmax(1) == new.weight.argmax(1)
+    best_hits = new.inputs[..., 1].argmax(1) == new.weight.argmax(1)
+    assert best_hits.float().mean() > 0.3
+    assert hits.float().mean() > 0.9 * best_hits.float().mean()
+    again = PairHead(3, (8, 4))
+    again.load_state_dict(state)
+    assert found.loss == fit(made, again, seed=3).loss
+
+
+@pytest.mark.parametrize("fit_on", ["train", "train_valid"])
+def test_the_head_is_published_with_embeddings_that_know_all(night, tmp_path, monkeypatch, fit_on):
+    config, features, recall = night
+    config = config.with_deepfm({"fit_on": fit_on, "epochs": 2})
+    run = Workspace(config).new("deepfm", {"fit_on": fit_on}, {"features": features, "recall": recall})
+    run.training.mkdir(parents=True)
+    fits = []
+
+    def fit_it(_, folder, task, tracking):
+        fits.append((folder, task))
+        more = {name: of for name, of in task.items() if name not in ("config", "features")}
+        run_workers(1, train_in, tmp_path / str(len(fits)), task["config"], features, folder, more)
+
+    monkeypatch.setattr(train, "_train", fit_it)
+    with local_or_cluster(1):
+        fitted = train._fit(config, run, None, None)
+        # What is done is not done again by the driver after one that died.
+        assert train._fit(config, run, None, None).told == fitted.told
+    (whole, first), (early, second), *others = fits
+    assert all(task["config"].deepfm.pair == () for _, task in fits)
+    epochs = best(lines(whole / "history.jsonl"))["epoch"]
+    assert "epochs" not in first
+    assert (second["before_late"].uri, second["epochs"]) == (recall.uri, epochs)
+    told = json.loads((early / "data.json").read_text())["told"]
+    assert told != json.loads((whole / "data.json").read_text())["told"][:1]
+    last = whole
+    if fit_on == "train_valid":
+        last, third = others[0]
+        assert (third["parts"], third["epochs"]) == (("train", "valid"), epochs)
+    assert len(others) == 2 * (fit_on == "train_valid")  # the second driver's as well
+    figures = train._publish(config, run, fitted)
+    assert figures["ndcg@10"] == figures["head"]["ndcg@10"] > 0
+    assert figures["head"]["lists"] > 20
+    model = load(run.commit(config, {}), features.spec())
+    state = model.state_dict()
+    bare = {name: torch.empty_like(of) for name, of in state.items() if not name.startswith(PAIR_HEAD)}
+    load_weights(train._best_checkpoint(last), bare)
+    for name, tensor in bare.items():
+        assert torch.equal(state[name], tensor), name
+    assert set(state) - set(bare) == set(fitted.head)
+    assert any(tensor.abs().sum() for name, tensor in fitted.head.items() if "mean" in name)
+    for name, tensor in fitted.head.items():
+        assert torch.equal(state[name], tensor), name
+
+    def spoilt(path, tensors):
+        load_weights(path, tensors)
+        next(iter(tensors.values())).fill_(torch.nan)
+
+    monkeypatch.setattr(checkpoint, "load_weights", spoilt)
+    with pytest.raises(ConfigError, match=r"numbers that are not finite in .* The training diverged\."):
+        train._publish(config, run, fitted)
+
+
+def test_what_is_not_finite_is_named(night, plain, tmp_path, monkeypatch):
+    config, features, recall = night
+    run_workers(1, train_in, tmp_path, plain, features, tmp_path)
+    path = train._best_checkpoint(tmp_path)
+    spoilt, make = [slice(None)], head.lists
+
+    def with_nan(*arguments):
+        made = make(*arguments)
+        made.inputs[0, 0, spoilt[0]] = torch.nan
+        return made
+
+    monkeypatch.setattr(head, "lists", with_nan)
+    for spoilt[0], kind, message in (
+        (1, DataError, "pair field near has numbers"),
+        (3, ConfigError, "logits"),
+    ):
+        with pytest.raises(kind, match=message):
+            head.learn(config, features, recall, path, path, torch.device("cpu"))
