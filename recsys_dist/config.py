@@ -523,6 +523,9 @@ class Pair(Section):
     values the mean."""
     recency: float | None = Field(None, gt=0)
     """Not of since and share: an item of the history counts exp(-age / recency). Default: as in recall."""
+    rank: bool = False
+    """Not of since and share: in place of the score the log of the item's rank by it among all items, from 1;
+    of equal scores that of the first."""
     attribute: str | None = None
     """share only: a categorical field of the items, by name."""
 
@@ -530,8 +533,9 @@ class Pair(Section):
     def _fits(self) -> "Pair":
         if (self.measure == "share") != (self.attribute is not None):
             raise ValueError(f"pair {self.name}: measure share, and no other, needs an attribute")
-        if self.recency and self.measure in ("since", "share"):
-            raise ValueError(f"pair {self.name}: measure {self.measure} has no recency")
+        for key in ("recency", "rank"):
+            if getattr(self, key) and self.measure in ("since", "share"):
+                raise ValueError(f"pair {self.name}: measure {self.measure} has no {key}")
         return self
 
 

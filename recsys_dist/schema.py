@@ -65,6 +65,8 @@ class FieldSpec(BaseModel):
     """history: item, or the item field whose values are remembered; aggregate and pair: the measure."""
     attribute: str | None = None
     """pair: the item field that the measure `share` is of."""
+    rank: bool = False
+    """pair: the log of the item's rank by the measure, in place of the measure."""
     days: int | None = None
     """aggregate of the item: of the last so many days."""
     part: Literal["hour", "weekday", "recency"] | None = None

@@ -90,7 +90,11 @@ def lists(model: DeepFM, pairs: Pairs, users: HeldOut, seed: int) -> Lists:
         torch.zeros(number, entries),
     )
     generator = torch.Generator().manual_seed(seed)
-    proposing = [column for column, field in enumerate(pairs.fields) if field.of not in ("share", "since")]
+    proposing = [
+        column
+        for column, field in enumerate(pairs.fields)
+        if field.of not in ("share", "since") and not field.rank
+    ]
     at_once = max(1, CHUNK // max(size * (fields + 1), entries * model.width))
     everything = torch.arange(size)
     for first, last in users.groups:

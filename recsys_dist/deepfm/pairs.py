@@ -24,7 +24,7 @@ def pair_specs(settings: DeepFM) -> tuple[FieldSpec, ...]:
     return tuple(
         FieldSpec(
             name=pair.name, kind="pair", side="pair", type="value", cardinality=1, of=pair.measure,
-            decay=pair.recency, attribute=pair.attribute,
+            decay=pair.recency, attribute=pair.attribute, rank=pair.rank,
         )
         for pair in settings.pair
     )  # fmt: skip
@@ -80,33 +80,52 @@ class Pairs:
         for start in range(0, len(history_BH), size):
             rows = slice(start, start + size)
             items = None if items_BC is None else items_BC[rows]
+            of_all: dict[tuple[str, float], Tensor] = {}
             for column, field in enumerate(self.fields):
-                found[rows, :, column] = self._values(field, history_BH[rows], age_BH[rows], items)
+                values = self._values(field, history_BH[rows], age_BH[rows], items, of_all)
+                found[rows, :, column] = values
         return found
 
     def _values(
-        self, field: FieldSpec, history_BH: Tensor, age_BH: Tensor, items_BC: Tensor | None
+        self,
+        field: FieldSpec,
+        history_BH: Tensor,
+        age_BH: Tensor,
+        items_BC: Tensor | None,
+        of_all: dict[tuple[str, float], Tensor],
     ) -> Tensor:
-        """[B, C] of a field, or [B, I + 1]."""
+        """[B, C] of a field, or [B, I + 1].
+
+        Args:
+            field: of side pair.
+            history_BH: of `latest_of`.
+            age_BH: likewise.
+            items_BC: None: all.
+            of_all: the scores [B, I + 1] that other fields have asked for, by table and recency.
+        """
         if field.of == "share":
             assert field.attribute
             return self._shares(self.values_IV[field.attribute], history_BH, items_BC)
         assert field.of
         since = field.of == "since"
         table = self.tables["next_items" if since else field.of]
-        if since:
-            values_BH = 1 / (1 + age_BH.clamp(min=0))
-        else:
-            recency = field.decay or getattr(self.settings, f"{field.of}_recency")
-            values_BH = recent_share(age_BH, recency)
-        if items_BC is not None and table.few(items_BC.shape[1]):
+        recency = 0.0 if since else field.decay or getattr(self.settings, f"{field.of}_recency")
+        values_BH = 1 / (1 + age_BH.clamp(min=0)) if since else recent_share(age_BH, recency)
+        key = field.of, recency
+        if items_BC is not None and not field.rank and key not in of_all and table.few(items_BC.shape[1]):
             scores_BC = (table.latest if since else table.of)(history_BH, values_BH, items_BC)
             scores_BC.masked_fill_(items_BC == UNKNOWN, 0)
         else:
-            scores_BI = torch.zeros(len(history_BH), self.n + 1)
-            (table.put if since else table.add)(scores_BI, history_BH, values_BH)
-            scores_BI[:, UNKNOWN] = 0
+            if key not in of_all:
+                scores_BI = of_all[key] = torch.zeros(len(history_BH), self.n + 1)
+                (table.put if since else table.add)(scores_BI, history_BH, values_BH)
+                scores_BI[:, UNKNOWN] = 0
+            scores_BI = of_all[key]
             scores_BC = scores_BI if items_BC is None else scores_BI.gather(1, items_BC)
+            if field.rank:
+                return _log_ranks(scores_BC, scores_BI[:, 1:]).masked_fill_(
+                    (torch.arange(self.n + 1) if items_BC is None else items_BC) == UNKNOWN, 0
+                )
         if since:
             return scores_BC
         scores_BC = scores_BC / table.mean_weight
@@ -126,6 +145,13 @@ class Pairs:
         for values_I in values_IV.T:
             found += shares_BG.gather(1, values_I[items_BC])
         return found / (values_IV != UNKNOWN).sum(1).clamp(min=1)[items_BC]
+
+
+def _log_ranks(scores_BC: Tensor, among_BI: Tensor) -> Tensor:
+    """[B, C] log of 1 + how many of a user's scores are greater."""
+    ascending_BI = among_BI.sort(1).values
+    not_greater_BC = torch.searchsorted(ascending_BI, scores_BC.contiguous(), right=True)
+    return (1 + among_BI.shape[1] - not_greater_BC).float().log()
 
 
 def _related(recall: Run, name: str, n: int) -> RelatedItems:

@@ -23,6 +23,10 @@ PAIR = (
     "[{name: next, measure: next_items, recency: 2}, {name: near, measure: neighbors}, "
     "{name: since, measure: since}]"
 )
+RANKS = (
+    "[{name: place, measure: next_items, recency: 2, rank: true}, "
+    "{name: next, measure: next_items, recency: 2}, {name: far, measure: neighbors, rank: true}]"
+)
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +99,29 @@ def test_scores_of_linear_models_keep_their_sign(night, items):
     torch.testing.assert_close(found, torch.tensor([[2 * old / 2, (1 - 3 * old) / 2, 0]]))
 
 
+def test_a_rank_counts_the_items_with_a_greater_score(night, items):
+    config, features, _ = night
+    fields = pair_specs(load_config(None, ["recall.late=0.2", f"deepfm.pair={RANKS}"]).deepfm)
+    pairs = Pairs(fields, items, small_recall(config, features))
+    history = pa.chunked_array([pa.array([[1, 2], [1], []], pa.list_(pa.int32()))])
+    place, following, far = pairs.of(history, torch.tensor([[3, 4, 5, 0]]).expand(3, -1)).exp().unbind(2)
+    # 4 is before 3 for who had 2 last, 3 before 4 for who had 1 alone; then come all that nothing speaks for.
+    assert place.round().tolist() == [[2, 1, 3, 1], [1, 2, 3, 1], [1, 1, 1, 1]]
+    assert far.round().tolist() == [[1, 2, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    without = Pairs(fields[1:2], items, small_recall(config, features))
+    every = torch.arange(len(items) + 1).expand(3, -1)
+    torch.testing.assert_close(without.of(history, every), pairs.of(history, every)[..., 1:2])
+    assert (following.log()[0, :2] > 0).all()
+
+
+@pytest.mark.parametrize("asked", [PAIR, RANKS])
 @pytest.mark.parametrize("square", [0, related.SQUARE])
-def test_some_items_have_the_values_that_they_have_among_all(night, items, monkeypatch, square):
+def test_some_items_have_the_values_that_they_have_among_all(night, items, monkeypatch, square, asked):
     """Whether they are looked up one by one or taken from those of all."""
     _, features, recall = night
     monkeypatch.setattr(related, "SQUARE", square)
-    pairs = Pairs(items.spec.side("pair"), items, recall)
+    fields = pair_specs(load_config(None, ["recall.late=0.2", f"deepfm.pair={asked}"]).deepfm)
+    pairs = Pairs(fields, items, recall)
     history = features.table("users/as_of=test")["recent"]
     every = pairs.of_all(history)
     assert every.shape == (len(history), len(items) + 1, 3)
@@ -163,6 +184,7 @@ WITHOUT_DRAWN = ["deepfm.negatives=0", "deepfm.objective=logistic"]
     [
         (["deepfm.pair=[{name: a, measure: share}]"], "measure share, and no other, needs an attribute"),
         (["deepfm.pair=[{name: a, measure: since, recency: 1}]"], "pair a: measure since has no recency"),
+        (["deepfm.pair=[{name: a, measure: share, attribute: b, rank: true}]"], "share has no rank"),
         (["deepfm.pair=[{name: a, measure: since}]"], r"recall\.late=0\.2"),
         (["deepfm.pair=[{name: a, measure: ease}]", LATE_SET], r"measure ease needs recall\.linear=\[ease\]"),
         (["deepfm.pair=[{name: recent, measure: since}]", LATE_SET], "names used twice: recent"),
