@@ -88,4 +88,4 @@ def random_recall(config: Config, features: Run) -> Run:
     state = {row["user"]: {name: row[name] for name in schema.names} for row in reversed(first)}
     recall.write_table(f"{LATE}/users", pa.Table.from_pylist(list(state.values()), schema=schema))
     known = sum(m < late.get(user, m + dt.timedelta(1)) for user, of in moments.items() for m in of)
-    return recall.commit(config, {"late": {"known": known}})
+    return recall.commit(config, {"known": train.num_rows, "late": {"known": known}})

@@ -1,9 +1,10 @@
-"""What pair fields are worth beside a model's logit, learned on lists: of users as of when their late events
-began, by tables and a model that know of nothing later, with what these users then had.
+"""What pair fields are worth beside a model's logit, learned on lists: of users as of a moment, by tables and
+a model that know of nothing later, with what these users then had. The moment is when their late events
+begin, or, where the model is fitted on train and valid in the end, the valid part.
 
-A list holds what the pair fields put first, the user's late events, and a sample of all other items, which
+A list holds what the pair fields put first, the user's later events, and a sample of all other items, which
 count for those that are not there; in a small catalogue it holds all. The loss is the cross entropy of each
-late event among all items, those after a list's first few counting less: a list is made for what comes next.
+later event among all items.
 
 Legend: U users, I items (index 0 is unknown), C entries of a list, P pair fields.
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,7 +24,7 @@ from recsys_dist.config import Config
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.late import late_users, require_earlier
+from recsys_dist.deepfm.late import Early, late_users, require_earlier, valid_users
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import diverged
@@ -41,9 +43,10 @@ NUMBERS = 1 << 28
 CHUNK = 1 << 24
 """Numbers of the widest array that a chunk of users makes."""
 SOON = 4.0
-"""A late event that so many others of its user came before counts 1/e."""
-LATE_EVENTS = 64
-"""Of a user that are learned from: the next one would count less than 1e-6."""
+"""A late event that so many others of its user came before counts 1/e: there are more of them than a list is
+made for."""
+LATER_EVENTS = 64
+"""Of a user that are learned from: the next late one would count less than 1e-6."""
 
 EPOCHS = 8
 LISTS = 32
@@ -54,15 +57,15 @@ HELD_OUT = 0.1
 
 
 class Lists(NamedTuple):
-    """Lists of late events."""
+    """Lists with later events."""
 
     inputs: Tensor
     """[U, C, P + 1] float32: the pair fields and the logit."""
     stands_for: Tensor
     """[U, C] float32: log of how many items an entry stands for; -inf for none."""
     weight: Tensor
-    """[U, C] float32: of the late events, 0 of other entries; of each user with sum 1, or 0 where he has none
-    that may be listed."""
+    """[U, C] float32: of the later events, 0 of other entries; of each user with sum 1, or 0 where he has
+    none that may be listed."""
 
 
 def most_users(fields: int, n_items: int) -> int:
@@ -71,13 +74,14 @@ def most_users(fields: int, n_items: int) -> int:
 
 
 @torch.no_grad()
-def lists(model: DeepFM, pairs: Pairs, users: HeldOut, seed: int) -> Lists:
+def lists(model: DeepFM, pairs: Pairs, users: HeldOut, soon: float, seed: int) -> Lists:
     """The lists of users.
 
     Args:
         model: without pair fields, fitted on nothing later than the users' states; in eval mode.
         pairs: by tables that know as little.
-        users: and their late events.
+        users: and their later events.
+        soon: an event that so many others of its user came before counts 1/e.
         seed: of the sample.
     """
     device = next(model.parameters()).device
@@ -103,27 +107,27 @@ def lists(model: DeepFM, pairs: Pairs, users: HeldOut, seed: int) -> Lists:
             stop = min(start + at_once, last)
             pair = pairs.of_all(users.state[pairs.history].slice(start, stop - start))
             allowed = users.allowed(start, stop)
-            soon = _late_events(users, start, stop, allowed)
-            items, stands_for = _entries(pair[..., proposing], allowed, soon > 0, generator)
+            weight = _later_events(users, start, stop, allowed, soon)
+            items, stands_for = _entries(pair[..., proposing], allowed, weight > 0, generator)
             rows = torch.arange(start, stop)
             user = model.user_side(users.user.take(rows).to(device)).leading(-1, 1)
             logit = model.logits(user, catalogue.take(items.to(device)))
             made.inputs[rows, :, :fields] = pair.gather(1, items.unsqueeze(-1).expand(-1, -1, fields))
             made.inputs[rows, :, fields] = logit.float().cpu()
             made.stands_for[rows] = stands_for
-            made.weight[rows] = soon.gather(1, items)
+            made.weight[rows] = weight.gather(1, items)
     return made
 
 
-def _late_events(users: HeldOut, start: int, stop: int, allowed: Tensor) -> Tensor:
+def _later_events(users: HeldOut, start: int, stop: int, allowed: Tensor, soon: float) -> Tensor:
     """[U, I] what each item counts that a user had later, of each user with sum 1."""
     rows, items, place = users.relevant(start, stop)
-    few = place < min(LATE_EVENTS, max(1, ENTRIES // 4))
+    few = place < min(LATER_EVENTS, max(1, ENTRIES // 4))
     rows, items, place = rows[few], items[few], place[few]
-    soon = torch.zeros(allowed.shape)
-    soon.index_put_((rows, items), torch.exp(-place / SOON).float(), accumulate=True)
-    soon *= allowed
-    return soon / soon.sum(1, keepdim=True).clamp(min=1e-30)
+    weight = torch.zeros(allowed.shape)
+    weight.index_put_((rows, items), torch.exp(-place / soon).float(), accumulate=True)
+    weight *= allowed
+    return weight / weight.sum(1, keepdim=True).clamp(min=1e-30)
 
 
 def _entries(
@@ -177,8 +181,7 @@ def fit(made: Lists, head: PairHead, seed: int) -> Fitted:
         seed: of which lists are held out, and of the order of the others.
     """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(made.weight), generator=generator)
-    held_out, learned = order.split([int(HELD_OUT * len(order)), len(order) - int(HELD_OUT * len(order))])
+    held_out, learned = _held_out(len(made.weight), generator)
     counted = made.stands_for[learned] > -torch.inf
     inputs = made.inputs[learned][counted]
     head.mean.copy_(inputs.mean(0))
@@ -203,8 +206,14 @@ def fit(made: Lists, head: PairHead, seed: int) -> Fitted:
     return Fitted(head, epoch, best, before)
 
 
+def _held_out(number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which of so many lists are held out, and the others."""
+    order, few = torch.randperm(number, generator=generator), int(HELD_OUT * number)
+    return order[:few], order[few:]
+
+
 def _loss(made: Lists, rows: Tensor, head: nn.Module) -> Tensor:
-    """The mean of some lists' losses: the cross entropy, weighted, of the late events among all items."""
+    """The mean of some lists' losses: the cross entropy, weighted, of the later events among all items."""
     inputs, weight = made.inputs[rows], made.weight[rows]
     score = head(inputs[..., :-1], inputs[..., -1])
     among = (score + made.stands_for[rows]).logsumexp(1, keepdim=True)
@@ -222,60 +231,78 @@ def _copy(head: nn.Module) -> dict[str, Tensor]:
 
 
 def learn(
-    config: Config, features: Run, recall: Run, early: Path, whole: Path, device: torch.device
+    config: Config, features: Run, recall: Run, early: Path | None, whole: Path, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Learn the head of the pair fields.
+    """Learn the head of the pair fields, and measure it on valid: with lists of the late events on the sample
+    of users that a training is measured with, with lists of valid on the users held out.
 
     Args:
         config: with the pair fields.
         features: the features run.
         recall: with the tables.
-        early: the checkpoint of a model without pair fields, fitted on the early events of train.
-        whole: of one that is fitted on all of train, beside which the head is measured on valid.
+        early: the checkpoint of a model without pair fields, fitted on the early events of train; None: the
+            lists are of valid.
+        whole: of one that is fitted on all of train.
         device: where logits are computed.
 
     Returns:
         The head's part of a model's state_dict; and what is told of it.
 
     Raises:
-        DataError: the tables know late events, there are none of these, or a number of a table is not finite.
+        DataError: the tables know the later events, there are none of these, or a number of a table is not
+            finite.
         ConfigError: a logit is not finite.
     """
-    require_earlier(features, recall)
+    require_earlier(features, recall, Early(features, recall) if early else None)
     settings = config.deepfm
     spec = used_fields(features.spec(), settings)
     fields = spec.side("pair")
     bare = config.with_deepfm({"pair": ()}).deepfm
     model = DeepFM(used_fields(features.spec(), bare), bare)
-    load_weights(early, model.state_dict())
+    load_weights(early or whole, model.state_dict())
     model = model.to(device).eval()
     items = Items(features, spec)
-    users = late_users(items, features, recall, config, most_users(len(fields), len(items)))
-    made = lists(model, Pairs(fields, items, recall, f"{LATE}/"), users, config.seed)
+    most = most_users(len(fields), len(items))
+    known = Pairs(fields, items, recall, before_valid(recall))
+    if early:
+        users = late_users(items, features, recall, config, most)
+        made = lists(model, Pairs(fields, items, recall, f"{LATE}/"), users, SOON, config.seed)
+    else:
+        users = valid_users(items, features, config, most)
+        made = lists(model, known, users, np.inf, config.seed)
     wrong = ~made.inputs.isfinite().all((0, 1))
     for name in (field.name for field, of in zip(fields, wrong, strict=False) if of):
         raise DataError(
-            f"{recall.uri}/{LATE}: the pair field {name} has numbers that are not finite. Run "
-            f"jobs/recall.py --force."
+            f"{recall.uri}: the pair field {name} has numbers that are not finite. Run jobs/recall.py "
+            f"--force."
         )
     if wrong[-1]:
-        raise diverged(f"{early.name} has logits of late events that are not finite", model)
+        raise diverged(f"{(early or whole).name} has logits that are not finite", model)
+    only = None
+    if not early:
+        held_out, learned = _held_out(len(users), torch.Generator().manual_seed(config.seed))
+        rows = held_out if len(held_out) else learned
+        only = users.state["user"].combine_chunks().take(pa.array(rows.numpy()))
     with torch.random.fork_rng(devices=[]):
         model = DeepFM(spec, settings, seed=config.seed)
-    found = fit(made, model.pair_head, config.seed)
     state = model.state_dict()
     load_weights(whole, {name: tensor for name, tensor in state.items() if not name.startswith(PAIR_HEAD)})
-    valid = Ranking(features, items, config, paired=Pairs(fields, items, recall, before_valid(recall)))
+    valid = Ranking(features, items, config, paired=known, only=only)
     with _alone(device):
-        measured = valid.figures(model.to(device), device)
+        without = valid.ndcg(model.to(device), device)  # at first the head adds nothing
+        found = fit(made, model.pair_head.to("cpu"), config.seed)
+        measured = valid.ndcg(model.to(device), device)
     told = {
-        **measured,
+        valid.metric: measured,
+        "without": without,
+        "measured_on": len(valid),
         "lists": len(users),
+        "of": "late" if early else "valid",
         "epoch": found.epoch,
         "loss": round(found.loss, 6),
         "loss_without": round(found.before, 6),
     }
-    return {name: tensor for name, tensor in state.items() if name.startswith(PAIR_HEAD)}, told
+    return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PAIR_HEAD)}, told
 
 
 @contextmanager

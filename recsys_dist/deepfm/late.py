@@ -1,5 +1,6 @@
-"""The late train events, of which the tables under late/ of a recall run know nothing: on them a model learns
-what the pair fields are worth beside a logit that knows nothing of them either.
+"""Users and events of which some tables of a recall run know nothing: on them a model learns what the pair
+fields are worth, beside a logit that knows nothing of them either. They are the late events of train, or
+those of the valid part.
 """
 
 import numpy as np
@@ -9,6 +10,7 @@ import pyarrow.compute as pc
 from recsys_dist.config import Config
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.pairs import before_valid
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import LATE, SEEN_COLUMN
 from recsys_dist.workspace import Run
@@ -48,21 +50,39 @@ class Early:
         return early
 
 
-def require_earlier(features: Run, recall: Run) -> None:
-    """Raise a DataError where the tables under late/ were counted from other events than the early ones."""
-    early = Early(features, recall)
+def require_earlier(features: Run, recall: Run, early: Early | None) -> None:
+    """Raise a DataError where the tables that know no late events, or (without `early`) no valid ones, were
+    counted from other train events.
+    """
     wanted = pc.field("split") == "train"
     if recall.manifest["config"]["recall"]["events"] == "positive":
         wanted &= pc.field("label") > 0
-    batches = features.dataset("examples").to_batches(columns=list(Early.columns), filter=wanted)
-    found = sum(int(early(pa.table(batch)).sum()) for batch in batches)
-    known = int(recall.manifest["figures"]["late"]["known"])
+    figures, folder = recall.manifest["figures"], LATE if early else before_valid(recall)
+    known = int((figures["late"] if early else figures.get("before_valid", figures))["known"])
+    if early:
+        batches = features.dataset("examples").to_batches(columns=list(Early.columns), filter=wanted)
+        found = sum(int(early(pa.table(batch)).sum()) for batch in batches)
+    else:
+        found = features.dataset("examples").count_rows(filter=wanted)
     if found != known:
         raise DataError(
-            f"{recall.uri}/{LATE} was counted from {known} events, and {found} train events are earlier than "
-            f"its users' late ones: what the ranking model learns of such tables would not hold for new "
-            f"events. Run jobs/recall.py --force."
+            f"{recall.uri}/{folder.rstrip('/')} was counted from {known} events, and {found} train events "
+            f"are earlier than its users' {'late' if early else 'valid'} ones: what the ranking model learns "
+            f"of such tables would not hold for new events. Run jobs/recall.py --force."
         )
+
+
+def valid_users(items: Items, features: Run, config: Config, most: int) -> HeldOut:
+    """Users as of the start of the valid part, and their positive events in it; arguments as in `late_users`.
+
+    Raises:
+        DataError: nobody has one of an item that he had not seen.
+    """
+    state = features.table("users", filter=pc.field("as_of") == "valid")
+    wanted = (pc.field("split") == "valid") & (pc.field("label") > 0)
+    positives = features.table("examples", columns=["user", "item", "timestamp"], filter=wanted)
+    found = HeldOut(items, state, positives, config.score.filter_seen, most, config.seed)
+    return _require_some(found, f"{features.uri}: of {len(state)} users none has a positive event in valid")
 
 
 def late_users(items: Items, features: Run, recall: Run, config: Config, most: int) -> HeldOut:
@@ -99,10 +119,13 @@ def late_users(items: Items, features: Run, recall: Run, config: Config, most: i
         state = state.append_column(SEEN_COLUMN[filter_seen], seen)
     later = events.filter(pc.and_(pc.invert(early), positive))
     found = HeldOut(items, state, later, filter_seen, most, config.seed)
+    return _require_some(found, f"{recall.uri}/{LATE}: of {len(state)} users none has a late positive event")
+
+
+def _require_some(found: HeldOut, what: str) -> HeldOut:
     if not len(found):
         raise DataError(
-            f"{recall.uri}/{LATE}: of {len(state)} users none has a late positive event of an item that was "
-            f"new to them, and pair fields are learned on those. Raise recall.late, leave deepfm.pair out, "
-            f"or set score.filter_seen=none."
+            f"{what} of an item that was new to them, and pair fields are learned on those. Leave "
+            f"deepfm.pair out, or set score.filter_seen=none."
         )
     return found

@@ -43,7 +43,7 @@ from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.workspace import OpenRun, Run, Workspace
 
 HEAD, LEARNED = "head.safetensors", "head.json"
-"""In the folder of the fit on early events: what was learned of the pair fields, and what is told of it."""
+"""What was learned of the pair fields, and what is told of it."""
 RAY = "ray"
 """The folder in which Ray Train keeps its own state."""
 MEASURED = {
@@ -162,44 +162,55 @@ class _Fitted:
 def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -> _Fitted:
     """Fit on train, and, where it is asked for, once more on train and valid, for as many epochs.
 
-    Beside pair fields there is a fit on the early events of train alone, from which the head learns what the
-    fields are worth; and the head stays the same beside embeddings that know all events. A model that starts
-    from an earlier one, which knows late events too, takes over that one's head.
+    What pair fields are worth is learned on events that the model does not know, and stays the same beside
+    one that knows all. Those of valid, where that is fitted on in the end; else the late ones of train, for
+    which there is a fit on the early ones alone. A model that starts from an earlier one, which knows them
+    all, takes over that one's head.
     """
     from safetensors.torch import load_file
 
     from recsys_dist.deepfm.start_from import earlier_head
 
     folder, settings = run.training, config.deepfm
-    plain = config.with_deepfm({"pair": ()})
-    task = {"config": plain, "features": run.inputs["features"], "start_from": before}
-    early, refit = folder / "early", folder / "refit"
-    recall = run.inputs.get("recall")
-    if not early.exists() and not refit.exists():  # or a driver that died was there already
+    features, recall = run.inputs["features"], run.inputs.get("recall")
+    task = {"config": config.with_deepfm({"pair": ()}), "features": features, "start_from": before}
+    early, learned, refit = (folder / name for name in ("early", "head", "refit"))
+    if not any(
+        later.exists() for later in (early, learned, refit)
+    ):  # or a driver that died was there already
         _train(config, folder, task, tracking)
     history = lines(folder / HISTORY)
     epochs = best(history)["epoch"]
     print(f"  the best epoch is {epochs} (* marks an epoch better than all before)")
     head: dict[str, Any] = {}
     told: dict[str, Any] = {}
+    again = settings.fit_on == "train_valid"
     if settings.pair and before:
         head = earlier_head(before)
         print(f"  what the pair fields are worth is as in {before.uri}")
     elif settings.pair:
         assert recall is not None, "checked with the configuration"
-        if not (early / HEAD).exists():
+        if not again and not learned.exists():
             print(f"  fitted anew on what is before the late events of train, for {epochs} epochs:")
             early.mkdir(exist_ok=True)
             alone = {"start_from": None, "before_late": recall, "epochs": epochs}
             _train(config, early, task | alone, tracking)
-            _learn_head(config, run.inputs["features"], recall, folder, early)
-        head, told = load_file(early / HEAD), json.loads((early / LEARNED).read_text())
+        if not (learned / HEAD).exists():
+            learned.mkdir(exist_ok=True)
+            checkpoints = {
+                "whole": _best_checkpoint(folder),
+                "early": None if again else _best_checkpoint(early),
+            }
+            known = {"config": config, "features": features, "recall": recall}
+            _learn_head(config, known | checkpoints, learned)
+        head, told = load_file(learned / HEAD), json.loads((learned / LEARNED).read_text())
         print(
-            f"  what the pair fields are worth is learned on the late events of {told['lists']:,} users: "
-            f"valid NDCG@10 {told['ndcg@10']:.4f} with them, {best(history)['ndcg@10']:.4f} without",
+            f"  what the pair fields are worth is learned on {told['of']} events of {told['lists']:,} users: "
+            f"valid NDCG@10 of {told['measured_on']:,} users {told['ndcg@10']:.4f} with them, "
+            f"{told['without']:.4f} without",
             flush=True,
         )
-    if settings.fit_on == "train":
+    if not again:
         return _Fitted(history, folder, head, told)
     parts = FIT_ON[settings.fit_on]
     print(f"  fitted anew on {' and '.join(parts)} for {epochs} epochs:")
@@ -208,21 +219,19 @@ def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -
     return _Fitted(history, refit, head, told)
 
 
-def _learn_head(config: Config, features: Run, recall: Run, whole: Path, early: Path) -> None:
-    """Write HEAD and LEARNED of the fits in these folders, in one Ray worker."""
-    task = {"config": config, "features": features, "recall": recall}
-    task |= {"whole": _best_checkpoint(whole), "early": _best_checkpoint(early)}
+def _learn_head(config: Config, task: dict[str, Any], folder: Path) -> None:
+    """Write HEAD and LEARNED into a folder, in one Ray worker."""
     worker = ray.remote(_head_worker).options(
         num_gpus=int(_on_gpus(config)), max_retries=config.deepfm.max_failures
     )
     try:
-        ray.get(worker.remote(task, early))
+        ray.get(worker.remote(task, folder))
     except ray.exceptions.RayError as error:
         raise RetryableError(
             f"Learning what the pair fields are worth failed: {error}. If this is not the data's or the "
             f"settings' fault, run the job again."
         ) from error
-    _require_accepted(early)
+    _require_accepted(folder)
 
 
 def _head_worker(task: dict[str, Any], folder: Path) -> None:
@@ -235,6 +244,7 @@ def _head_worker(task: dict[str, Any], folder: Path) -> None:
 
     gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
     torch.set_num_threads(os.cpu_count() or 1)
+    (folder / REFUSED).unlink(missing_ok=True)  # of a driver that died
     with refusing(folder):
         head, told = learn(**task, device=torch.device("cuda" if gpu else "cpu"))
         write_json(folder / LEARNED, told)

@@ -7,6 +7,7 @@ Legend: U users of a chunk, I items, H numbers of a pair, N examples.
 from typing import Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import torch.distributed as dist
@@ -64,15 +65,24 @@ class Ranking:
         config: seed and size of the sample.
         split: `valid` or `test`.
         paired: the model's pair fields, where it has any.
+        only: of these users; None: of all.
     """
 
     def __init__(
-        self, run: Run, items: Items, config: Config, split: str = "valid", paired: Pairs | None = None
+        self,
+        run: Run,
+        items: Items,
+        config: Config,
+        split: str = "valid",
+        paired: Pairs | None = None,
+        only: pa.Array | None = None,
     ) -> None:
         self.metric = config.deepfm.metric
         filter_seen = config.score.filter_seen
         state = run.table("users", filter=pc.field("as_of") == split)
         positives = read_examples(run, items.spec, [split], config.deepfm)
+        if only is not None:
+            positives = positives.filter(pc.is_in(positives["user"], only))
         most = config.deepfm.valid_users
         self.users = HeldOut(items, state, positives, filter_seen, most, config.seed)
         if not len(self.users):

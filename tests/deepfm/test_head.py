@@ -1,7 +1,6 @@
 """What pair fields are worth, learned on lists of late events beside what knows nothing of these."""
 
 import dataclasses
-import json
 
 import numpy as np
 import pyarrow.compute as pc
@@ -13,9 +12,9 @@ from recsys_dist.cluster import local_or_cluster
 from recsys_dist.deepfm import checkpoint, head, train
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.examples import Examples
-from recsys_dist.deepfm.head import Lists, fit, lists
+from recsys_dist.deepfm.head import SOON, Lists, fit, lists
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.late import Early, late_users, require_earlier
+from recsys_dist.deepfm.late import Early, late_users, require_earlier, valid_users
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.pairs import Pairs
@@ -99,16 +98,21 @@ def test_examples_before_the_late_ones_and_where_they_are(night, plain, items):
         assert (at["user"], at["item"]) == pair
 
 
-def test_tables_that_know_late_events_are_refused(night):
-    """The planted leak: tables counted from the whole train part in the place of the earlier ones."""
+@pytest.mark.parametrize("part", ["late", "valid"])
+def test_tables_that_know_what_is_learned_on_are_refused(night, part):
+    """The planted leak: tables counted from the whole of train, or of train and valid, in the place of the
+    earlier ones.
+    """
     _, features, recall = night
-    require_earlier(features, recall)
-    leaking = dataclasses.replace(
-        recall,
-        manifest=recall.manifest | {"figures": {"late": {"known": features.spec().positives["train"]}}},
-    )
-    with pytest.raises(DataError, match=r"was counted from .* earlier than its users' late ones"):
-        require_earlier(features, leaking)
+    early = Early(features, recall) if part == "late" else None
+    require_earlier(features, recall, early)
+    positives = features.spec().positives
+    known = positives["train"] + positives["valid"] * (part == "valid")
+    leak = {"known": known} if part == "valid" else {"late": {"known": known}}
+    figures = recall.manifest["figures"] | leak
+    leaking = dataclasses.replace(recall, manifest=recall.manifest | {"figures": figures})
+    with pytest.raises(DataError, match=f"was counted from {known} events, .* its users' {part} ones"):
+        require_earlier(features, leaking, early)
 
 
 def test_a_recall_run_without_late_events_is_refused(night):
@@ -148,10 +152,27 @@ def test_late_users_are_as_of_when_their_late_events_began(night, items, filter_
     assert checked > 50
 
 
+def test_valid_users_are_as_of_the_start_of_valid(night, items):
+    config, features, _ = night
+    users = valid_users(items, features, config, 1000)
+    events = features.table("examples", filter=(pc.field("split") == "valid") & (pc.field("label") > 0))
+    states = {row["user"]: row for row in features.table("users/as_of=valid").to_pylist()}
+    found = {}
+    for row, state in enumerate(users.state.to_pylist()):
+        assert state["recent"] == states[state["user"]]["recent"]
+        found[state["user"]] = users.relevant(row, row + 1)[1].tolist()
+    expected = {}
+    for event in events.sort_by([("timestamp", "ascending"), ("item", "ascending")]).to_pylist():
+        if event["item"] not in states[event["user"]]["seen"]:
+            expected.setdefault(event["user"], []).append(event["item"])
+    assert found == expected
+    assert len(found) > 20
+
+
 def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
     config, features, recall = night
     users = late_users(items, features, recall, config, 1000)
-    made = lists(model, pairs, users, seed=1)
+    made = lists(model, pairs, users, SOON, seed=1)
     assert made.inputs.shape == (len(users), len(items) + 1, 4)
     for row in range(0, len(users), 7):
         allowed = users.allowed(row, row + 1)[0]
@@ -159,7 +180,7 @@ def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
         _, liked, places = users.relevant(row, row + 1)
         worth = torch.zeros(len(items) + 1)
         for item, place in zip(liked.tolist(), places.tolist(), strict=True):
-            worth[item] += np.exp(-place / head.SOON)
+            worth[item] += np.exp(-place / SOON)
         worth *= allowed
         worth /= worth.sum()
         there = made.stands_for[row] > -torch.inf
@@ -178,14 +199,14 @@ def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
 def test_of_a_large_one_some_entries_stand_for_the_others(night, items, model, pairs, monkeypatch):
     config, features, recall = night
     users = late_users(items, features, recall, config, 1000)
-    monkeypatch.setattr(head, "LATE_EVENTS", 6)
-    whole = lists(model, pairs, users, seed=1)
+    monkeypatch.setattr(head, "LATER_EVENTS", 6)
+    whole = lists(model, pairs, users, SOON, seed=1)
     monkeypatch.setattr(head, "ENTRIES", 24)
     monkeypatch.setattr(head, "CHUNK", 1)
     exact = (whole.inputs[..., -1] / 5 + whole.stands_for).exp().sum(1)
     sums = []
     for seed in range(40):
-        made = lists(model, pairs, users, seed=seed)
+        made = lists(model, pairs, users, SOON, seed=seed)
         assert made.inputs.shape == (len(users), 24, 4)
         torch.testing.assert_close(made.stands_for.exp().sum(1), users.allowed(0, len(users)).sum(1).float())
         torch.testing.assert_close(made.weight.sum(1), whole.weight.sum(1))
@@ -245,18 +266,21 @@ def test_the_head_is_published_with_embeddings_that_know_all(night, tmp_path, mo
         fitted = train._fit(config, run, None, None)
         # What is done is not done again by the driver after one that died.
         assert train._fit(config, run, None, None).told == fitted.told
-    (whole, first), (early, second), *others = fits
+    (whole, first), (last, second), *others = fits
     assert all(task["config"].deepfm.pair == () for _, task in fits)
     epochs = best(lines(whole / "history.jsonl"))["epoch"]
     assert "epochs" not in first
-    assert (second["before_late"].uri, second["epochs"]) == (recall.uri, epochs)
-    told = json.loads((early / "data.json").read_text())["told"]
-    assert told != json.loads((whole / "data.json").read_text())["told"][:1]
-    last = whole
-    if fit_on == "train_valid":
-        last, third = others[0]
-        assert (third["parts"], third["epochs"]) == (("train", "valid"), epochs)
-    assert len(others) == 2 * (fit_on == "train_valid")  # the second driver's as well
+    assert second["epochs"] == epochs
+    if fit_on == "train":
+        assert second["before_late"].uri == recall.uri
+        assert not others
+        told = [(of / "data.json").read_text() for of in (whole, last)]
+        assert told[0] != told[1]
+        last = whole
+    else:  # the second driver goes on with the refit
+        assert second["parts"] == ("train", "valid")
+        assert [folder for folder, _ in others] == [last]
+    assert fitted.told["of"] == {"train": "late", "train_valid": "valid"}[fit_on]
     figures = train._publish(config, run, fitted)
     assert figures["ndcg@10"] == figures["head"]["ndcg@10"] > 0
     assert figures["head"]["lists"] > 20
@@ -292,9 +316,7 @@ def test_what_is_not_finite_is_named(night, plain, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(head, "lists", with_nan)
-    for spoilt[0], kind, message in (
-        (1, DataError, "pair field near has numbers"),
-        (3, ConfigError, "logits"),
-    ):
+    cases = ((path, 1, DataError, "pair field near has numbers"), (None, 3, ConfigError, "has logits"))
+    for early, spoilt[0], kind, message in cases:
         with pytest.raises(kind, match=message):
-            head.learn(config, features, recall, path, path, torch.device("cpu"))
+            head.learn(config, features, recall, early, path, torch.device("cpu"))
