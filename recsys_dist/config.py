@@ -479,8 +479,8 @@ class Recall(Section):
     """transitions: as next_items_recency."""
     late: float = Field(0.0, ge=0, lt=1)
     """The last share of a user's train events (split.kind=global_time: of all train events) of which second
-    tables know nothing. With these the ranking model learns its pair fields (deepfm.pair) on the late events.
-    0: there are none."""
+    tables know nothing; with fit_on train_valid there are also some that know nothing of valid. Beside these
+    the ranking model learns what its pair fields (deepfm.pair) are worth. 0: there are none."""
 
     @model_validator(mode="after")
     def _measures(self) -> "Recall":

@@ -51,6 +51,8 @@ LATER_EVENTS = 64
 EPOCHS = 8
 LISTS = 32
 """Lists a step."""
+STANDARDISED = 2000
+"""Lists of which mean and deviation of the inputs are taken."""
 LEARNING_RATE = 3e-3
 HELD_OUT = 0.1
 """Share of the lists that decides which epoch's weights are kept."""
@@ -165,15 +167,15 @@ class Fitted(NamedTuple):
     head: PairHead
     epoch: int
     """Whose weights these are, from 1; 0: those it began with, which add nothing."""
-    loss: float
-    """Of the lists held out, in that epoch."""
-    before: float
+    loss: float | None
+    """Of the lists held out, in that epoch; None where there are none."""
+    before: float | None
     """Of them with the logit alone."""
 
 
 def fit(made: Lists, head: PairHead, seed: int) -> Fitted:
     """Fit a head to lists by Adam, its rate falling to 0 along a cosine; the epoch is kept in which the lists
-    held out have the least loss. Where there are fewer than two, the last one.
+    held out have the least loss. Where none is held out, of fewer than ten, the last one.
 
     Args:
         made: the lists.
@@ -182,8 +184,8 @@ def fit(made: Lists, head: PairHead, seed: int) -> Fitted:
     """
     generator = torch.Generator().manual_seed(seed)
     held_out, learned = _held_out(len(made.weight), generator)
-    counted = made.stands_for[learned] > -torch.inf
-    inputs = made.inputs[learned][counted]
+    some = learned[:STANDARDISED]
+    inputs = made.inputs[some][made.stands_for[some] > -torch.inf]
     head.mean.copy_(inputs.mean(0))
     # What says the same of everything says nothing, and its deviation is what rounding left of it.
     deviation = inputs.std(0, correction=0)
@@ -200,7 +202,7 @@ def fit(made: Lists, head: PairHead, seed: int) -> Fitted:
             optimizer.step()
             schedule.step()
         loss = _loss_of(made, held_out, head)
-        if loss < best or not len(held_out):
+        if loss is None or best is None or loss < best:
             epoch, best, state = number, loss, _copy(head)
     head.load_state_dict(state)
     return Fitted(head, epoch, best, before)
@@ -221,9 +223,10 @@ def _loss(made: Lists, rows: Tensor, head: nn.Module) -> Tensor:
 
 
 @torch.no_grad()
-def _loss_of(made: Lists, rows: Tensor, head: nn.Module) -> float:
-    parts = [float(_loss(made, some, head)) * len(some) for some in rows.split(LISTS) if len(some)]
-    return float(np.sum(parts)) / len(rows) if parts else float("nan")
+def _loss_of(made: Lists, rows: Tensor, head: nn.Module) -> float | None:
+    if not len(rows):
+        return None
+    return sum(float(_loss(made, some, head)) * len(some) for some in rows.split(LISTS)) / len(rows)
 
 
 def _copy(head: nn.Module) -> dict[str, Tensor]:
@@ -299,8 +302,8 @@ def learn(
         "lists": len(users),
         "of": "late" if early else "valid",
         "epoch": found.epoch,
-        "loss": round(found.loss, 6),
-        "loss_without": round(found.before, 6),
+        "loss": found.loss,
+        "loss_without": found.before,
     }
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PAIR_HEAD)}, told
 

@@ -248,6 +248,11 @@ def test_a_head_learns_what_a_field_is_worth():
     assert found.loss == fit(made, again, seed=3).loss
 
 
+def test_of_few_lists_none_is_held_out_and_the_last_epoch_counts():
+    found = fit(planted(9, 1), PairHead(3, (8,)), seed=3)
+    assert (found.epoch, found.loss, found.before) == (head.EPOCHS, None, None)
+
+
 @pytest.mark.parametrize("fit_on", ["train", "train_valid"])
 def test_the_head_is_published_with_embeddings_that_know_all(night, tmp_path, monkeypatch, fit_on):
     config, features, recall = night
