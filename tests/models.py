@@ -15,6 +15,12 @@ from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, RELATED
 from recsys_dist.workspace import Run, Workspace
 from tests.synthetic import synthetic_features
 
+PAIR = (
+    "[{name: next, measure: next_items, recency: 2}, {name: near, measure: neighbors}, "
+    "{name: since, measure: since}]"
+)
+"""deepfm.pair: what the tables of `random_recall` can say."""
+
 
 def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
     """Commit features, als, recall (random numbers) and deepfm (initial weights) runs under the root.

@@ -24,12 +24,12 @@ from recsys_dist.config import Config
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.late import Early, late_users, require_earlier, valid_users
+from recsys_dist.deepfm.late import Early, late_users, require_earlier
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import diverged
 from recsys_dist.deepfm.pairs import Pairs, before_valid
-from recsys_dist.deepfm.validation import Ranking
+from recsys_dist.deepfm.validation import CHUNK, Ranking, users_of_part
 from recsys_dist.errors import DataError
 from recsys_dist.schema import LATE
 from recsys_dist.workspace import Run
@@ -40,8 +40,6 @@ MOST_USERS = 20_000
 """An MLP of a few thousand weights learns no more from more lists."""
 NUMBERS = 1 << 28
 """Of all lists, at most: 1 GiB."""
-CHUNK = 1 << 24
-"""Numbers of the widest array that a chunk of users makes."""
 SOON = 4.0
 """A late event that so many others of its user came before counts 1/e: there are more of them than a list is
 made for."""
@@ -256,7 +254,8 @@ def learn(
             finite.
         ConfigError: a logit is not finite.
     """
-    require_earlier(features, recall, Early(features, recall) if early else None)
+    before_late = Early(features, recall) if early else None
+    require_earlier(features, recall, before_late)
     settings = config.deepfm
     spec = used_fields(features.spec(), settings)
     fields = spec.side("pair")
@@ -267,11 +266,11 @@ def learn(
     items = Items(features, spec)
     most = most_users(len(fields), len(items))
     known = Pairs(fields, items, recall, before_valid(recall))
-    if early:
-        users = late_users(items, features, recall, config, most)
+    if before_late:
+        users = late_users(items, features, recall, before_late, config, most)
         made = lists(model, Pairs(fields, items, recall, f"{LATE}/"), users, SOON, config.seed)
     else:
-        users = valid_users(items, features, config, most)
+        users = users_of_part(features, items, config, "valid", most)
         made = lists(model, known, users, np.inf, config.seed)
     wrong = ~made.inputs.isfinite().all((0, 1))
     for name in (field.name for field, of in zip(fields, wrong, strict=False) if of):

@@ -5,6 +5,7 @@ Legend: U users, I items (index 0 is unknown).
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -44,8 +45,8 @@ class HeldOut:
         most: int,
         seed: int,
     ) -> None:
-        spec = self.spec = items.spec
-        self.items = items
+        spec = items.spec
+        self.items, self.filter_seen = items, filter_seen
         events = without_seen(positives, state, filter_seen)
         users = np.unique(events["user"].to_numpy())
         self.left_out = len(np.unique(positives["user"].to_numpy())) - len(users)
@@ -79,28 +80,27 @@ class HeldOut:
         rows = np.argsort(order)[np.searchsorted(users, owners)]
         ascending = np.argsort(rows, kind="stable")
         place = np.arange(len(owners)) - np.searchsorted(owners, owners)
-        self._truth = rows[ascending], events["item"].to_numpy().astype(np.int64)[ascending]
-        self._place = place[ascending]
+        liked = events["item"].to_numpy().astype(np.int64)
+        self._truth = rows[ascending], liked[ascending], place[ascending]
 
     def __len__(self) -> int:
         return len(self.user)
 
-    def told(self, name: str, filter_seen: SeenFilter) -> str:
+    def told(self, name: str) -> str:
         """How many they are, in a line."""
         told = f"{name}: {len(self):,} users"
         if len(self) < self.drawn_from:
             told += f", drawn from {self.drawn_from:,}"
         if self.left_out:
-            told += f"; {self.left_out:,} left out: all their positives were seen (filter_seen={filter_seen})"
+            seen = f"all their positives were seen (filter_seen={self.filter_seen})"
+            told += f"; {self.left_out:,} left out: {seen}"
         return told
 
-    def relevant(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+    def relevant(self, start: int, stop: int) -> list[Tensor]:
         """What the users `start` to before `stop` had after the moment: their rows, counted from `start`, the
         items, and each event's place among its user's, from 0 in time order; int64.
         """
-        first, last = np.searchsorted(self._truth[0], [start, stop])
-        rows, items = _within(self._truth, start, stop)
-        return rows, items, torch.from_numpy(self._place[first:last])
+        return _within(self._truth, start, stop)
 
     def allowed(self, start: int, stop: int) -> Tensor:
         """[U, I] bool: which items may be in the lists of the users `start` to before `stop`."""
@@ -110,6 +110,8 @@ class HeldOut:
         return allowed
 
 
-def _within(found: tuple[np.ndarray, np.ndarray], start: int, stop: int) -> tuple[Tensor, Tensor]:
+def _within(found: Sequence[np.ndarray], start: int, stop: int) -> list[Tensor]:
+    """Of arrays of which the first are ascending rows, the part of some rows; these count from the first."""
     first, last = np.searchsorted(found[0], [start, stop])
-    return torch.from_numpy(found[0][first:last] - start), torch.from_numpy(found[1][first:last])
+    rows, *others = (torch.from_numpy(of[first:last]) for of in found)
+    return [rows - start, *others]

@@ -72,26 +72,14 @@ def require_earlier(features: Run, recall: Run, early: Early | None) -> None:
         )
 
 
-def valid_users(items: Items, features: Run, config: Config, most: int) -> HeldOut:
-    """Users as of the start of the valid part, and their positive events in it; arguments as in `late_users`.
-
-    Raises:
-        DataError: nobody has one of an item that he had not seen.
-    """
-    state = features.table("users", filter=pc.field("as_of") == "valid")
-    wanted = (pc.field("split") == "valid") & (pc.field("label") > 0)
-    positives = features.table("examples", columns=["user", "item", "timestamp"], filter=wanted)
-    found = HeldOut(items, state, positives, config.score.filter_seen, most, config.seed)
-    return _require_some(found, f"{features.uri}: of {len(state)} users none has a positive event in valid")
-
-
-def late_users(items: Items, features: Run, recall: Run, config: Config, most: int) -> HeldOut:
+def late_users(items: Items, features: Run, recall: Run, early: Early, config: Config, most: int) -> HeldOut:
     """Users as of when their late events began, and the positive ones of these.
 
     Args:
         items: of the features run, with the model's fields.
         features: that run.
         recall: whose late events they are.
+        early: which are not late.
         config: seed, and which items are left out of the lists.
         most: users are drawn where there are more.
 
@@ -106,10 +94,9 @@ def late_users(items: Items, features: Run, recall: Run, config: Config, most: i
     wanted = (pc.field("split") == "train") & pc.field("user").isin(users.combine_chunks())
     columns = ["user", "item", "timestamp", "label"]
     events = features.table("examples", columns=columns, filter=wanted)
-    early = pa.array(Early(features, recall)(events))
-    positive = pc.greater(events["label"], 0)
-    before = events.filter(early if filter_seen == "all" else pc.and_(early, positive))
+    is_early, positive = pa.array(early(events)), pc.greater(events["label"], 0)
     if filter_seen != "none":
+        before = events.filter(is_early if filter_seen == "all" else pc.and_(is_early, positive))
         before = before.sort_by("user")
         owners = before["user"].to_numpy()
         ends = np.searchsorted(owners, np.sort(users.to_numpy()), side="right")
@@ -117,15 +104,12 @@ def late_users(items: Items, features: Run, recall: Run, config: Config, most: i
         offsets = pa.array(np.append([0], ends), pa.int32())
         seen = pa.ListArray.from_arrays(offsets, before["item"].combine_chunks())
         state = state.append_column(SEEN_COLUMN[filter_seen], seen)
-    later = events.filter(pc.and_(pc.invert(early), positive))
+    later = events.filter(pc.and_(pc.invert(is_early), positive))
     found = HeldOut(items, state, later, filter_seen, most, config.seed)
-    return _require_some(found, f"{recall.uri}/{LATE}: of {len(state)} users none has a late positive event")
-
-
-def _require_some(found: HeldOut, what: str) -> HeldOut:
     if not len(found):
         raise DataError(
-            f"{what} of an item that was new to them, and pair fields are learned on those. Leave "
-            f"deepfm.pair out, or set score.filter_seen=none."
+            f"{recall.uri}/{LATE}: of {len(state)} users none has a late positive event of an item that was "
+            f"new to them, and pair fields are learned on those. Leave deepfm.pair out, or set "
+            f"score.filter_seen=none."
         )
     return found

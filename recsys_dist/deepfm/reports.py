@@ -27,8 +27,13 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file, whole or not at all."""
+    write_bytes(file, text.encode())
+
+
+def write_bytes(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all."""
     new = file.with_name(f"{file.name}.{os.getpid()}.new")
-    new.write_text(text)
+    new.write_bytes(content)
     new.replace(file)
 
 

@@ -36,6 +36,7 @@ from recsys_dist.deepfm.reports import (
     lines,
     refused,
     refusing,
+    write_bytes,
     write_json,
 )
 from recsys_dist.deepfm.tracking import Tracking
@@ -248,9 +249,7 @@ def _head_worker(task: dict[str, Any], folder: Path) -> None:
     with refusing(folder):
         head, told = learn(**task, device=torch.device("cuda" if gpu else "cpu"))
         write_json(folder / LEARNED, told)
-        new = folder / f"{HEAD}.{os.getpid()}.new"
-        new.write_bytes(safetensors.torch.save(head))
-        new.replace(folder / HEAD)
+        write_bytes(folder / HEAD, safetensors.torch.save(head))
 
 
 def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Tracking) -> None:

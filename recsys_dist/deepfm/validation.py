@@ -55,6 +55,36 @@ def validation(run: Run, items: Items, config: Config, split: str = "valid") -> 
     return kind(run, items, config, split)
 
 
+def users_of_part(
+    run: Run, items: Items, config: Config, split: str, most: int, only: pa.Array | None = None
+) -> HeldOut:
+    """The users with positives in a part, as of its start.
+
+    Args:
+        run: the features run.
+        items: its items.
+        config: seed, and which items are left out of the lists.
+        split: `valid` or `test`.
+        most: users are drawn where there are more.
+        only: of these users; None: of all.
+
+    Raises:
+        DataError: there is no positive, or all are of items that their users had seen.
+    """
+    state = run.table("users", filter=pc.field("as_of") == split)
+    positives = read_examples(run, items.spec, [split], config.deepfm)
+    if only is not None:
+        positives = positives.filter(pc.is_in(positives["user"], only))
+    filter_seen = config.score.filter_seen
+    found = HeldOut(items, state, positives, filter_seen, most, config.seed)
+    if not len(found):
+        raise DataError(
+            f"{run.uri}: every positive example in split={split} is of an item that the user has seen, "
+            f"and score.filter_seen={filter_seen} leaves those out. Try --set score.filter_seen=none."
+        )
+    return found
+
+
 class Ranking:
     """A fixed sample of the users with positives in a part, each to be ranked all items that may be listed;
     the users are as of the part's start (HeldOut).
@@ -78,19 +108,8 @@ class Ranking:
         only: pa.Array | None = None,
     ) -> None:
         self.metric = config.deepfm.metric
-        filter_seen = config.score.filter_seen
-        state = run.table("users", filter=pc.field("as_of") == split)
-        positives = read_examples(run, items.spec, [split], config.deepfm)
-        if only is not None:
-            positives = positives.filter(pc.is_in(positives["user"], only))
-        most = config.deepfm.valid_users
-        self.users = HeldOut(items, state, positives, filter_seen, most, config.seed)
-        if not len(self.users):
-            raise DataError(
-                f"{run.uri}: every positive example in split={split} is of an item that the user has seen, "
-                f"and score.filter_seen={filter_seen} leaves those out. Try --set score.filter_seen=none."
-            )
-        self.told = self.users.told(split, filter_seen)
+        self.users = users_of_part(run, items, config, split, config.deepfm.valid_users, only)
+        self.told = self.users.told(split)
         self.items, self.paired = items, paired
         self.k = min(K, items.spec.n_items)
 

@@ -14,26 +14,17 @@ from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.head import SOON, Lists, fit, lists
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.late import Early, late_users, require_earlier, valid_users
+from recsys_dist.deepfm.late import Early, late_users, require_earlier
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.published import load
 from recsys_dist.deepfm.reports import best, lines
+from recsys_dist.deepfm.validation import users_of_part
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import LATE, SEEN_COLUMN
 from recsys_dist.workspace import Workspace
-from tests.deepfm.test_pairs import PAIR
 from tests.deepfm.workers import run_workers, train_in
-from tests.models import random_recall
-from tests.synthetic import synthetic_config, synthetic_features
-
-
-@pytest.fixture(scope="module")
-def night(tmp_path_factory):
-    config = synthetic_config(tmp_path_factory.mktemp("root"), pair=PAIR)
-    features = synthetic_features(config)
-    return config, features, random_recall(config, features)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +116,8 @@ def test_a_recall_run_without_late_events_is_refused(night):
 @pytest.mark.parametrize("filter_seen", ["all", "positives", "none"])
 def test_late_users_are_as_of_when_their_late_events_began(night, items, filter_seen):
     config, features, recall = night
-    users = late_users(items, features, recall, with_filter(config, filter_seen), 1000)
+    early = Early(features, recall)
+    users = late_users(items, features, recall, early, with_filter(config, filter_seen), 1000)
     states = {row["user"]: row for row in recall.table(f"{LATE}/users").to_pylist()}
     events = events_of(features, recall)
     checked = 0
@@ -154,7 +146,7 @@ def test_late_users_are_as_of_when_their_late_events_began(night, items, filter_
 
 def test_valid_users_are_as_of_the_start_of_valid(night, items):
     config, features, _ = night
-    users = valid_users(items, features, config, 1000)
+    users = users_of_part(features, items, config, "valid", 1000)
     events = features.table("examples", filter=(pc.field("split") == "valid") & (pc.field("label") > 0))
     states = {row["user"]: row for row in features.table("users/as_of=valid").to_pylist()}
     found = {}
@@ -171,7 +163,7 @@ def test_valid_users_are_as_of_the_start_of_valid(night, items):
 
 def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
     config, features, recall = night
-    users = late_users(items, features, recall, config, 1000)
+    users = late_users(items, features, recall, Early(features, recall), config, 1000)
     made = lists(model, pairs, users, SOON, seed=1)
     assert made.inputs.shape == (len(users), len(items) + 1, 4)
     for row in range(0, len(users), 7):
@@ -198,7 +190,7 @@ def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
 
 def test_of_a_large_one_some_entries_stand_for_the_others(night, items, model, pairs, monkeypatch):
     config, features, recall = night
-    users = late_users(items, features, recall, config, 1000)
+    users = late_users(items, features, recall, Early(features, recall), config, 1000)
     monkeypatch.setattr(head, "LATER_EVENTS", 6)
     whole = lists(model, pairs, users, SOON, seed=1)
     monkeypatch.setattr(head, "ENTRIES", 24)

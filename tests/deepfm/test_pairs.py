@@ -16,24 +16,13 @@ from recsys_dist.errors import ConfigError
 from recsys_dist.recall import related
 from recsys_dist.schema import RELATED
 from recsys_dist.workspace import Workspace
-from tests.models import random_recall
-from tests.synthetic import GROUPS, synthetic_config, synthetic_features
+from tests.models import PAIR
+from tests.synthetic import GROUPS
 
-PAIR = (
-    "[{name: next, measure: next_items, recency: 2}, {name: near, measure: neighbors}, "
-    "{name: since, measure: since}]"
-)
 RANKS = (
     "[{name: place, measure: next_items, recency: 2, rank: true}, "
     "{name: next, measure: next_items, recency: 2}, {name: far, measure: neighbors, rank: true}]"
 )
-
-
-@pytest.fixture(scope="module")
-def night(tmp_path_factory):
-    config = synthetic_config(tmp_path_factory.mktemp("root"), pair=PAIR)
-    features = synthetic_features(config)
-    return config, features, random_recall(config, features)
 
 
 @pytest.fixture(scope="module")
