@@ -555,7 +555,8 @@ class DeepFM(Section):
     """Run id of an earlier deepfm run, or `latest`, to start from: a trained `fm`, or last night's model.
     What has the same name and width is taken over, rows of a vocabulary that has grown since are new."""
     leave_out: tuple[str, ...] = ()
-    """Fields that the model does without."""
+    """Fields that the model does without. Without `user` it goes by what it knows of a user, and is the same
+    for a new one."""
     embedding_dim: int = Field(16, ge=4, multiple_of=4)
     """Factors of a field; a multiple of 4, which the fused kernels need."""
     hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), min_length=1)
@@ -574,6 +575,16 @@ class DeepFM(Section):
     a history of an attribute with several values, the values take the items' place."""
     attention: dict[str, Annotated[float, Field(gt=0)]] = {}
     """The same of histories of items, which the MLP also reads weighted by the candidate item."""
+    encoder: dict[str, Annotated[int, Field(ge=1)]] = {}
+    """History of items to the number of blocks of a transformer that reads it, in its order, in place of its
+    mean. A block sees of each item the latest before it, together no more than the history has."""
+    encoder_heads: int = Field(2, ge=1)
+    """Heads of a block's attention; a divisor of embedding_dim."""
+    encoder_dropout: float = Field(0.2, ge=0, lt=1)
+    """The share of inputs and of a block's results that is left out in training."""
+    encoder_run: int = Field(32, ge=1)
+    """With an encoder so many examples, one after the other in their file, stay together when the others are
+    shuffled: what their histories have in common is encoded once."""
     pair: tuple[Pair, ...] = ()
     """What the user's longest history of liked items says of the item, by the tables of a recall run
     (`recall.late` above 0), beside a model that ranks (`negatives` of 1 or more). An MLP of them and of the
@@ -582,8 +593,8 @@ class DeepFM(Section):
     pair_hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((64, 32), min_length=1)
     """Widths of that MLP's layers."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: the MLP is computed in it where the processor or GPU has it, else in float32; weights, tables
-    and the factorisation machine stay float32."""
+    """bfloat16: MLP and encoder are computed in it where the processor or GPU has it, else in float32;
+    weights, tables and the factorisation machine stay float32."""
     batch_size: int = Field(4096, ge=1)
     """Examples a step at most, over all workers together; positives, where items are drawn. Rounded down to a
     multiple of `streams`, because a step takes equally many of each; below `streams` there are fewer streams.
@@ -710,6 +721,22 @@ class DeepFM(Section):
         for name in ("batch_norm", "convolution", "attention"):
             if getattr(self, name) and self.model not in ("dnn", "deepfm"):
                 raise ValueError(f"{name} belongs to the MLP, which model {self.model} does not have")
+        if self.encoder and self.model in ("lr", "mf"):
+            raise ValueError(
+                f"encoder belongs to embeddings of histories, which model {self.model} does not have"
+            )
+        if self.encoder and self.embedding_dim % self.encoder_heads:
+            raise ValueError(
+                f"encoder_heads must be a divisor of embedding_dim, which is {self.embedding_dim}, found "
+                f"{self.encoder_heads}"
+            )
+        strange = sorted(
+            {*self.recency} & {*self.attention} | ({*self.recency} | {*self.attention}) & {*self.encoder}
+        )
+        if strange:
+            raise ValueError(
+                f"a history has one of recency, attention, encoder: {', '.join(strange)} has two"
+            )
         return self
 
     @model_validator(mode="after")

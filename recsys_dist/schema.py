@@ -51,10 +51,10 @@ class FieldSpec(BaseModel):
     the indices 1 to `cardinality`."""
     hashed: bool = False
     """No vocabulary: a value's index is 1 + its hash (Spark's xxhash64) modulo cardinality - 1."""
-    pooling: Literal["mean", "sum", "recency", "attention"] | None = None
+    pooling: Literal["mean", "sum", "recency", "attention", "encoder"] | None = None
     """How several embeddings become one. recency: the mean with weights exp(-age / decay), where age is the
-    number of later ones; attention: that, and in the MLP also weighted by the candidate item. The features'
-    run says mean or sum, the others are the model's."""
+    number of later ones; attention: that, and in the MLP also weighted by the candidate item; encoder:
+    what a transformer makes of them. The features' run says mean or sum, the others are the model's."""
     decay: float | None = None
     """See pooling; pair: an item of the history counts exp(-age / decay)."""
     last: int | None = None

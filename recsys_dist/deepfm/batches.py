@@ -20,7 +20,7 @@ from recsys_dist.schema import UNKNOWN, FieldSpec
 
 INDEXED = ("index", "indices")
 """Types of the fields whose embeddings are looked up in a table; the other fields have numbers."""
-SEQUENCES = ("recency", "attention")
+SEQUENCES = ("recency", "attention", "encoder")
 """Poolings for which each item of a history is looked up on its own."""
 
 
@@ -39,6 +39,9 @@ class SideBatch(Pipelineable):
     """[N, V] float32: the fields of type `value` and `vector` in the spec's order, side by side."""
     sequences: KeyedJaggedTensor | None = None
     """Keys: the fields that are looked up as sequences; N * L bags, a row's items first, one in each."""
+    starts: Tensor | None = None
+    """[N, E] bool: does the row have the whole history of each field with an encoder, or only the items that
+    come after that of the row before? None: all rows have all."""
 
     def __len__(self) -> int:
         return int(self.values.shape[0])
@@ -49,6 +52,7 @@ class SideBatch(Pipelineable):
         Args:
             rows: [M] int64.
         """
+        assert self.starts is None, "rows that lean on others"
         sequences = None
         if self.sequences is not None:
             length = self.sequences.stride() // len(self)
@@ -62,12 +66,14 @@ class SideBatch(Pipelineable):
             self.indices.to(device, non_blocking=non_blocking),
             self.values.to(device, non_blocking=non_blocking),
             None if self.sequences is None else self.sequences.to(device, non_blocking=non_blocking),
+            None if self.starts is None else self.starts.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "SideBatch":
         """The same in memory from which a GPU can copy while it computes."""
         sequences = None if self.sequences is None else self.sequences.pin_memory()
-        return SideBatch(self.indices.pin_memory(), self.values.pin_memory(), sequences)
+        starts = None if self.starts is None else self.starts.pin_memory()
+        return SideBatch(self.indices.pin_memory(), self.values.pin_memory(), sequences, starts)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keep the memory until the stream has used it (CUDA)."""
@@ -75,6 +81,8 @@ class SideBatch(Pipelineable):
         self.values.record_stream(stream)
         if self.sequences is not None:
             self.sequences.record_stream(stream)
+        if self.starts is not None:
+            self.starts.record_stream(stream)
 
 
 @dataclass
@@ -120,7 +128,9 @@ class Batch(Pipelineable):
             part.record_stream(stream)
 
 
-def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSpec, ...]) -> SideBatch:
+def side_batch(
+    columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSpec, ...], joined: bool = False
+) -> SideBatch:
     """Turn the columns of one side into tensors.
 
     Missing indices and null elements count as unknown, a missing value as 0 (the mean of what was
@@ -129,6 +139,8 @@ def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSp
     Args:
         columns: holds a column for each field; other columns are ignored.
         fields: of one side, in the spec's order.
+        joined: of a history with an encoder that goes on where that of the row before ended, only what is new
+            is looked up.
 
     Raises:
         DataError: a column is missing, an index is outside its field's table, or a vector has another length.
@@ -143,22 +155,55 @@ def side_batch(columns: pa.Table | Mapping[str, pa.Array], fields: tuple[FieldSp
     arrays = {field.name: _array(columns[field.name]) for field in fields}
     numbers = [_numbers(arrays[field.name], field) for field in fields if field.type not in INDEXED]
     nothing = np.empty((len(arrays[fields[0].name]), 0), np.float32)
-    sequences = tabled(fields, sequence=True)
+    bags = {field.name: _indices(arrays[field.name], field) for field in fields if field.type in INDEXED}
+    sequences, starts = tabled(fields, sequence=True), []
+    for field in sequences if joined else ():
+        if field.pooling == "encoder":
+            values, lengths, starts_N = _continued(*bags[field.name], field.last or 1)
+            bags[field.name] = values, lengths
+            starts.append(starts_N)
     return SideBatch(
-        _jagged(arrays, tabled(fields)),
+        _jagged(bags, tabled(fields)),
         torch.as_tensor(np.concatenate([nothing, *numbers], axis=1)),
-        _jagged(arrays, sequences, max(field.last or 1 for field in sequences)) if sequences else None,
+        _jagged(bags, sequences, max(field.last or 1 for field in sequences)) if sequences else None,
+        torch.as_tensor(np.stack(starts, axis=1)) if starts else None,
     )
 
 
+def _continued(
+    values: np.ndarray, lengths: np.ndarray, last: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of histories what is new in each beside that of the row before.
+
+    Args:
+        values: [sum of lengths].
+        lengths: [N], none above `last`.
+        last: of a longer history the oldest items are left out.
+
+    Returns:
+        the new values; their numbers [N]; and [N] bool: which rows have all of theirs, because theirs does
+        not begin as that of the row before goes on.
+    """
+    later = np.repeat(lengths.cumsum(), lengths) - np.arange(1, len(values) + 1)
+    histories = np.full((len(lengths), last), -1, values.dtype)
+    histories[np.repeat(np.arange(len(lengths)), lengths), last - 1 - later] = values
+    new, starts = lengths.copy(), np.ones(len(lengths), bool)
+    rows = np.arange(1, len(lengths))
+    for number in range(last):
+        same = (histories[rows, : last - number] == histories[rows - 1, number:]).all(1)
+        new[rows[same]], starts[rows[same]] = number, False
+        rows = rows[~same]
+    return values[later < np.repeat(new, lengths)], new, starts
+
+
 def _jagged(
-    arrays: Mapping[str, pa.Array], fields: Sequence[FieldSpec], positions: int | None = None
+    bags: Mapping[str, Sequence[np.ndarray]], fields: Sequence[FieldSpec], positions: int | None = None
 ) -> KeyedJaggedTensor:
     """A bag a row and field; with `positions`, of its last so many values a bag each, the others empty."""
     none = np.empty(0, np.int32)
-    parts = [(none, none), *(_indices(arrays[field.name], field) for field in fields)]
-    values = np.concatenate([values for values, _ in parts])
-    lengths = np.concatenate([lengths for _, lengths in parts])
+    values, lengths = (
+        np.concatenate([none, *(bags[field.name][part] for field in fields)]) for part in (0, 1)
+    )
     if positions is not None:
         later = np.repeat(lengths.cumsum(), lengths) - np.arange(1, len(values) + 1)
         values = values[later < positions]

@@ -120,7 +120,9 @@ class Examples:
                 f"below 0, missing or not finite, and the sum is {self.total.values:g}; expected are numbers "
                 f"from 0 on, not all 0. Give the events a value, or leave sample_weight out."
             )
-        self.order = Order([of.rows for of in counted], settings.streams, settings.batch_size, config.seed)
+        together = settings.encoder_run if settings.encoder else 1
+        rows = [of.rows for of in counted]
+        self.order = Order(rows, settings.streams, settings.batch_size, config.seed, together)
         self.shuffled = Shuffled(groups, self.order)
         if self.total.unknown:
             group = next(group for group, of in enumerate(counted) if of.unknown)
@@ -230,7 +232,7 @@ class Examples:
         if settings.sample_weight:
             weight = weight * table["value"].to_numpy() / (self.total.values / self.total.rows)
         return Batch(
-            user=side_batch(table, self.fields),
+            user=side_batch(table, self.fields, joined=True),
             item=self.catalogue.at(*map(torch.from_numpy, looked_up)),
             log_probability=torch.from_numpy(log_probability.astype(np.float32, copy=False)),
             weight=torch.from_numpy(weight.astype(np.float32)),

@@ -126,10 +126,14 @@ class Order:
         streams: S; there are fewer where a step or all row groups have fewer rows.
         batch_size: rows of a step at most.
         seed: of the order of row groups and rows.
+        together: so many rows, one after the other, stay together.
     """
 
-    def __init__(self, rows: Sequence[int], streams: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, rows: Sequence[int], streams: int, batch_size: int, seed: int, together: int = 1
+    ) -> None:
         total = sum(rows)
+        self.together = together
         self.row_groups, self.seed = list(rows), seed
         self.streams = min(streams, batch_size, total)
         self.cuts = [stream * total // self.streams for stream in range(self.streams + 1)]
@@ -217,7 +221,13 @@ class Shuffled:
             start = min(stop, end)
 
     def _permutation(self, epoch: int, stream: int, chunk: Chunk, rows: int) -> np.ndarray:
-        return np.random.default_rng([self.order.seed, epoch, stream, chunk.start]).permutation(rows)
+        generator, together = (
+            np.random.default_rng([self.order.seed, epoch, stream, chunk.start]),
+            self.order.together,
+        )
+        runs = generator.permutation(-(-rows // together))
+        order = (runs[:, None] * together + np.arange(together)).ravel()
+        return order[order < rows]
 
     def padded(self, parts: Sequence[pa.Table], rows: int) -> pa.Table:
         """All parts, and after them copies of a row, so that there are so many."""

@@ -1,7 +1,7 @@
 """Layers of DeepFM that torch does not have, or not for every device.
 
 Legend: N rows, F fields, P pair fields, D factors, H width of a layer, A history fields with attention, L
-their length; `...` are leading dimensions, which broadcast.
+their length, S sequences, M the greatest length of one; `...` are leading dimensions, which broadcast.
 """
 
 from collections.abc import Sequence
@@ -141,6 +141,124 @@ class Attention(nn.Module):
         pooled = torch.einsum("...al,...ald->...ad", weights, history)
         pairs = torch.cat([pooled, pooled * query.unsqueeze(-2)], dim=-1)
         return self.projection(pairs.flatten(-2))
+
+
+class Block(nn.Module):
+    """A transformer's block (Vaswani et al. 2017) over the latest items before each, and itself:
+    normalisation comes first (Xiong et al. 2020), and attention goes by content and by how many items lie in
+    between (Shaw et al. 2018; here, as in T5, a number a head and distance).
+
+    Args:
+        reach: items that each attends to at most.
+        dim: D.
+        heads: of the attention; a divisor of D.
+        dropout: share of either part's result that is left out.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self, reach: int, dim: int, heads: int, dropout: float, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.distance = nn.Parameter(torch.zeros(heads, reach, device=device))
+        self.attention_norm = nn.LayerNorm(dim, device=device)
+        self.attention = nn.Linear(dim, 3 * dim, device=device)
+        self.attended = nn.Linear(dim, dim, device=device)
+        self.forward_norm = nn.LayerNorm(dim, device=device)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(dim, 2 * dim, device=device), nn.GELU(), nn.Linear(2 * dim, dim, device=device)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, M, D] of S sequences."""
+        places = torch.arange(x.shape[1], device=x.device)
+        apart = places.unsqueeze(1) - places
+        reach = self.distance.shape[1]
+        bias = self.distance[:, apart.clamp(0, reach - 1)]
+        bias = bias.masked_fill((apart < 0) | (apart >= reach), -torch.inf)
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.attention(self.attention_norm(x)).chunk(3, -1)
+        )
+        found = nn.functional.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
+        x = x + self.dropout(self.attended(found.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.feed_forward(self.forward_norm(x)))
+
+
+class Encoder(nn.Module):
+    """What a transformer makes of a history in the place of its last item, as SASRec (Kang and McAuley 2018).
+
+    Its blocks together look back on no more items than the history has. So a user's events one after the
+    other, whose histories overlap, are one sequence, which is encoded once, and each event reads off what
+    the same blocks would make of its own history.
+
+    Args:
+        last: L.
+        blocks: one upon the other.
+        dim: D.
+        heads: of each block's attention; a divisor of D.
+        dropout: share of the inputs and of every part's result that is left out.
+        device: of the parameters.
+    """
+
+    def __init__(
+        self,
+        last: int,
+        blocks: int,
+        dim: int,
+        heads: int,
+        dropout: float,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        reach = 1 + (last - 1) // blocks
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.Sequential(*(Block(reach, dim, heads, dropout, device) for _ in range(blocks)))
+        self.norm = nn.LayerNorm(dim, device=device)
+        self.output = nn.Linear(dim, dim, device=device)
+
+    def forward(self, history: Tensor, there: Tensor, starts: Tensor | None = None) -> Tensor:
+        """[N, D], 0 of an empty history.
+
+        Args:
+            history: [N, L, D] embeddings.
+            there: [N, L] bool: is there an item?
+            starts: [N] bool: whose row has all of its history; the others have what comes after that of the
+                row before. None: all.
+        """
+        new = there.sum(1)
+        if not len(new):
+            return history[:, 0]
+        if starts is None:
+            starts = torch.ones_like(new, dtype=torch.bool)
+        until = new.cumsum(0)
+        begins = (until - new)[starts]
+        sequence = starts.cumsum(0) - 1
+        length = torch.diff(begins, append=until[-1:])
+        own = torch.arange(len(begins), device=new.device).repeat_interleave(length)
+        items = history[there]
+        place = torch.arange(len(items), device=new.device) - begins[own]
+        x = items.new_zeros(len(begins), max(1, int(length.max())), items.shape[1])
+        x = x.index_put((own, place), items)
+        x = self.output(self.norm(self.blocks(self.dropout(x)))).float()
+        seen = until - begins[sequence]
+        return x[sequence, (seen - 1).clamp(min=0)] * (seen > 0).unsqueeze(1)
+
+    def shares(self, history: Tensor, there: Tensor) -> Tensor:
+        """[N, L, D]: what the result would lose if the history had gone without the item.
+
+        Args:
+            history: as in forward.
+            there: likewise.
+        """
+        whole, shares = self(history, there), []
+        for place in range(history.shape[1]):
+            without = there.clone()
+            without[:, place] = False
+            shares.append(whole - self(history, without))
+        return torch.stack(shares, 1)
 
 
 class PairHead(nn.Module):

@@ -30,7 +30,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from recsys_dist import config
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
-from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, PairHead, recency
+from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, Encoder, PairHead, recency
 from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
@@ -113,6 +113,21 @@ class DeepFM(nn.Module):
         sequences = tabled(self.user_fields, sequence=True)
         self.user_sequences = _tables(sequences, dim, tables or device) if sequences else None
         self.attended = [field.name for field in sequences if field.pooling == "attention"]
+        self.encoders = nn.ModuleDict(
+            {
+                # As for tables: not the bare name.
+                f"of_{field.name}": Encoder(
+                    field.last or 1,
+                    settings.encoder[field.name],
+                    dim,
+                    settings.encoder_heads,
+                    settings.encoder_dropout,
+                    device,
+                )
+                for field in sequences
+                if field.pooling == "encoder"
+            }
+        )
         self.user_values = _value_weights(self.user_fields, dim, device)
         self.item_values = _value_weights(self.item_fields, dim, device)
         if self.linear:
@@ -161,6 +176,12 @@ class DeepFM(nn.Module):
             of.embedding_bags[name].weight for of in self.collections.values() if name in of.embedding_bags
         )
 
+    def encoder(self, field: str) -> Encoder:
+        """The encoder of a history."""
+        found = self.encoders[f"of_{field}"]
+        assert isinstance(found, Encoder)
+        return found
+
     def user_side(self, batch: SideBatch) -> Side:
         """The user and context fields' part."""
         return self._user_side(batch, *self._look_up(batch))
@@ -176,7 +197,7 @@ class DeepFM(nn.Module):
 
     def _user_side(self, batch: SideBatch, pooled: KeyedTensor, sequences: KeyedTensor | None) -> Side:
         columns = self._columns(pooled, batch, self.user_fields, self.user_values)
-        ages, histories = [], []
+        ages, histories, encoded = [], [], 0
         if sequences is not None:
             assert batch.sequences is not None
             by_name = sequences.to_dict()
@@ -185,6 +206,13 @@ class DeepFM(nn.Module):
                 count = there.sum(1, keepdim=True)
                 age = count - 1 - torch.arange(there.shape[1], device=there.device)
                 embeddings = by_name[field.name].view(*there.shape, -1)[..., : self.dim + 1]
+                if field.pooling == "encoder":
+                    starts = None if batch.starts is None else batch.starts[:, encoded]
+                    encoded += 1
+                    history = embeddings[..., : self.dim]
+                    column = self.encoder(field.name)(history, there > 0, starts)
+                    columns[field.name] = F.pad(column, (0, 1))  # without a first order
+                    continue
                 with torch.autocast(age.device.type, enabled=False):
                     weights = recency(age, field.decay or 1)
                     columns[field.name] = torch.einsum("nl,nld->nd", weights, embeddings)
@@ -382,6 +410,13 @@ class DeepFM(nn.Module):
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * fan_in**-0.5)
                 if layer.bias is not None:
                     layer.bias.zero_()
+        for encoder in self.encoders.values():
+            for name, parameter in encoder.named_parameters():
+                if parameter.dim() == 2 and not name.endswith("distance"):
+                    deviation = parameter.shape[1] ** -0.5
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+                elif name.endswith("bias"):
+                    parameter.zero_()
         if self.pair_fields:
             for layer in (self.pair_head.linear, *self.pair_head.layers):
                 if isinstance(layer, nn.Linear):
@@ -420,7 +455,8 @@ def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
         ConfigError: recency or attention of a field that is not such a history, sharding of one without a
             table; a field is left out that is not there, or is needed.
     """
-    names = [field.name for field in spec.fields if field.name not in ("user", "item")]
+    needed = ("user", "item") if settings.model == "mf" else ("item",)
+    names = [field.name for field in spec.fields if field.name not in needed]
     strange = [name for name in settings.leave_out if name not in names]
     if strange:
         raise ConfigError(
@@ -438,18 +474,24 @@ def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
     changes: dict[str, dict[str, Any]] = {}
     for kind in SEQUENCES:
         for name, decay in getattr(settings, kind).items():
-            changes[name] = {"pooling": kind, "decay": decay}
+            changes[name] = {"pooling": kind, "decay": None if kind == "encoder" else decay}
             right = [
                 f.name for f in spec.fields if f.kind == "history" and (kind == "recency" or f.of == "item")
             ]
             if name not in right:
                 raise ConfigError(
-                    f"deepfm.{kind}: {name} is no history{' of items' if kind == 'attention' else ''}; those "
+                    f"deepfm.{kind}: {name} is no history{'' if kind == 'recency' else ' of items'}; those "
                     f"are {', '.join(right) or 'none: add a field of kind history'}"
                 )
     fields = [field.model_copy(update=changes.get(field.name, {})) for field in spec.fields]
     if settings.model == "mf":
         fields = [field for field in fields if field.name in ("user", "item")]
+    if not tabled([field for field in fields if field.side in ("user", "context")]):
+        raise ConfigError(
+            "deepfm.leave_out: without user no field of users or of the context is left that is an index, or "
+            "a mean or sum of some. Keep user, or add a field, such as {name: last, kind: history, of: item, "
+            "last: 1}"
+        )
     fields += pair_specs(settings)
     return spec.model_copy(update={"fields": tuple(fields)})
 

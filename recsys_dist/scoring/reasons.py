@@ -36,6 +36,7 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
     A history field enters the FM as the mean (or sum, or weighted mean) of its items' embeddings, so that its
     second-order term with the listed item, <mean_j e_j, sum_i>, is a sum over j of <e_j, sum_i> / n: j's
     contribution.
+    To what an encoder makes of a history an item contributes what would be missing without it.
     An item that occurs in several history fields adds up. Histories of items' attributes name no item and
     are left out; a model without a second order gives no reasons.
     """
@@ -54,6 +55,9 @@ def reasons(ranker: Ranker, users: Users, lists: Lists) -> Reasons:
         if field.decay is not None:
             age_BH = length_B[:, None] - 1 - torch.arange(history_BH.shape[1])
             embedded_BHD = embedded_BHD * recency(age_BH, field.decay)[:, :, None]
+        elif field.pooling == "encoder":
+            there_BH = torch.arange(history_BH.shape[1]) < length_B[:, None]
+            embedded_BHD = ranker.model.encoder(field.name).shares(embedded_BHD, there_BH)
         elif field.pooling == "mean":
             embedded_BHD = embedded_BHD / length_B.clamp(min=1)[:, None, None]
         share_BKH = torch.einsum("bkd,bhd->bkh", listed_BKD, embedded_BHD)

@@ -36,6 +36,7 @@ CHANGES: list[list[str]] = [
     ["objective=logistic"],
     ["recency={recent: 5}"],
     ["attention={recent: 5}"],
+    ["encoder={recent: 2}"],
     ["convolution=[4]"],
     ["batch_norm=true"],
     ["dropout=0"],

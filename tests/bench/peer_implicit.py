@@ -11,15 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from implicit.cpu.matrix_factorization_base import MatrixFactorizationBase
+from implicit.cpu.als import AlternatingLeastSquares
 from scipy.sparse import csr_matrix
-
-
-class Given(MatrixFactorizationBase):
-    """A model whose factors are given."""
-
-    def fit(self, *_: object, **__: object) -> None:
-        """Nothing is to be done."""
 
 
 def main(folder: Path, k: int, threads: int) -> float:
@@ -27,7 +20,7 @@ def main(folder: Path, k: int, threads: int) -> float:
     users, items, seen = (np.load(folder / f"{name}.npy") for name in ("users", "items", "seen"))
     rows = np.repeat(np.arange(len(users)), seen.shape[1])
     liked = csr_matrix((np.ones(seen.size, np.float32), (rows, seen.ravel())), (len(users), len(items)))
-    model = Given(num_threads=threads)
+    model = AlternatingLeastSquares(num_threads=threads)
     model.user_factors, model.item_factors = users, items
     begin = time.perf_counter()
     model.recommend(np.arange(len(users)), liked, N=k, filter_already_liked_items=True)

@@ -45,6 +45,32 @@ def test_missing_values_are_unknown_and_missing_lists_empty(table):
     assert batch.values.dtype == torch.float32
 
 
+def test_a_history_that_goes_on_brings_only_what_is_new():
+    """Of an encoder. Others of the same user have all of theirs, and so has who begins anew."""
+    kinds = {"kind": "history", "side": "user", "type": "indices", "cardinality": 10}
+    fields = (
+        FieldSpec(name="read", pooling="encoder", last=3, **kinds),
+        FieldSpec(name="seen", pooling="recency", last=4, decay=2.0, **kinds),
+    )
+    histories = [[], [1], [1], [1, 2, 3], [3, 4, 5], [4, 6], [4, 5, 6], [], None, [1, 2], [2, 1], [7]]
+    #            all new: those that are no window over the row's before and something after it
+    new = [[], [1], [], [2, 3], [4, 5], [4, 6], [4, 5, 6], [], [], [1, 2], [2, 1], [7]]
+    starts = [True, False, False, False, False, True, True, True, False, False, True, True]
+    columns = {"read": pa.array(histories, pa.list_(pa.int32()))}
+    columns["seen"] = columns["read"]
+    batch = side_batch(columns, fields, joined=True)
+    assert batch.starts.flatten().tolist() == starts
+    found = {name: of.to_dense() for name, of in batch.sequences.to_dict().items()}
+    for name, rows in (("read", new), ("seen", histories)):
+        for row, expected in enumerate(rows):
+            own = [bag.tolist() for bag in found[name][row * 4 : row * 4 + 4]]
+            assert own == [*([item] for item in expected or []), *[[]] * (4 - len(expected or []))], (
+                name,
+                row,
+            )
+    assert side_batch(columns, fields).starts is None
+
+
 @pytest.mark.parametrize(("start", "length"), [(0, 2), (1, 2), (2, 2), (3, 1)])
 def test_a_slice_holds_only_its_rows(table, start, length):
     part = table.slice(start, length)

@@ -33,9 +33,9 @@ def row_groups(folder, cache=1 << 20):
     return RowGroups(pa.dataset.dataset(folder), ["id", "bag"], pc.field("wanted"), cache)
 
 
-def shuffled(folder, batch_size=64, streams=5, cache=1 << 20):
+def shuffled(folder, batch_size=64, streams=5, cache=1 << 20, together=1):
     groups = row_groups(folder, cache)
-    return Shuffled(groups, Order(groups.each(len, ["id"]), streams, batch_size, 7))
+    return Shuffled(groups, Order(groups.each(len, ["id"]), streams, batch_size, 7, together))
 
 
 def epoch(rows, epoch, streams=None, steps=None):
@@ -46,9 +46,12 @@ def epoch(rows, epoch, streams=None, steps=None):
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize(("batch_size", "streams"), [(64, 5), (64, 1), (7, 12), (5000, 3), (3, 12)])
-def test_every_row_comes_once_an_epoch(folder, batch_size, streams):
-    rows = shuffled(folder, batch_size, streams)
+@pytest.mark.parametrize(
+    ("batch_size", "streams", "together"),
+    [(64, 5, 1), (64, 1, 1), (7, 12, 1), (5000, 3, 1), (3, 12, 1), (64, 5, 9), (7, 12, 9), (64, 5, 5000)],
+)
+def test_every_row_comes_once_an_epoch(folder, batch_size, streams, together):
+    rows = shuffled(folder, batch_size, streams, together=together)
     wanted = [i for i in range(ROWS) if i % 5]
     orders = []
     for number in (0, 1):
@@ -60,7 +63,7 @@ def test_every_row_comes_once_an_epoch(folder, batch_size, streams):
         orders.append(list(itertools.chain(*flat)))
         assert sorted(orders[-1]) == wanted
     assert orders[0] != orders[1]
-    assert epoch(shuffled(folder, batch_size, streams), 1) == epoch(rows, 1)
+    assert epoch(shuffled(folder, batch_size, streams, together=together), 1) == epoch(rows, 1)
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -68,6 +71,20 @@ def test_a_worker_that_begins_in_the_middle_goes_on_with_the_same_rows(folder):
     whole = epoch(shuffled(folder), 3)
     late = epoch(shuffled(folder, cache=0), 3, streams=[2, 4], steps=range(6, 13))
     assert late == [[step[2], step[4]] for step in whole[6:13]]
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_rows_stay_together(folder):
+    """So many of a chunk, which is of 100 rows, or what its end or a step's leaves of them."""
+    steps = epoch(shuffled(folder, together=8), 0)
+    wanted = [i for i in range(ROWS) if i % 5]
+    following = dict(itertools.pairwise(wanted))
+    pairs = [pair for step in steps for part in step for pair in itertools.pairwise(part)]
+    assert 0.7 < np.mean([following.get(a) == b for a, b in pairs]) < 0.9
+    alone = [
+        pair for step in epoch(shuffled(folder), 0) for part in step for pair in itertools.pairwise(part)
+    ]
+    assert np.mean([following.get(a) == b for a, b in alone]) < 0.1
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -61,7 +61,20 @@ def test_all_items_come_once_each_where_as_many_are_asked_for(number):
     np.testing.assert_allclose(np.exp(odds), 0.2, rtol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{"attention": "{recent: 2}", "batch_norm": True}, {"model": "fm"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"attention": "{recent: 2}", "batch_norm": True},
+        {"model": "fm"},
+        {
+            "model": "fm",
+            "encoder": "{recent: 2}",
+            "encoder_dropout": 0,
+            "leave_out": "[user, trend, age]",
+            "sharding": "{}",
+        },
+    ],
+)
 def test_every_example_is_scored_with_its_own_item_and_the_drawn_ones(features, tmp_path, changes):
     model, _, batch = first_batch(shared(tmp_path, 7, **changes), features)
     model.eval()
@@ -69,9 +82,9 @@ def test_every_example_is_scored_with_its_own_item_and_the_drawn_ones(features, 
     number = len(batch.user)
     assert logits.shape == (number, 8)
     assert len(batch.item) == number + 7
+    users = model.user_side(batch.user)
     for row in (0, 5, number - 1):
-        rows = torch.tensor([row, *range(number, number + 7)])
-        user = model.user_side(batch.user.take(torch.tensor([row])))
+        rows, user = torch.tensor([row, *range(number, number + 7)]), users.rows(row, row + 1)
         torch.testing.assert_close(logits[row], model.logits(user, model.item_side(batch.item.take(rows))))
 
 
@@ -158,11 +171,20 @@ def test_fields_that_change_by_day_are_refused(features, tmp_path):
         first_batch(shared(tmp_path, 5, leave_out="[]"), features)
 
 
-@pytest.mark.parametrize("name", ["item", "colour"])
-def test_a_field_that_cannot_be_left_out_is_refused(features, tmp_path, name):
-    config = shared(tmp_path, 5, leave_out=f"[{name}]")
+@pytest.mark.parametrize(("name", "model"), [("item", "fm"), ("colour", "fm"), ("user", "mf")])
+def test_a_field_that_cannot_be_left_out_is_refused(features, tmp_path, name, model):
+    config = shared(tmp_path, 5, leave_out=f"[{name}]", model=model)
     with pytest.raises(ConfigError, match=f"deepfm.leave_out: {name} is no field that can be left out"):
         used_fields(features.spec(), config.deepfm)
+
+
+def test_something_of_the_user_is_left(features, tmp_path):
+    names = "group, recent, genres_seen, hour, weekday"
+    fields = used_fields(features.spec(), shared(tmp_path, 5, leave_out=f"[{names}]", sharding="{}").deepfm)
+    assert "user" in [field.name for field in fields.fields]
+    without = shared(tmp_path, 5, leave_out=f"[user, {names}]", sharding="{}")
+    with pytest.raises(ConfigError, match="without user no field of users or of the context is left"):
+        used_fields(features.spec(), without.deepfm)
 
 
 @pytest.mark.parametrize("changes", [{"objective": "bpr"}, {"negatives_from": "batch"}])

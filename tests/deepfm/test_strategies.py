@@ -18,7 +18,7 @@ from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.layers import BatchNorm, Convolution, recency
+from recsys_dist.deepfm.layers import BatchNorm, Convolution, Encoder, recency
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.steps import has_bfloat16
 from recsys_dist.errors import ConfigError, DataError
@@ -53,10 +53,14 @@ def first_batch(config, features):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_all_of_it_on_several_workers_equals_the_unsharded_model(config, features, tmp_path, workers):
+@pytest.mark.parametrize("history", ["attention", "encoder"])
+def test_all_of_it_on_several_workers_equals_the_unsharded_model(
+    config, features, tmp_path, workers, history
+):
     """100 examples on 3 workers: two rows only fill the batch, which must not show anywhere."""
     sharding = {"user": "row_wise", "item": "table_wise", "recent": "row_wise", "group": "data_parallel"}
-    config = changed(config, **EVERYTHING, sharding=sharding | {"genres": "data_parallel"})
+    changes = EVERYTHING | {"attention": {}, history: {"recent": 2}, "encoder_dropout": 0.0}
+    config = changed(config, **changes, sharding=sharding | {"genres": "data_parallel"})
     model = DeepFM(used_fields(features.spec(), config.deepfm), config.deepfm, seed=config.seed)
     loss, _ = model(first_batch(config, features))
     loss.backward()
@@ -172,6 +176,107 @@ def test_recency_weights():
     np.testing.assert_allclose(recency(age, 2.0), [[*expected, 0], [0, 0, 0, 0]], rtol=1e-6)
 
 
+def encoder(last, blocks):
+    torch.manual_seed(0)
+    found = Encoder(last, blocks, 8, 2, 0.3).eval()
+    for parameter in found.parameters():
+        torch.nn.init.normal_(parameter)
+    return found
+
+
+def there(lengths, last):
+    return torch.arange(last) < torch.tensor(lengths)[:, None]
+
+
+@torch.no_grad()
+def test_an_encoder_is_the_last_place_of_torchs_transformer():
+    """With what lies in between as its mask; empty histories have nothing to say."""
+    mine, lengths = encoder(6, 2), [6, 0, 1, 4]
+    history = torch.randn(4, 6, 8)
+    apart = torch.arange(6)[:, None] - torch.arange(6)
+    reach = 3  # of each of two blocks: together no more than 6 items
+    layers = []
+    for block in mine.blocks:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.3, "gelu", batch_first=True, norm_first=True)
+        names = {
+            "self_attn.in_proj_weight": block.attention.weight,
+            "self_attn.in_proj_bias": block.attention.bias,
+            "self_attn.out_proj.weight": block.attended.weight,
+            "self_attn.out_proj.bias": block.attended.bias,
+        }
+        parts = {
+            "linear1": block.feed_forward[0],
+            "linear2": block.feed_forward[2],
+            "norm1": block.attention_norm,
+            "norm2": block.forward_norm,
+        }
+        names |= {f"{part}.{name}": t for part, of in parts.items() for name, t in of.state_dict().items()}
+        layer.load_state_dict(names)
+        mask = torch.full((2, 6, 6), -torch.inf)
+        for distance in range(reach):
+            mask[:, apart == distance] = block.distance[:, distance, None]
+        layers.append((layer.train(), mask))  # not the fast path of eval, which takes no such mask
+        for part in layer.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0
+        layer.self_attn.dropout = 0.0
+    found = mine(history, there(lengths, 6))
+    for row, length in enumerate(lengths):
+        if not length:
+            assert not found[row].any()
+            continue
+        x = history[row : row + 1, :length]
+        for layer, mask in layers:
+            x = layer(x, src_mask=mask[:, :length, :length])
+        expected = mine.output(mine.norm(x[0, -1]))
+        torch.testing.assert_close(found[row], expected, rtol=1e-4, atol=1e-4)
+    assert mine(history[:0], there(lengths, 6)[:0]).shape == (0, 8)
+    mine.train()
+    assert not torch.equal(mine(history, there(lengths, 6))[0], mine(history, there(lengths, 6))[0])
+
+
+@torch.no_grad()
+def test_an_encoder_lacks_what_an_item_would_have_brought():
+    lengths, mine = [5, 0, 1, 3], encoder(5, 2)
+    history = torch.randn(4, 5, 8)
+    shares = mine.shares(history, there(lengths, 5))
+    for row, length in enumerate(lengths):
+        own = history[row : row + 1]
+        for place in range(length):
+            without = torch.cat([own[:, :place], own[:, place + 1 :]], dim=1)
+            lost = mine(own, there([length], 5)) - mine(without, there([length - 1], 4))
+            torch.testing.assert_close(shares[row, place], lost[0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_histories_that_go_on_are_encoded_once(config, features, blocks):
+    """To the same end, also where the oldest items have dropped out; and there are far fewer lookups."""
+    settings = config.deepfm.model_copy(update={"encoder": {"recent": blocks}, "init_scale": 1.0})
+    model = DeepFM(used_fields(features.spec(), settings), settings, seed=3).eval()
+    table = (
+        features.table("examples").sort_by([("user", "ascending"), ("timestamp", "ascending")]).slice(0, 200)
+    )
+    joined, each = (side_batch(table, model.user_fields, way) for way in (True, False))
+    assert each.starts is None
+    assert {0, 5} <= {len(bag) for bag in table["recent"].to_pylist()}
+    for name in ("first", "sum", "pair", "hidden"):
+        own, other = (getattr(model.user_side(side), name) for side in (joined, each))
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5, msg=name)
+    assert model.encoder("recent")(torch.randn(1, 5, 4), there([5], 5)).any()
+    assert 1 < joined.starts.sum() < 40
+    assert len(joined.sequences.values()) < 0.5 * len(each.sequences.values())
+
+
+def test_an_epoch_in_runs_has_every_example_once(config, features):
+    config = changed(config, encoder={"recent": 1}, encoder_run=7)
+    examples = Examples(features, Items(features, used_fields(features.spec(), config.deepfm)), config)
+    numbers = [examples.numbers(1, step, 0, 1)[: examples.rows(step)] for step in range(examples.steps)]
+    found = np.concatenate(numbers)
+    np.testing.assert_array_equal(np.sort(found), np.arange(examples.total.rows))
+    assert 0.5 < (np.diff(found) == 1).mean() < 0.95
+
+
 def test_lazy_decay_equals_that_of_the_whole_table_at_every_step(config, features, tmp_path):
     """Seven steps on two workers, with rates and decays that change; and it is lazy."""
     changes = {"embedding_weight_decay": (0.5, 0.1), "warmup_steps": 5, "attention": {"recent": 3.0}}
@@ -274,6 +379,9 @@ def test_numbers_by_epoch(config, features):
         ({"convolution": (2,), "convolution_reach": 2}, "convolution_reach must be odd, found 2"),
         ({"model": "fm", "batch_norm": True}, "batch_norm belongs to the MLP, which model fm does not have"),
         ({"model": "lr", "attention": {"recent": 3}}, "attention belongs to the MLP"),
+        ({"model": "mf", "encoder": {"recent": 3}}, "encoder belongs to embeddings of histories"),
+        ({"encoder": {"recent": 3}, "encoder_heads": 3}, "a divisor of embedding_dim, which is 16, found 3"),
+        ({"encoder": {"recent": 3}, "recency": {"recent": 3}}, "recent has two"),
     ],
 )
 def test_settings_that_do_not_fit(changes, message):
@@ -286,6 +394,7 @@ def test_settings_that_do_not_fit(changes, message):
     [
         ({"recency": {"group": 2.0}}, "recency: group is no history; those are recent, genres_seen"),
         ({"attention": {"genres_seen": 2.0}}, "genres_seen is no history of items; those are recent"),
+        ({"encoder": {"genres_seen": 2.0}}, "genres_seen is no history of items; those are recent"),
     ],
 )
 def test_fields_that_do_not_fit(config, features, changes, message):

@@ -209,9 +209,10 @@ def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_pa
         torch.testing.assert_close(answers[0]["after"][name], moved, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_steps_in_the_pipeline_are_those_of_a_plain_loop(config, features, tmp_path):
+@pytest.mark.parametrize("history", [{"attention": {"recent": 3.0}}, {"encoder": {"recent": 2}}])
+def test_steps_in_the_pipeline_are_those_of_a_plain_loop(config, features, tmp_path, history):
     """Bit for bit, with everything that has a forward pass of its own, on two workers."""
-    changes = {"attention": {"recent": 3.0}, "batch_norm": True, "embedding_weight_decay": 0.1}
+    changes = history | {"batch_norm": True, "embedding_weight_decay": 0.1}
     everything = config.model_copy(update={"deepfm": config.deepfm.model_copy(update=changes)})
     plain, piped = (
         run_workers(2, stepped, tmp_path / str(way), everything, features, way)[0] for way in (False, True)

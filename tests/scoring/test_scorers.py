@@ -31,8 +31,13 @@ PAIR = "[{name: next, measure: next_items}, {name: near, measure: neighbors, rec
 
 @pytest.fixture(
     scope="module",
-    params=[{}, {"attention": "{recent: 3}", "recency": "{genres_seen: 2}"}, {"pair": PAIR}],
-    ids=["plain", "sequences", "pair"],
+    params=[
+        {},
+        {"attention": "{recent: 3}", "recency": "{genres_seen: 2}"},
+        {"encoder": "{recent: 2}"},
+        {"pair": PAIR},
+    ],
+    ids=["plain", "sequences", "encoder", "pair"],
 )
 def night(request, tmp_path_factory):
     config = synthetic_config(tmp_path_factory.mktemp("root"), **request.param)
@@ -333,30 +338,32 @@ def test_filter_positives_leaves_disliked_items_in(features, models, rows):
 
 @torch.inference_mode()
 def test_reasons_add_up_to_the_models_history_term(models, users, catalogues):
-    """With one history of items, the contributions of all its items are its FM interaction with the item.
+    """With one history of items, the contributions of all its items are its FM interaction with the item;
+    with an encoder what would be missing without them.
 
     The history of genres beside it names no item.
     """
     lists = models.two_stage.top_k(users, K)
     why = reasons(models.ranker, users, lists)
-    table = models.ranker.model.table("recent")
+    model = models.ranker.model
+    table, encoder = model.table("recent"), model.encoder("recent") if model.encoders else None
     decay = models.ranker.model.spec.field("recent").decay
-    dim = models.ranker.model.settings.embedding_dim
+    dim = model.settings.embedding_dim
     checked = 0
     for row, history in enumerate(users.table["recent"].to_pylist()):
         catalogue = catalogues[int(users.days[row])]
+        ages = torch.arange(len(history)).flip(0)
+        weights = torch.exp(-ages / decay) if decay else torch.ones(len(history))
+        parts = table[history, :dim] * (weights / weights.sum())[:, None]
+        if encoder and history:
+            parts = encoder.shares(table[history, :dim].unsqueeze(0), (ages >= 0).unsqueeze(0))[0]
         for place, item in enumerate(lists.items[row].tolist()):
-            ages = reversed(range(len(history)))
-            weights = np.array([np.exp(-age / decay) if decay else 1.0 for age in ages])
-            shares = {
-                h: float(table[h, :dim] @ catalogue.sum[item]) * weight
-                for h, weight in zip(history, weights / weights.sum(), strict=True)
-            }
+            shares = dict(zip(history, (parts @ catalogue.sum[item]).tolist(), strict=True))
             best = sorted((h for h in shares if shares[h] > 0), key=lambda h: -shares[h])[:ITEMS]
             named = [h for h in why.items[row, place] if h] if item else []
             assert named == (best if item else [])
             np.testing.assert_allclose(
-                why.contributions[row, place][: len(named)], [shares[h] for h in named], rtol=1e-4, atol=1e-6
+                why.contributions[row, place][: len(named)], [shares[h] for h in named], rtol=1e-4, atol=1e-5
             )
             checked += len(named)
     assert checked > 100
