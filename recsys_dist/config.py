@@ -730,9 +730,8 @@ class DeepFM(Section):
                 f"encoder_heads must be a divisor of embedding_dim, which is {self.embedding_dim}, found "
                 f"{self.encoder_heads}"
             )
-        strange = sorted(
-            {*self.recency} & {*self.attention} | ({*self.recency} | {*self.attention}) & {*self.encoder}
-        )
+        read = [*self.recency, *self.attention, *self.encoder]
+        strange = sorted({name for name in read if read.count(name) > 1})
         if strange:
             raise ValueError(
                 f"a history has one of recency, attention, encoder: {', '.join(strange)} has two"

@@ -4,6 +4,7 @@ Legend: N rows, V numbers of a row (a value field is one, a vector field as many
 length of a history, B examples, J items drawn for each.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,9 +40,9 @@ class SideBatch(Pipelineable):
     """[N, V] float32: the fields of type `value` and `vector` in the spec's order, side by side."""
     sequences: KeyedJaggedTensor | None = None
     """Keys: the fields that are looked up as sequences; N * L bags, a row's items first, one in each."""
-    starts: Tensor | None = None
-    """[N, E] bool: does the row have the whole history of each field with an encoder, or only the items that
-    come after that of the row before? None: all rows have all."""
+    starts: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Field with an encoder to [N] bool: does the row have its whole history, or only the items that come
+    after that of the row before? Of a field that is not there, all rows have all."""
 
     def __len__(self) -> int:
         return int(self.values.shape[0])
@@ -52,7 +53,7 @@ class SideBatch(Pipelineable):
         Args:
             rows: [M] int64.
         """
-        assert self.starts is None, "rows that lean on others"
+        assert not self.starts, "rows that lean on others"
         sequences = None
         if self.sequences is not None:
             length = self.sequences.stride() // len(self)
@@ -66,13 +67,13 @@ class SideBatch(Pipelineable):
             self.indices.to(device, non_blocking=non_blocking),
             self.values.to(device, non_blocking=non_blocking),
             None if self.sequences is None else self.sequences.to(device, non_blocking=non_blocking),
-            None if self.starts is None else self.starts.to(device, non_blocking=non_blocking),
+            {name: of.to(device, non_blocking=non_blocking) for name, of in self.starts.items()},
         )
 
     def pin_memory(self) -> "SideBatch":
         """The same in memory from which a GPU can copy while it computes."""
         sequences = None if self.sequences is None else self.sequences.pin_memory()
-        starts = None if self.starts is None else self.starts.pin_memory()
+        starts = {name: of.pin_memory() for name, of in self.starts.items()}
         return SideBatch(self.indices.pin_memory(), self.values.pin_memory(), sequences, starts)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -81,8 +82,8 @@ class SideBatch(Pipelineable):
         self.values.record_stream(stream)
         if self.sequences is not None:
             self.sequences.record_stream(stream)
-        if self.starts is not None:
-            self.starts.record_stream(stream)
+        for of in self.starts.values():
+            of.record_stream(stream)
 
 
 @dataclass
@@ -156,17 +157,16 @@ def side_batch(
     numbers = [_numbers(arrays[field.name], field) for field in fields if field.type not in INDEXED]
     nothing = np.empty((len(arrays[fields[0].name]), 0), np.float32)
     bags = {field.name: _indices(arrays[field.name], field) for field in fields if field.type in INDEXED}
-    sequences, starts = tabled(fields, sequence=True), []
+    sequences, starts = tabled(fields, sequence=True), {}
     for field in sequences if joined else ():
         if field.pooling == "encoder":
             values, lengths, starts_N = _continued(*bags[field.name], field.last or 1)
-            bags[field.name] = values, lengths
-            starts.append(starts_N)
+            bags[field.name], starts[field.name] = (values, lengths), torch.as_tensor(starts_N)
     return SideBatch(
         _jagged(bags, tabled(fields)),
         torch.as_tensor(np.concatenate([nothing, *numbers], axis=1)),
         _jagged(bags, sequences, max(field.last or 1 for field in sequences)) if sequences else None,
-        torch.as_tensor(np.stack(starts, axis=1)) if starts else None,
+        starts,
     )
 
 
@@ -184,7 +184,7 @@ def _continued(
         the new values; their numbers [N]; and [N] bool: which rows have all of theirs, because theirs does
         not begin as that of the row before goes on.
     """
-    later = np.repeat(lengths.cumsum(), lengths) - np.arange(1, len(values) + 1)
+    later = _later(lengths)
     histories = np.full((len(lengths), last), -1, values.dtype)
     histories[np.repeat(np.arange(len(lengths)), lengths), last - 1 - later] = values
     new, starts = lengths.copy(), np.ones(len(lengths), bool)
@@ -196,6 +196,12 @@ def _continued(
     return values[later < np.repeat(new, lengths)], new, starts
 
 
+def _later(lengths: np.ndarray) -> np.ndarray:
+    """[sum of lengths] how many values of its bag come after each."""
+    ends = np.repeat(lengths.cumsum(), lengths)
+    return ends - np.arange(1, len(ends) + 1)
+
+
 def _jagged(
     bags: Mapping[str, Sequence[np.ndarray]], fields: Sequence[FieldSpec], positions: int | None = None
 ) -> KeyedJaggedTensor:
@@ -205,8 +211,7 @@ def _jagged(
         np.concatenate([none, *(bags[field.name][part] for field in fields)]) for part in (0, 1)
     )
     if positions is not None:
-        later = np.repeat(lengths.cumsum(), lengths) - np.arange(1, len(values) + 1)
-        values = values[later < positions]
+        values = values[_later(lengths) < positions]
         lengths = (np.arange(positions) < lengths[:, None]).astype(np.int32).ravel()
     return KeyedJaggedTensor(
         keys=[field.name for field in fields],

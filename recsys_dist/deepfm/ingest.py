@@ -221,10 +221,8 @@ class Shuffled:
             start = min(stop, end)
 
     def _permutation(self, epoch: int, stream: int, chunk: Chunk, rows: int) -> np.ndarray:
-        generator, together = (
-            np.random.default_rng([self.order.seed, epoch, stream, chunk.start]),
-            self.order.together,
-        )
+        generator = np.random.default_rng([self.order.seed, epoch, stream, chunk.start])
+        together = self.order.together
         runs = generator.permutation(-(-rows // together))
         order = (runs[:, None] * together + np.arange(together)).ravel()
         return order[order < rows]

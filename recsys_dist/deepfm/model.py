@@ -197,22 +197,20 @@ class DeepFM(nn.Module):
 
     def _user_side(self, batch: SideBatch, pooled: KeyedTensor, sequences: KeyedTensor | None) -> Side:
         columns = self._columns(pooled, batch, self.user_fields, self.user_values)
-        ages, histories, encoded = [], [], 0
+        ages, histories = [], []
         if sequences is not None:
             assert batch.sequences is not None
             by_name = sequences.to_dict()
             for field in tabled(self.user_fields, sequence=True):
                 there = batch.sequences[field.name].lengths().view(len(batch), -1)  # 1 or 0, the ones first
-                count = there.sum(1, keepdim=True)
-                age = count - 1 - torch.arange(there.shape[1], device=there.device)
                 embeddings = by_name[field.name].view(*there.shape, -1)[..., : self.dim + 1]
                 if field.pooling == "encoder":
-                    starts = None if batch.starts is None else batch.starts[:, encoded]
-                    encoded += 1
-                    history = embeddings[..., : self.dim]
+                    history, starts = embeddings[..., : self.dim], batch.starts.get(field.name)
                     column = self.encoder(field.name)(history, there > 0, starts)
                     columns[field.name] = F.pad(column, (0, 1))  # without a first order
                     continue
+                count = there.sum(1, keepdim=True)
+                age = count - 1 - torch.arange(there.shape[1], device=there.device)
                 with torch.autocast(age.device.type, enabled=False):
                     weights = recency(age, field.decay or 1)
                     columns[field.name] = torch.einsum("nl,nld->nd", weights, embeddings)
@@ -403,20 +401,17 @@ class DeepFM(nn.Module):
         for values in (self.user_values, self.item_values):
             if values is not None:
                 values.copy_(torch.randn(values.shape, generator=generator) * scale)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | Attention):
-                layer = module.projection if isinstance(module, Attention) else module
+        without_relu = [
+            module.projection if isinstance(module, Attention) else module
+            for module in self.modules()
+            if isinstance(module, nn.Conv2d | Attention)
+        ]
+        for layer in (*without_relu, *self.encoders.modules()):
+            if isinstance(layer, nn.Conv2d | nn.Linear):
                 fan_in = layer.weight[0].numel()
                 layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) * fan_in**-0.5)
                 if layer.bias is not None:
                     layer.bias.zero_()
-        for encoder in self.encoders.values():
-            for name, parameter in encoder.named_parameters():
-                if parameter.dim() == 2 and not name.endswith("distance"):
-                    deviation = parameter.shape[1] ** -0.5
-                    parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
-                elif name.endswith("bias"):
-                    parameter.zero_()
         if self.pair_fields:
             for layer in (self.pair_head.linear, *self.pair_head.layers):
                 if isinstance(layer, nn.Linear):
@@ -452,8 +447,8 @@ def used_fields(spec: FeatureSpec, settings: config.DeepFM) -> FeatureSpec:
     pairs'; and how it pools the histories.
 
     Raises:
-        ConfigError: recency or attention of a field that is not such a history, sharding of one without a
-            table; a field is left out that is not there, or is needed.
+        ConfigError: recency, attention or encoder of a field that is not such a history, sharding of one
+            without a table; a field is left out that is not there, or is needed.
     """
     needed = ("user", "item") if settings.model == "mf" else ("item",)
     names = [field.name for field in spec.fields if field.name not in needed]

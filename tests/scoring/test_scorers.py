@@ -362,9 +362,9 @@ def test_reasons_add_up_to_the_models_history_term(models, users, catalogues):
             best = sorted((h for h in shares if shares[h] > 0), key=lambda h: -shares[h])[:ITEMS]
             named = [h for h in why.items[row, place] if h] if item else []
             assert named == (best if item else [])
-            np.testing.assert_allclose(
-                why.contributions[row, place][: len(named)], [shares[h] for h in named], rtol=1e-4, atol=1e-5
-            )
+            found, expected = why.contributions[row, place][: len(named)], [shares[h] for h in named]
+            # An encoder's are differences of what is greater.
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 if encoder else 1e-6)
             checked += len(named)
     assert checked > 100
 
