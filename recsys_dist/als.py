@@ -15,22 +15,30 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import FIT_ON, Als, Config
 from recsys_dist.errors import DataError, RetryableError
-from recsys_dist.features.session import MEBIBYTE, Steps, remove_checksums, spark_uri, start, write
+from recsys_dist.features.session import (
+    MEBIBYTE,
+    Steps,
+    remove_checksums,
+    spark_uri,
+    start,
+    write,
+)
 from recsys_dist.job import run_module
-from recsys_dist.schema import FACTORS
+from recsys_dist.recall.pairs import counted_events, earlier_events, late_from
+from recsys_dist.schema import BEFORE_VALID, FACTORS, FACTORS_OF, LATE
 from recsys_dist.workspace import OpenRun, Run
 
 CHECKPOINT_EVERY = 10
 """Sweeps. Each makes Spark's plan longer, until planning it overflows the stack."""
 CHECKPOINTS, TRIED = "checkpoints", "tried"
 """Folders of the run that are needed only while it is made."""
-FACTORS_OF = ("user_factors", "item_factors")
 
 
 def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
     """Fit on the parts of `als.fit_on` and write user_factors/ and item_factors/, ascending by index.
 
-    A user or item without an event that is fitted on has no factors. With `als.grid` every combination is
+    A user or item without an event that is fitted on has no factors. With `als.earlier` also factors of
+    earlier events, into before=valid/ or before=late/. With `als.grid` every combination is
     fitted on train first, and the settings with the best NDCG@10 on valid are taken.
 
     Returns:
@@ -62,7 +70,11 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
         with steps.measure("fit"):
             model = _als(settings, config.seed, blocks).fit(events)
         with steps.measure("write"):
-            written = _write(model, run, "")
+            written: dict[str, Any] = {**_write(model, run, "")}
+        if settings.earlier:
+            with steps.measure("earlier"):
+                written["earlier"] = _write_earlier(config, settings, run, spark, blocks)
+        with steps.measure("tidy"):
             for folder in (CHECKPOINTS, TRIED):
                 run.remove(folder)
             remove_checksums(run.filesystem, run.path)
@@ -71,6 +83,28 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
     chosen = settings.model_dump(include={"implicit", "rank", "reg", "alpha", "iterations"})
     told = {"ratings": ratings, **written, **chosen, "tried": tried}
     return {**told, "spark": pyspark.__version__, "seconds": steps.seconds}
+
+
+def _write_earlier(
+    config: Config, settings: Als, run: OpenRun, spark: SparkSession, blocks: int
+) -> dict[str, int]:
+    """Fit on train, where valid is fitted on too, else on what is before the late events of train, and write
+    both tables into a folder; return what is told of it.
+    """
+    features, folder, moments = run.inputs["features"], BEFORE_VALID, None
+    if settings.fit_on == "train":
+        folder = LATE
+        train = counted_events(_examples(spark, features), config.recall, ("train",))
+        in_time = features.manifest["config"]["split"]["kind"] == "global_time"
+        # As the stage recall has them: its late events are what is learned on.
+        moments = late_from(train, config.recall.late, in_time).cache()
+    events = _events(spark, features, settings, ("train",), moments).cache()
+    ratings = events.count()
+    if not ratings:
+        what = "no events of train" if moments is None else "no event of train is before the late ones"
+        raise DataError(f"{features.uri}/examples: {what}, and als.earlier asks for ALS fitted on them")
+    found = _write(_als(settings, config.seed, blocks).fit(events), run, f"{folder}/")
+    return {"ratings": ratings, **found}
 
 
 def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tuple[Als, list[dict[str, Any]]]:
@@ -110,9 +144,21 @@ def _measured(config: Config, run: OpenRun, number: int) -> list[float]:
     return found
 
 
-def _events(spark: SparkSession, features: Run, settings: Als, parts: Sequence[str]) -> DataFrame:
-    """user, item, rating of what is fitted on."""
-    examples = spark.read.parquet(spark_uri(f"{features.uri}/examples")).where(F.col("split").isin(*parts))
+def _examples(spark: SparkSession, features: Run) -> DataFrame:
+    return spark.read.parquet(spark_uri(f"{features.uri}/examples"))
+
+
+def _events(
+    spark: SparkSession,
+    features: Run,
+    settings: Als,
+    parts: Sequence[str],
+    moments: DataFrame | None = None,
+) -> DataFrame:
+    """user, item, rating of what is fitted on: of some parts, before the moments of `late_from`."""
+    examples = _examples(spark, features).where(F.col("split").isin(*parts))
+    if moments is not None:
+        examples = earlier_events(examples, moments)
     if settings.implicit:
         rating = F.lit(1.0).cast("float")
         examples = examples.where("label > 0")

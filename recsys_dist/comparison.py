@@ -149,7 +149,9 @@ class Trained:
         return self.costs.get(self.runs[name if name in self.runs else MODELS[name].stage].run_id)
 
     def _run(self, stage: str, name: str, overrides: list[str]) -> Run:
-        pins = [f"storage.pin.{known}={run.run_id}" for known, run in self.runs.items() if known in BEFORE]
+        # Pair fields may be of ALS, of which there can be two.
+        read = {*BEFORE, *(["als"] if stage == "deepfm" else [])}
+        pins = [f"storage.pin.{known}={run.run_id}" for known, run in self.runs.items() if known in read]
         config = load(self.conf, [*overrides, *pins])
         found = nightly.find(Workspace(config), stage, config)
         label = model_label(name) if name in MODELS else name
@@ -229,11 +231,12 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
 
 
 def _two_stage(trained: Trained, config: Config) -> Models:
-    return load_models(_inputs(trained.runs, "two_stage") | {"als": trained.runs["als"]}, config.score)
+    return load_models(_inputs(trained.runs, "two_stage"), config.score)
 
 
 def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:
-    return {stage: runs[stage] for stage in BEFORE} | {"deepfm": runs[name]}
+    """What a model of DeepFM's is loaded from; ALS is there where there are two stages."""
+    return {stage: runs[stage] for stage in (*BEFORE, "als") if stage in runs} | {"deepfm": runs[name]}
 
 
 def _factors(run: Run, items: Items) -> Scorer:

@@ -388,6 +388,10 @@ class Als(Section):
     """Alternating sweeps."""
     fit_on: Literal["train", "train_valid"] = "train"
     """The parts whose events the factors are fitted on. train_valid: figures on valid then mean nothing."""
+    earlier: bool = False
+    """Are factors fitted a second time that know nothing of the events on which the ranking model learns what
+    pair fields of measure als (deepfm.pair) are worth? With fit_on train these are its late ones
+    (recall.late), with train_valid those of valid."""
     grid: dict[
         Literal["implicit", "rank", "reg", "alpha", "iterations"],
         Annotated[tuple[bool | int | float, ...], Field(min_length=1)],
@@ -515,14 +519,16 @@ class Pair(Section):
 
     name: Name
     """Of the model's field."""
-    measure: Literal["next_items", "neighbors", "ease", "transitions", "since", "share"]
+    measure: Literal["next_items", "neighbors", "ease", "transitions", "als", "since", "share"]
     """next_items, neighbors: log(1 + the source's score / the mean weight of its table). ease, transitions
-    (where recall.linear has them): the source's score / the mean size of a weight. since: how recent
+    (where recall.linear has them): the source's score / the mean size of a weight. als (with als.earlier):
+    the inner product of the user's and the item's factors, 0 where one has none. since: how recent
     the last item is that next_items has the item after, 1 / (1 + number of later ones), 0 where there is
     none. share: the share of the history's items that have the item's value of `attribute`, of several
     values the mean."""
     recency: float | None = Field(None, gt=0)
-    """Not of since and share: an item of the history counts exp(-age / recency). Default: as in recall."""
+    """Not of als, since and share: an item of the history counts exp(-age / recency). Default: as in
+    recall."""
     rank: bool = False
     """Not of since and share: in place of the score the log of the item's rank by it among all items, from 1;
     of equal scores that of the first."""
@@ -533,8 +539,8 @@ class Pair(Section):
     def _fits(self) -> "Pair":
         if (self.measure == "share") != (self.attribute is not None):
             raise ValueError(f"pair {self.name}: measure share, and no other, needs an attribute")
-        for key in ("recency", "rank"):
-            if getattr(self, key) and self.measure in ("since", "share"):
+        for key, none in (("recency", ("als", "since", "share")), ("rank", ("since", "share"))):
+            if getattr(self, key) and self.measure in none:
                 raise ValueError(f"pair {self.name}: measure {self.measure} has no {key}")
         return self
 
@@ -1162,8 +1168,10 @@ class Config(Section):
             if (self.split.kind == "column") != ("split" in columns):
                 text = "split.kind=column, and no other, needs data.events.columns.split"
                 yield ("data", "split"), text
+        if self.als.earlier and self.als.fit_on == "train" and not self.recall.late:
+            yield ("als", "recall"), "als.earlier needs late events, for example recall.late=0.2"
         for text in self._pairs(attributes):
-            yield ("deepfm", "recall", "fields", "score"), text
+            yield ("deepfm", "als", "recall", "fields", "score"), text
         if self.deepfm.model == "dnn" and "fm" in self.score.candidates:
             text = (
                 "deepfm.model=dnn has no FM part to recall with: leave fm out of score.candidates, "
@@ -1216,6 +1224,13 @@ class Config(Section):
             for pair in pairs
             if pair.measure in LINEAR and pair.measure not in self.recall.linear
         ]
+        of_als = [pair.name for pair in pairs if pair.measure == "als"]
+        if of_als and not (self.als.earlier and self.als.fit_on == self.deepfm.fit_on):
+            wrong.append(
+                f"deepfm.pair {of_als[0]}: measure als needs als.earlier=true, and als.fit_on="
+                f"{self.deepfm.fit_on} as deepfm.fit_on is, found {str(self.als.earlier).lower()} and "
+                f"{self.als.fit_on}"
+            )
         if pairs and not self.recall.late:
             wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")
         kept = [field for field in self.fields if field.name not in self.deepfm.leave_out]

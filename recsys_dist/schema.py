@@ -312,6 +312,7 @@ QUARANTINE = pa.schema([("source", pa.string()), ("reason", pa.string()), ("raw"
 
 FACTORS = pa.schema([("index", pa.int32()), ("vector", pa.list_(pa.float32()))])
 """als/user_factors/ and als/item_factors/."""
+FACTORS_OF = ("user_factors", "item_factors")
 
 RELATED = pa.schema([("item", pa.int32()), ("other", pa.int32()), ("weight", pa.float32())])
 """recall/next_items/ and recall/neighbors/measure=<name>/: of each item the others that it speaks for most,
@@ -328,9 +329,10 @@ DAILY = pa.schema([("item", pa.int32()), ("day", pa.date32()), ("count", pa.int6
 day."""
 
 LATE = "before=late"
-"""Folder of a recall run with its tables of pairs, made from earlier events only, and late/."""
+"""Folder of a recall run with its tables of pairs, made from earlier events only, and late/; of an als run
+with the factors of these events."""
 BEFORE_VALID = "before=valid"
-"""The same, counted from the train part, where the run itself counts valid too."""
+"""The same, made from the train part, where the run itself knows valid too."""
 
 LATE_FROM = pa.schema([("user", pa.int32()), ("late_from", TIMESTAMP)])
 """recall/before=late/late_from/: of each user with train events the moment from which they are late."""

@@ -46,14 +46,24 @@ class Stage:
     """Parts of the configuration that its result depends on."""
     pairs_read: tuple[str, ...] = ()
     """Stages that it reads as well where the model has pair fields (deepfm.pair)."""
+    factors_read: tuple[str, ...] = ()
+    """And where some of these are of measure als."""
 
 
 STAGES = {
     "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
-    "als": Stage("train_als.py", ("features",), ("seed", "als", "score.filter_seen")),
+    "als": Stage(
+        "train_als.py",
+        ("features",),
+        ("seed", "als", "score.filter_seen", "recall.events", "recall.late"),
+    ),
     "recall": Stage("recall.py", ("features",), ("seed", "recall")),
     "deepfm": Stage(
-        "train_deepfm.py", ("features",), ("seed", "deepfm", "score.filter_seen"), pairs_read=("recall",)
+        "train_deepfm.py",
+        ("features",),
+        ("seed", "deepfm", "score.filter_seen"),
+        pairs_read=("recall",),
+        factors_read=("als",),
     ),
     "evaluation": Stage(
         "evaluate.py",
@@ -290,6 +300,7 @@ class Workspace:
         self.uri = absolute(root).rstrip("/")
         self.pins: dict[str, str] = dict(config.storage.pin.items())
         self.pairs = bool(config.deepfm.pair)
+        self.factors = any(pair.measure == "als" for pair in config.deepfm.pair)
         try:
             self.filesystem, self.path = pyarrow.fs.FileSystem.from_uri(self.uri)
         except (OSError, pa.ArrowInvalid) as error:
@@ -322,6 +333,7 @@ class Workspace:
         chosen: dict[str, Run] = {}
         wanting = (STAGES | EXPERIMENTS)[stage]
         reads = (*wanting.reads, *(wanting.pairs_read if self.pairs else ()))
+        reads += wanting.factors_read if self.factors else ()
         for name in reads:
             self.pinned(name)
         for name in reversed(reads):

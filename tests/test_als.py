@@ -3,11 +3,13 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 from pydantic import ValidationError
 
 from recsys_dist.config import Als
 from recsys_dist.errors import DataError
+from recsys_dist.schema import BEFORE_VALID, LATE
 from recsys_dist.workspace import Workspace
 from tests.logs import featurized, log_config
 
@@ -102,6 +104,30 @@ def test_of_a_grid_the_best_on_valid_is_taken_and_fitted_on_what_is_asked(featur
     events = run.table("examples").to_pandas()
     assert figures["ratings"] == (events.split.isin(["train", "valid"]) & (events.label > 0)).sum()
     assert {file["path"].split("/")[0] for file in als.manifest["files"]} == {*FACTORS, "key.json"}
+
+
+@pytest.mark.parametrize(("fit_on", "folder"), [("train", LATE), ("train_valid", BEFORE_VALID)])
+def test_factors_of_earlier_events_know_nothing_of_what_is_learned_on(features, fit_on, folder):
+    config, run = features
+    als = Als(rank=4, reg=0.01, iterations=3, fit_on=fit_on, earlier=True)
+    recall = config.recall.model_copy(update={"late": 0.4})
+    config = config.model_copy(update={"als": als, "recall": recall})
+    found = fitted(config, run)
+    events = run.table("examples").to_pandas()
+    train = events[(events.split == "train") & (events.label > 0)].sort_values(["user", "timestamp", "item"])
+    if fit_on == "train":
+        share = (train.groupby("user").cumcount() + 0.5) / train.groupby("user").item.transform("size")
+        begin = train[share >= 0.6].groupby("user").timestamp.min()
+        train = train[train.timestamp < train.user.map(begin).fillna(train.timestamp.max() + pd.Timedelta(1))]
+    told = found.manifest["figures"]
+    assert told["earlier"]["ratings"] == len(train) < told["ratings"]
+    earlier = {name: found.table(f"{folder}/{name}") for name in FACTORS}
+    assert set(earlier["user_factors"]["index"].to_pylist()) == set(train.user)
+    assert set(earlier["item_factors"]["index"].to_pylist()) == set(train.item)
+    if fit_on == "train_valid":
+        plain = als.model_copy(update={"fit_on": "train", "earlier": False})
+        of_train = fitted(config.model_copy(update={"als": plain}), run)
+        assert all(earlier[name].equals(of_train.table(name)) for name in FACTORS)
 
 
 @pytest.mark.parametrize("grid", [{"ranks": [1]}, {"rank": [0]}, {"rank": []}])

@@ -9,7 +9,7 @@ later event among all items.
 Legend: U users, I items (index 0 is unknown), C entries of a list, P pair fields.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +28,9 @@ from recsys_dist.deepfm.late import Early, late_users, require_earlier
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import diverged
-from recsys_dist.deepfm.pairs import Pairs, before_valid
+from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.validation import CHUNK, Ranking, users_of_part
 from recsys_dist.errors import DataError
-from recsys_dist.schema import LATE
 from recsys_dist.workspace import Run
 
 ENTRIES = 1024
@@ -105,7 +104,7 @@ def lists(model: DeepFM, pairs: Pairs, users: HeldOut, soon: float, seed: int) -
         catalogue = model.item_side(users.items.at(everything, users.days[first : first + 1]).to(device))
         for start in range(first, last, at_once):
             stop = min(start + at_once, last)
-            pair = pairs.of_all(users.state[pairs.history].slice(start, stop - start))
+            pair = pairs.of_all(users.state.slice(start, stop - start))
             allowed = users.allowed(start, stop)
             weight = _later_events(users, start, stop, allowed, soon)
             items, stands_for = _entries(pair[..., proposing], allowed, weight > 0, generator)
@@ -232,15 +231,14 @@ def _copy(head: nn.Module) -> dict[str, Tensor]:
 
 
 def learn(
-    config: Config, features: Run, recall: Run, early: Path | None, whole: Path, device: torch.device
+    config: Config, inputs: Mapping[str, Run], early: Path | None, whole: Path, device: torch.device
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Learn the head of the pair fields, and measure it on valid: with lists of the late events on the sample
     of users that a training is measured with, with lists of valid on the users held out.
 
     Args:
         config: with the pair fields.
-        features: the features run.
-        recall: with the tables.
+        inputs: by stage: features, and the runs with the tables.
         early: the checkpoint of a model without pair fields, fitted on the early events of train; None: the
             lists are of valid.
         whole: of one that is fitted on all of train.
@@ -254,8 +252,9 @@ def learn(
             finite.
         ConfigError: a logit is not finite.
     """
+    features, recall = inputs["features"], inputs["recall"]
     before_late = Early(features, recall) if early else None
-    require_earlier(features, recall, before_late)
+    require_earlier(inputs, before_late)
     settings = config.deepfm
     spec = used_fields(features.spec(), settings)
     fields = spec.side("pair")
@@ -265,10 +264,10 @@ def learn(
     model = model.to(device).eval()
     items = Items(features, spec)
     most = most_users(len(fields), len(items))
-    known = Pairs(fields, items, recall, before_valid(recall))
+    known = Pairs(fields, items, inputs, "train")
     if before_late:
         users = late_users(items, features, recall, before_late, config, most)
-        made = lists(model, Pairs(fields, items, recall, f"{LATE}/"), users, SOON, config.seed)
+        made = lists(model, Pairs(fields, items, inputs, "early"), users, SOON, config.seed)
     else:
         users = users_of_part(features, items, config, "valid", most)
         made = lists(model, known, users, np.inf, config.seed)

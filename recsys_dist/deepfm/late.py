@@ -3,6 +3,8 @@ fields are worth, beside a logit that knows nothing of them either. They are the
 those of the valid part.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -10,10 +12,10 @@ import pyarrow.compute as pc
 from recsys_dist.config import Config
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.pairs import before_valid
+from recsys_dist.deepfm.pairs import Knows, folder
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import LATE, SEEN_COLUMN
-from recsys_dist.workspace import Run
+from recsys_dist.workspace import STAGES, Run
 
 NEVER = np.iinfo(np.int64).max
 
@@ -50,25 +52,42 @@ class Early:
         return early
 
 
-def require_earlier(features: Run, recall: Run, early: Early | None) -> None:
+def require_earlier(inputs: Mapping[str, Run], early: Early | None) -> None:
     """Raise a DataError where the tables that know no late events, or (without `early`) no valid ones, were
-    counted from other train events.
+    made from other train events.
+
+    Args:
+        inputs: by stage: features, recall, and als where pair fields are of it.
+        early: which events are not late.
     """
+    features, recall, als = inputs["features"], inputs["recall"], inputs.get("als")
+    knows: Knows = "early" if early else "train"
+    settings, figures = recall.manifest["config"]["recall"], recall.manifest["figures"]
+    if folder(recall, knows):
+        figures = figures["late" if early else "before_valid"]
+    _require_known(features, recall, figures["known"], settings["events"], early)
+    if als:
+        figures = als.manifest["figures"]
+        events = "positive" if figures["implicit"] else "any"
+        figures = figures["earlier"] if folder(als, knows) else figures
+        _require_known(features, als, figures["ratings"], events, early)
+
+
+def _require_known(features: Run, of: Run, known: int, events: str, early: Early | None) -> None:
     wanted = pc.field("split") == "train"
-    if recall.manifest["config"]["recall"]["events"] == "positive":
+    if events == "positive":
         wanted &= pc.field("label") > 0
-    figures, folder = recall.manifest["figures"], LATE if early else before_valid(recall)
-    known = int((figures["late"] if early else figures.get("before_valid", figures))["known"])
     if early:
         batches = features.dataset("examples").to_batches(columns=list(Early.columns), filter=wanted)
         found = sum(int(early(pa.table(batch)).sum()) for batch in batches)
     else:
         found = features.dataset("examples").count_rows(filter=wanted)
     if found != known:
+        where = f"{of.uri}/{folder(of, 'early' if early else 'train')}".rstrip("/")
         raise DataError(
-            f"{recall.uri}/{folder.rstrip('/')} was counted from {known} events, and {found} train events "
-            f"are earlier than its users' {'late' if early else 'valid'} ones: what the ranking model learns "
-            f"of such tables would not hold for new events. Run jobs/recall.py --force."
+            f"{where} was made from {known} events, and {found} train events are earlier than its users' "
+            f"{'late' if early else 'valid'} ones: what the ranking model learns of such tables would not "
+            f"hold for new events. Run jobs/{STAGES[of.manifest['stage']].job} --force."
         )
 
 

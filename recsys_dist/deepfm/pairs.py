@@ -1,8 +1,11 @@
-"""Pair fields: what a user's history says of an item, by the tables of a recall run.
+"""Pair fields: what a user's history says of an item, by the tables of a recall run, or ALS's factors.
 
 Legend: B users, C items of each, I items (index 0 is unknown), H history positions, P pair fields, V values
-of an item, G values of an attribute.
+of an item, G values of an attribute, R rank.
 """
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -11,10 +14,13 @@ from torch import Tensor
 from recsys_dist.config import LINEAR, DeepFM, Recall
 from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError
+from recsys_dist.recall.factors import FactorTables
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
-from recsys_dist.schema import BEFORE_VALID, UNKNOWN, FieldSpec
+from recsys_dist.schema import BEFORE_VALID, FACTORS_OF, LATE, UNKNOWN, FieldSpec
 from recsys_dist.workspace import Run
 
+Knows = Literal["all", "train", "early"]
+"""All that a run was fitted on, the train part alone, or nothing of its late events."""
 ROOM = 1 << 22
 """Numbers of the array [B, I] that users' items are looked up in: a few users at a time where I is large."""
 
@@ -30,67 +36,99 @@ def pair_specs(settings: DeepFM) -> tuple[FieldSpec, ...]:
     )  # fmt: skip
 
 
+class _Asked(NamedTuple):
+    """Users whose values are asked for."""
+
+    history: Tensor
+    """[B, H] of `latest_of`."""
+    age: Tensor
+    """[B, H] likewise."""
+    factors: Tensor
+    """[B, R] ALS's; no columns where no field is of them."""
+
+
 class Pairs:
     """The pair fields of users and items.
 
     Args:
         fields: of side pair.
         items: of the features run.
-        recall: the run with the tables.
-        folder: which of its tables: those of its own, or a folder of them with a slash, such as `LATE`/.
+        inputs: the runs with the tables, by stage: recall, and als where a field is of it.
+        knows: which of their tables: those that know all that was fitted on, the train part alone, or
+            nothing of its late events.
+        most: users' factors of more bytes are not held, but read for the users of a batch.
 
     Raises:
-        ConfigError: the recall run does not have them.
+        ConfigError: the runs do not have them.
     """
 
-    def __init__(self, fields: tuple[FieldSpec, ...], items: Items, recall: Run, folder: str = "") -> None:
+    def __init__(
+        self,
+        fields: tuple[FieldSpec, ...],
+        items: Items,
+        inputs: Mapping[str, Run],
+        knows: Knows = "all",
+        most: int | None = None,
+    ) -> None:
         self.fields = fields
         history = items.spec.liked_history
         assert history is not None, "checked with the configuration"
         self.history = history.name
+        recall = inputs["recall"]
         self.settings = Recall.model_validate(recall.manifest["config"]["recall"])
         self.n = len(items)
         places = {"next_items": "next_items", "neighbors": f"neighbors/measure={self.settings.measures[0]}"}
         places |= {name: f"linear/model={name}" for name in LINEAR}
         wanted = {"next_items" if field.of == "since" else str(field.of) for field in fields} & set(places)
-        self.tables = {name: _related(recall, f"{folder}{places[name]}", self.n) for name in sorted(wanted)}
+        where = folder(recall, knows)
+        self.tables = {name: _related(recall, f"{where}{places[name]}", self.n) for name in sorted(wanted)}
+        self.factors = None
+        if any(field.of == "als" for field in fields):
+            self.factors = _factors(inputs["als"], folder(inputs["als"], knows), items, most)
         self.values_IV = {
             field.attribute: items.values(field.attribute) for field in fields if field.attribute
         }
 
-    def of(self, history: pa.ChunkedArray, items_BC: Tensor) -> Tensor:
+    @property
+    def columns(self) -> list[str]:
+        """What is read of users."""
+        return ["user", self.history]
+
+    def of(self, users: pa.Table, items_BC: Tensor) -> Tensor:
         """[B, C, P] float32 of some items of each user.
 
         Args:
-            history: [B] the column `self.history`.
+            users: [B] with the `columns`.
             items_BC: int64.
         """
-        return self._found(history, items_BC)
+        return self._found(users, items_BC)
 
-    def of_all(self, history: pa.ChunkedArray) -> Tensor:
+    def of_all(self, users: pa.Table) -> Tensor:
         """[B, I + 1, P] float32 of all items, the unknown one first."""
-        return self._found(history, None)
+        return self._found(users, None)
 
-    def _found(self, history: pa.ChunkedArray, items_BC: Tensor | None) -> Tensor:
+    def _found(self, users: pa.Table, items_BC: Tensor | None) -> Tensor:
         """[B, C, P] of these items of each user, or of all."""
-        history_BH, age_BH = latest_of(history)
+        history_BH, age_BH = latest_of(users[self.history])
+        factors_BR = torch.empty(len(users), 0)
+        if self.factors:
+            factors_BR, _ = self.factors.of(users["user"].to_numpy())
         number = self.n + 1 if items_BC is None else items_BC.shape[1]
         found = torch.zeros(len(history_BH), number, len(self.fields))
         size = max(1, ROOM // (self.n + 1))
         for start in range(0, len(history_BH), size):
             rows = slice(start, start + size)
+            asked = _Asked(history_BH[rows], age_BH[rows], factors_BR[rows])
             items = None if items_BC is None else items_BC[rows]
             of_all: dict[tuple[str, float], Tensor] = {}
             for column, field in enumerate(self.fields):
-                values = self._values(field, history_BH[rows], age_BH[rows], items, of_all)
-                found[rows, :, column] = values
+                found[rows, :, column] = self._values(field, asked, items, of_all)
         return found
 
     def _values(
         self,
         field: FieldSpec,
-        history_BH: Tensor,
-        age_BH: Tensor,
+        users: _Asked,
         items_BC: Tensor | None,
         of_all: dict[tuple[str, float], Tensor],
     ) -> Tensor:
@@ -98,39 +136,60 @@ class Pairs:
 
         Args:
             field: of side pair.
-            history_BH: of `latest_of`.
-            age_BH: likewise.
+            users: who is asked for.
             items_BC: None: all.
             of_all: the scores [B, I + 1] that other fields have asked for, by table and recency.
         """
         if field.of == "share":
             assert field.attribute
-            return self._shares(self.values_IV[field.attribute], history_BH, items_BC)
+            return self._shares(self.values_IV[field.attribute], users.history, items_BC)
         assert field.of
-        since = field.of == "since"
-        table = self.tables["next_items" if since else field.of]
-        recency = 0.0 if since else field.decay or getattr(self.settings, f"{field.of}_recency")
-        values_BH = 1 / (1 + age_BH.clamp(min=0)) if since else recent_share(age_BH, recency)
+        recency = 0.0
+        if field.of not in ("als", "since"):
+            recency = field.decay or getattr(self.settings, f"{field.of}_recency")
         key = field.of, recency
-        if items_BC is not None and not field.rank and key not in of_all and table.few(items_BC.shape[1]):
-            scores_BC = (table.latest if since else table.of)(history_BH, values_BH, items_BC)
-            scores_BC.masked_fill_(items_BC == UNKNOWN, 0)
+        if items_BC is not None and not field.rank and key not in of_all and self._few(field.of, items_BC):
+            scores_BC = self._scores(field.of, recency, users, items_BC).masked_fill_(items_BC == UNKNOWN, 0)
         else:
             if key not in of_all:
-                scores_BI = of_all[key] = torch.zeros(len(history_BH), self.n + 1)
-                (table.put if since else table.add)(scores_BI, history_BH, values_BH)
-                scores_BI[:, UNKNOWN] = 0
+                of_all[key] = self._scores(field.of, recency, users, None)
+                of_all[key][:, UNKNOWN] = 0
             scores_BI = of_all[key]
             scores_BC = scores_BI if items_BC is None else scores_BI.gather(1, items_BC)
             if field.rank:
                 return _log_ranks(scores_BC, scores_BI[:, 1:]).masked_fill_(
                     (torch.arange(self.n + 1) if items_BC is None else items_BC) == UNKNOWN, 0
                 )
-        if since:
+        if field.of in ("als", "since"):
             return scores_BC
-        scores_BC = scores_BC / table.mean_weight
+        scores_BC = scores_BC / self.tables[field.of].mean_weight
         # Scores of linear models are below 0 too.
         return scores_BC if field.of in LINEAR else scores_BC.log1p_()
+
+    def _few(self, of: str, items_BC: Tensor) -> bool:
+        """Is it less work to look up these items' scores than those of all?"""
+        number = items_BC.shape[1]
+        if of == "als":
+            return number < self.n
+        return self.tables["next_items" if of == "since" else of].few(number)
+
+    def _scores(self, of: str, recency: float, users: _Asked, items_BC: Tensor | None) -> Tensor:
+        """[B, C] what a measure says of some items, or [B, I + 1] of all."""
+        if of == "als":
+            assert self.factors is not None
+            items_IR = self.factors.items_IR
+            if items_BC is None:
+                return users.factors @ items_IR.T
+            return torch.einsum("br,bcr->bc", users.factors, items_IR[items_BC])
+        history_BH, age_BH = users.history, users.age
+        since = of == "since"
+        table = self.tables["next_items" if since else of]
+        values_BH = 1 / (1 + age_BH.clamp(min=0)) if since else recent_share(age_BH, recency)
+        if items_BC is not None:
+            return (table.latest if since else table.of)(history_BH, values_BH, items_BC)
+        scores_BI = torch.zeros(len(history_BH), self.n + 1)
+        (table.put if since else table.add)(scores_BI, history_BH, values_BH)
+        return scores_BI
 
     def _shares(self, values_IV: Tensor, history_BH: Tensor, items_BC: Tensor | None) -> Tensor:
         """Of an attribute's values by item."""
@@ -164,6 +223,21 @@ def _related(recall: Run, name: str, n: int) -> RelatedItems:
         ) from None
 
 
-def before_valid(recall: Run) -> str:
-    """Folder of the run's tables that know the train part alone."""
-    return f"{BEFORE_VALID}/" if recall.manifest["config"]["recall"]["fit_on"] == "train_valid" else ""
+def _factors(als: Run, where: str, items: Items, most: int | None) -> FactorTables:
+    users, of_items = (f"{where}{name}" for name in FACTORS_OF)
+    try:
+        n_users = items.spec.n_users
+        return FactorTables(n_users, len(items), als.dataset(users), als.table(of_items), most)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{als.uri} has no {of_items}, which pair fields of measure als are learned with. Run "
+            f"jobs/train_als.py with als.earlier=true, and with als.fit_on as deepfm.fit_on."
+        ) from None
+
+
+def folder(run: Run, knows: Knows) -> str:
+    """Folder of a recall or als run's tables, with a slash, that know so much; that of the run is empty."""
+    stage = run.manifest["stage"]
+    if knows == "train":
+        return f"{BEFORE_VALID}/" if run.manifest["config"][stage]["fit_on"] == "train_valid" else ""
+    return f"{LATE}/" if knows == "early" else ""

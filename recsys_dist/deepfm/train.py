@@ -202,7 +202,7 @@ def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -
                 "whole": _best_checkpoint(folder),
                 "early": None if again else _best_checkpoint(early),
             }
-            known = {"config": config, "features": features, "recall": recall}
+            known = {"config": config, "inputs": dict(run.inputs)}
             _learn_head(config, known | checkpoints, learned)
         head, told = load_file(learned / HEAD), json.loads((learned / LEARNED).read_text())
         print(

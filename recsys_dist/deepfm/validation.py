@@ -140,8 +140,8 @@ class Ranking:
                 end = min(chunk + size, stop)
                 pair = None
                 if self.paired:
-                    history = held_out.state[self.paired.history].slice(chunk, end - chunk)
-                    pair = self.paired.of_all(history)[:, 1:].to(device)
+                    state = held_out.state.slice(chunk, end - chunk)
+                    pair = self.paired.of_all(state)[:, 1:].to(device)
                 sides = users.rows(chunk, end).leading(-1, 1), items.leading(1, -1)
                 logits = model.logits(*sides, pair=pair)
                 total += self._ndcg(logits, chunk, end).sum()

@@ -80,12 +80,12 @@ def earlier_events(events: DataFrame, moments: DataFrame) -> DataFrame:
     """The events before their users' late ones.
 
     Args:
-        events: of `counted_events`.
+        events: with `user` and `timestamp`.
         moments: of `late_from`.
     """
     joined = events.join(moments, "user", "left")
     early = F.col("late_from").isNull() | (F.col("timestamp") < F.col("late_from"))
-    return joined.where(early).select("user", "item", "timestamp")
+    return joined.where(early).drop("late_from")
 
 
 def state_before(examples: DataFrame, moments: DataFrame, schema: pa.Schema) -> DataFrame:

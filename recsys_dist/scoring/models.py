@@ -57,16 +57,16 @@ class Models:
 
 
 def load_ranker(inputs: dict[str, Run], items: Items, most: int | None = None) -> Ranker:
-    """Load the model of these runs (features, deepfm; recall, where it has pair fields) on torch's default
-    device.
+    """Load the model of these runs (features, deepfm; recall and als, where its pair fields are of them) on
+    torch's default device.
 
     Args:
         inputs: by stage.
         items: of the features run.
-        most: a table of users of more bytes is not held, but read for the users of a batch.
+        most: tables of users of more bytes are not held, but read for the users of a batch.
     """
     model, rows = load_parts(inputs["deepfm"], items.spec, torch.get_default_device(), most)
-    pairs = Pairs(model.pair_fields, items, inputs["recall"]) if model.pair_fields else None
+    pairs = Pairs(model.pair_fields, items, inputs, most=most) if model.pair_fields else None
     own = items if model.spec.fields == items.spec.fields else Items(inputs["features"], model.spec)
     return Ranker(model, own, pairs, rows)
 

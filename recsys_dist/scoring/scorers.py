@@ -24,6 +24,7 @@ from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.published import UserRows
 from recsys_dist.recall.content import ItemVectors
+from recsys_dist.recall.factors import FactorTables
 from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
 from recsys_dist.schema import UNKNOWN, FeatureSpec
@@ -104,27 +105,13 @@ class Factors:
         item_factors: pa.Table,
         most: int | None = None,
     ) -> None:
-        self.items_IR, self.known_I = _dense(item_factors, np.arange(spec.n_items + 1))
-        self.user_factors, self.held = user_factors, None
-        if most is None or 4 * (spec.n_users + 1) * self.items_IR.shape[1] <= most:
-            self.held = self._of(user_factors.to_table(), np.arange(spec.n_users + 1))
+        self.tables = FactorTables(spec.n_users, spec.n_items, user_factors, item_factors, most)
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
-        if self.held is None:
-            indices, rows = np.unique(users.table["user"].to_numpy(), return_inverse=True)
-            index = pa.compute.field("index")
-            between = (index >= int(indices[0])) & (index <= int(indices[-1]))
-            found = self.user_factors.to_table(filter=between & index.isin(indices))
-            users_UR, known_U = self._of(found, indices)
-            rows_B = torch.as_tensor(rows)
-        else:
-            (users_UR, known_U), rows_B = self.held, users.indices
-        listable = users.listable & self.known_I & known_U[rows_B, None]
-        return nearest_items(users_UR[rows_B], self.items_IR, k, users.excluded, listable)
-
-    def _of(self, factors: pa.Table, indices: np.ndarray) -> tuple[Tensor, Tensor]:
-        return _dense(factors, indices, self.items_IR.shape[1])
+        users_BR, known_B = self.tables.of(users.table["user"].to_numpy())
+        listable = users.listable & self.tables.known_I & known_B[:, None]
+        return nearest_items(users_BR, self.tables.items_IR, k, users.excluded, listable)
 
 
 class Related:
@@ -235,7 +222,7 @@ class Ranker:
         """[B, C] logits of the given items for each user."""
         user = self.users(users)
         logits_BC = torch.empty(items_BC.shape)
-        pair_BCP = self.pairs.of(users.table[self.pairs.history], items_BC) if self.pairs else None
+        pair_BCP = self.pairs.of(users.table, items_BC) if self.pairs else None
         size = max(1, PAIRS_AT_ONCE[items_BC.device.type] // max(1, items_BC.shape[1]))
         for of_day, items in self.by_day(users):
             for rows in of_day.split(size):
@@ -295,7 +282,7 @@ class Exhaustive:
         """[B, I] of some rows of the batch."""
         pairs, pair = self.ranker.pairs, None
         if pairs:
-            pair = pairs.of_all(users.table[pairs.history].take(pa.array(rows.numpy(force=True))))
+            pair = pairs.of_all(users.table.select(pairs.columns).take(pa.array(rows.numpy(force=True))))
         size = PAIRS_AT_ONCE[rows.device.type] // self.USERS_AT_ONCE
         parts = []
         for start in range(0, len(items.first), size):
@@ -413,17 +400,3 @@ def taken(places_BK: Tensor, candidates: Lists, sources_BCS: Tensor) -> tuple[Li
 
 def _settings(recall: Run) -> Recall:
     return Recall.model_validate(recall.manifest["config"]["recall"])
-
-
-def _dense(factors: pa.Table, indices: np.ndarray, rank: int = 1) -> tuple[Tensor, Tensor]:
-    """Factors of these indices [N], ascending: [N, R] with zeros where there are none; and [N] bool: is there
-    one? Where nobody has any, R is `rank`.
-    """
-    vectors = factors["vector"].combine_chunks()
-    rank = len(vectors[0]) if len(vectors) else rank
-    dense = np.zeros((len(indices), rank), np.float32)
-    row = np.searchsorted(indices, factors["index"].to_numpy())
-    dense[row] = pa.compute.list_flatten(vectors).to_numpy().reshape(len(row), rank)
-    known = np.zeros(len(indices), bool)
-    known[row] = True
-    return torch.as_tensor(dense), torch.as_tensor(known)

@@ -508,7 +508,7 @@ def test_published_lists_do_not_depend_on_the_number_of_workers(tmp_path, monkey
     lean = config.model_copy(update={"score": config.score.model_copy(update={"users_megabytes": 0})})
     scorer = scored.PartitionScorer(lean, one, date, DEVICES[-1])
     assert scorer.models.ranker.rows is not None
-    assert scorer.models.sources["als"].held is None
+    assert scorer.models.sources["als"].tables.held is None
     # As many as Ray gives a worker of one CPU: with more, sums are made in another order.
     threads = torch.get_num_threads()
     request.addfinalizer(lambda: torch.set_num_threads(threads))

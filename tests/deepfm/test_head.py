@@ -47,7 +47,7 @@ def model(night, plain):
 @pytest.fixture(scope="module")
 def pairs(night, items):
     config, features, recall = night
-    return Pairs(used_fields(features.spec(), config.deepfm).side("pair"), items, recall, f"{LATE}/")
+    return Pairs(used_fields(features.spec(), config.deepfm).side("pair"), items, {"recall": recall}, "early")
 
 
 def with_filter(config, filter_seen):
@@ -96,14 +96,31 @@ def test_tables_that_know_what_is_learned_on_are_refused(night, part):
     """
     _, features, recall = night
     early = Early(features, recall) if part == "late" else None
-    require_earlier(features, recall, early)
+    require_earlier({"features": features, "recall": recall}, early)
     positives = features.spec().positives
     known = positives["train"] + positives["valid"] * (part == "valid")
     leak = {"known": known} if part == "valid" else {"late": {"known": known}}
     figures = recall.manifest["figures"] | leak
     leaking = dataclasses.replace(recall, manifest=recall.manifest | {"figures": figures})
-    with pytest.raises(DataError, match=f"was counted from {known} events, .* its users' {part} ones"):
-        require_earlier(features, leaking, early)
+    with pytest.raises(DataError, match=f"was made from {known} events, .* its users' {part} ones"):
+        require_earlier({"features": features, "recall": leaking}, early)
+
+
+@pytest.mark.parametrize(("part", "implicit"), [("late", True), ("late", False), ("valid", True)])
+def test_factors_that_know_what_is_learned_on_are_refused_too(night, part, implicit):
+    _, features, recall = night
+    early = Early(features, recall) if part == "late" else None
+    wanted = pc.field("split") == "train"
+    events = features.table("examples", filter=wanted & (pc.field("label") > 0) if implicit else wanted)
+    ratings = int(early(events).sum()) if early else len(events)
+    figures = {"implicit": implicit, "ratings": len(events), "earlier": {"ratings": ratings}}
+    stage, config = "als", {"als": {"fit_on": "train" if early else "train_valid"}}
+    als = dataclasses.replace(recall, manifest={"stage": stage, "config": config, "figures": figures})
+    inputs = {"features": features, "recall": recall, "als": als}
+    require_earlier(inputs, early)
+    figures["earlier"] = {"ratings": ratings + 1}
+    with pytest.raises(DataError, match=rf"was made from {ratings + 1} .* Run jobs/train_als\.py --force"):
+        require_earlier(inputs, early)
 
 
 def test_a_recall_run_without_late_events_is_refused(night):
@@ -178,12 +195,10 @@ def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
         there = made.stands_for[row] > -torch.inf
         torch.testing.assert_close(made.weight[row][there].sort().values, worth[allowed].sort().values)
         # Each entry is an item: its fields, and the logit of the model, say which.
-        history = users.state["recent"].slice(row, 1)
+        state = users.state.slice(row, 1)
         user = model.user_side(users.user.take(torch.tensor([row]))).leading(-1, 1)
         side = model.item_side(items.at(torch.arange(len(items) + 1), users.days[row : row + 1]))
-        expected = torch.cat(
-            [pairs.of_all(history)[0], model.logits(user, side.leading(1, -1))[0, :, None]], 1
-        )
+        expected = torch.cat([pairs.of_all(state)[0], model.logits(user, side.leading(1, -1))[0, :, None]], 1)
         by_logit = lambda of: of[of[:, -1].argsort()]  # noqa: E731
         torch.testing.assert_close(by_logit(made.inputs[row][there]), by_logit(expected[allowed]))
 
@@ -316,4 +331,4 @@ def test_what_is_not_finite_is_named(night, plain, tmp_path, monkeypatch):
     cases = ((path, 1, DataError, "pair field near has numbers"), (None, 3, ConfigError, "has logits"))
     for early, spoilt[0], kind, message in cases:
         with pytest.raises(kind, match=message):
-            head.learn(config, features, recall, early, path, torch.device("cpu"))
+            head.learn(config, {"features": features, "recall": recall}, early, path, torch.device("cpu"))

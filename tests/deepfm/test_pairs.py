@@ -14,7 +14,7 @@ from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.pairs import Pairs, pair_specs
 from recsys_dist.errors import ConfigError
 from recsys_dist.recall import related
-from recsys_dist.schema import RELATED
+from recsys_dist.schema import FACTORS, LATE, RELATED
 from recsys_dist.workspace import Workspace
 from tests.models import PAIR
 from tests.synthetic import GROUPS
@@ -44,15 +44,21 @@ def small_recall(config, features):
     return run.commit(config, {})
 
 
+def users_with(*histories):
+    """Rows of users/ with these histories, the users ascending from 1."""
+    history = pa.array(histories, pa.list_(pa.int32()))
+    return pa.table({"user": pa.array(range(1, len(history) + 1), pa.int32()), "recent": history})
+
+
 def test_values_by_hand(night, items):
     config, features, _ = night
     share = {"name": "alike", "measure": "share", "attribute": "genres"}
     asked = [*config.deepfm.model_dump()["pair"], share]
     fields = pair_specs(Settings(pair=asked))
-    pairs = Pairs(fields, items, small_recall(config, features))
-    history = pa.chunked_array([pa.array([[1, 2], [2, 1], [], [7, 1]], pa.list_(pa.int32()))])
+    pairs = Pairs(fields, items, {"recall": small_recall(config, features)})
+    users = users_with([1, 2], [2, 1], [], [7, 1])
     asked_items = torch.tensor([[3, 4, 5]]).expand(4, -1)
-    following, near, since, alike = pairs.of(history, asked_items).unbind(2)
+    following, near, since, alike = pairs.of(users, asked_items).unbind(2)
     old = math.exp(-1 / 2)
     log1p = math.log1p
     expected = [
@@ -69,7 +75,7 @@ def test_values_by_hand(night, items):
     assert since.tolist() == [[0.5, 1, 0], [1, 1, 0], [0, 0, 0], [1, 1, 0]]
     # The group of an item is its first genre; every third item has one more.
     genres = {item: {item % GROUPS} | ({"third"} if item % 3 == 0 else set()) for item in range(1, 8)}
-    for row, liked in enumerate(history.to_pylist()):
+    for row, liked in enumerate(users["recent"].to_pylist()):
         for column, item in enumerate((3, 4, 5)):
             shares = [sum(genre in genres[of] for of in liked) / max(1, len(liked)) for genre in genres[item]]
             assert alike[row, column].item() == pytest.approx(np.mean(shares))
@@ -81,9 +87,9 @@ def test_scores_of_linear_models_keep_their_sign(night, items):
     columns = {"item": [1, 1, 2], "other": [3, 4, 4], "weight": [2.0, -3.0, 1.0]}
     run.write_table("linear/model=transitions", pa.table(columns).cast(RELATED))
     fields = pair_specs(Settings(pair=[{"name": "linear", "measure": "transitions", "recency": 2}]))
-    pairs = Pairs(fields, items, run.commit(config, {}))
-    history = pa.chunked_array([pa.array([[1, 2]], pa.list_(pa.int32()))])
-    found = pairs.of(history, torch.tensor([[3, 4, 5]])).squeeze(2)
+    pairs = Pairs(fields, items, {"recall": run.commit(config, {})})
+    users = users_with([1, 2])
+    found = pairs.of(users, torch.tensor([[3, 4, 5]])).squeeze(2)
     old = math.exp(-1 / 2)
     torch.testing.assert_close(found, torch.tensor([[2 * old / 2, (1 - 3 * old) / 2, 0]]))
 
@@ -91,16 +97,49 @@ def test_scores_of_linear_models_keep_their_sign(night, items):
 def test_a_rank_counts_the_items_with_a_greater_score(night, items):
     config, features, _ = night
     fields = pair_specs(load_config(None, ["recall.late=0.2", f"deepfm.pair={RANKS}"]).deepfm)
-    pairs = Pairs(fields, items, small_recall(config, features))
-    history = pa.chunked_array([pa.array([[1, 2], [1], []], pa.list_(pa.int32()))])
-    place, following, far = pairs.of(history, torch.tensor([[3, 4, 5, 0]]).expand(3, -1)).exp().unbind(2)
+    pairs = Pairs(fields, items, {"recall": small_recall(config, features)})
+    users = users_with([1, 2], [1], [])
+    place, following, far = pairs.of(users, torch.tensor([[3, 4, 5, 0]]).expand(3, -1)).exp().unbind(2)
     # 4 is before 3 for who had 2 last, 3 before 4 for who had 1 alone; then come all that nothing speaks for.
     assert place.round().tolist() == [[2, 1, 3, 1], [1, 2, 3, 1], [1, 1, 1, 1]]
     assert far.round().tolist() == [[1, 2, 2, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
-    without = Pairs(fields[1:2], items, small_recall(config, features))
+    without = Pairs(fields[1:2], items, {"recall": small_recall(config, features)})
     every = torch.arange(len(items) + 1).expand(3, -1)
-    torch.testing.assert_close(without.of(history, every), pairs.of(history, every)[..., 1:2])
+    torch.testing.assert_close(without.of(users, every), pairs.of(users, every)[..., 1:2])
     assert (following.log()[0, :2] > 0).all()
+
+
+def small_als(config, features):
+    """Factors of users 1 and 3 and items 3 and 4; before late events others."""
+    run = Workspace(config).new("als", {"small": 1}, {"features": features})
+    for folder, sign in (("", 1.0), (f"{LATE}/", -1.0)):
+        for name, rows in (
+            ("user_factors", {1: [1.0, 2.0], 3: [3.0, 0.0]}),
+            ("item_factors", {3: [1.0, 1.0], 4: [sign, 0.5]}),
+        ):
+            columns = {"index": list(rows), "vector": list(rows.values())}
+            run.write_table(f"{folder}{name}", pa.table(columns, schema=FACTORS))
+    return run.commit(config, {})
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_als_is_the_inner_product_of_the_factors(night, items, most):
+    """Where they are held, and where they are read for the users."""
+    config, features, _ = night
+    fields = pair_specs(
+        Settings(pair=[{"name": n, "measure": "als", "rank": n == "place"} for n in ("als", "place")])
+    )
+    inputs = {"recall": small_recall(config, features), "als": small_als(config, features)}
+    users = users_with([], [1], [1, 2])
+    asked = torch.tensor([[4, 5, 3, 0]]).expand(3, -1)
+    for knows, fourth in (("all", [2, 0, 3]), ("early", [0, 0, -3])):
+        pairs = Pairs(fields, items, inputs, knows, most)
+        found, place = pairs.of(users, asked).unbind(2)
+        assert found.tolist() == [[fourth[0], 0, 3, 0], [0, 0, 0, 0], [fourth[2], 0, 3, 0]]
+        assert torch.equal(pairs.of_all(users)[torch.arange(3)[:, None], asked, 0], found)
+    assert place.exp().round().tolist()[2] == [len(items), 2, 1, 1]
+    with pytest.raises(ConfigError, match=r"has no item_factors, .* with als\.earlier=true"):
+        Pairs(fields, items, inputs | {"als": Workspace(config).new("als", {}, {}).commit(config, {})})
 
 
 @pytest.mark.parametrize("asked", [PAIR, RANKS])
@@ -110,15 +149,15 @@ def test_some_items_have_the_values_that_they_have_among_all(night, items, monke
     _, features, recall = night
     monkeypatch.setattr(related, "SQUARE", square)
     fields = pair_specs(load_config(None, ["recall.late=0.2", f"deepfm.pair={asked}"]).deepfm)
-    pairs = Pairs(fields, items, recall)
-    history = features.table("users/as_of=test")["recent"]
-    every = pairs.of_all(history)
-    assert every.shape == (len(history), len(items) + 1, 3)
+    pairs = Pairs(fields, items, {"recall": recall})
+    users = features.table("users/as_of=test")
+    every = pairs.of_all(users)
+    assert every.shape == (len(users), len(items) + 1, 3)
     assert every[:, 0].eq(0).all()
-    chosen = torch.randint(0, len(items) + 1, (len(history), 9), generator=torch.Generator().manual_seed(1))
+    chosen = torch.randint(0, len(items) + 1, (len(users), 9), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(module, "ROOM", 3 * len(items))
-    found = pairs.of(history, chosen)
-    assert torch.equal(found, every[torch.arange(len(history))[:, None], chosen])
+    found = pairs.of(users, chosen)
+    assert torch.equal(found, every[torch.arange(len(users))[:, None], chosen])
     assert len(set(found.flatten().tolist())) > 500
 
 
@@ -126,7 +165,7 @@ def test_a_recall_run_without_their_tables_is_refused(night, items):
     _, _, recall = night
     fields = pair_specs(Settings(pair=[{"name": "linear", "measure": "ease"}]))
     with pytest.raises(ConfigError, match=r"has no linear/model=ease, .* models in recall\.linear"):
-        Pairs(fields, items, recall)
+        Pairs(fields, items, {"recall": recall})
 
 
 @pytest.mark.parametrize("kind", ["lr", "fm", "dnn", "deepfm"])
@@ -140,9 +179,9 @@ def test_an_mlp_of_them_and_the_logit_is_added(night, items, kind):
     batch = Examples(features, items, config).batch(0, 0, 0, 1)
     user = model.user_side(batch.user).leading(-1, 1)
     item = model.item_side(batch.item).leading(len(batch.user), -1)
-    history = features.table("users/as_of=test")["recent"].slice(0, len(batch.user))
-    pair = Pairs(model.pair_fields, items, recall).of(
-        history, batch.item.indices["item"].values().view(len(batch.user), -1).long()
+    users = features.table("users/as_of=test").slice(0, len(batch.user))
+    pair = Pairs(model.pair_fields, items, {"recall": recall}).of(
+        users, batch.item.indices["item"].values().view(len(batch.user), -1).long()
     )
     logit = without.logits(user, item)
     assert torch.equal(model.logits(user, item, pair=pair), logit)  # at first it adds nothing
@@ -176,6 +215,13 @@ WITHOUT_DRAWN = ["deepfm.negatives=0", "deepfm.objective=logistic"]
         (["deepfm.pair=[{name: a, measure: share, attribute: b, rank: true}]"], "share has no rank"),
         (["deepfm.pair=[{name: a, measure: since}]"], r"recall\.late=0\.2"),
         (["deepfm.pair=[{name: a, measure: ease}]", LATE_SET], r"measure ease needs recall\.linear=\[ease\]"),
+        (["deepfm.pair=[{name: a, measure: als}]", LATE_SET], r"als needs als\.earlier=true, .* found false"),
+        (
+            ["deepfm.pair=[{name: a, measure: als}]", LATE_SET, "als.earlier=true", "als.fit_on=train_valid"],
+            r"als\.fit_on=train as deepfm\.fit_on is, found true and train_valid",
+        ),
+        (["deepfm.pair=[{name: a, measure: als, recency: 1}]"], "pair a: measure als has no recency"),
+        (["als.earlier=true"], r"als\.earlier needs late events, for example recall\.late=0\.2"),
         (["deepfm.pair=[{name: recent, measure: since}]", LATE_SET], "names used twice: recent"),
         (
             ["deepfm.pair=[{name: a, measure: share, attribute: genre}]", LATE_SET],

@@ -122,7 +122,7 @@ def test_deepfm_ranks_by_its_logits_as_of_each_list_s_day(models, users, catalog
     ranker = models.ranker
     user, pair = ranker.users(users), [None] * len(users)
     if ranker.pairs:
-        pair = list(ranker.pairs.of_all(users.table["recent"]))
+        pair = list(ranker.pairs.of_all(users.table))
     logits = torch.cat(
         [
             ranker.model.logits(user.rows(row, row + 1), catalogues[day], pair=pair[row])[None]
