@@ -26,9 +26,12 @@ compare: java setup
 	@$(if $(CONF),,$(BIN)/python -m recsys_dist.datasets movielens_1m data)
 	@$(BIN)/python jobs/compare.py $(if $(CONF),--conf $(CONF),--conf conf/movielens_1m.yaml --set label.others=drop)
 
+# All tests, those too that take as long again: whole jobs, killed ones, long logs. CI does.
+LONG =
+
 # Two processes, a file's tests in one of them: half of the time Spark and Ray wait for themselves.
 test: java browser setup-dev lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(LONG),,-m "not long")
 
 bench: java setup-dev .venv/peers.done
 	@$(BIN)/python -m tests.bench

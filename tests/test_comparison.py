@@ -134,6 +134,7 @@ def test_an_unknown_model_is_refused(tmp_path):
         Trained(None, [f"storage.root={tmp_path}", "compare.models=[svd]"])
 
 
+@pytest.mark.long
 def test_the_job_trains_what_is_missing_and_nothing_twice(tmp_path):
     lines = ["user,item,timestamp,value"]
     for user in range(30):

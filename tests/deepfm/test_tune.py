@@ -17,6 +17,8 @@ from recsys_dist.workspace import Workspace
 from tests.processes import DEADLINE_SECONDS, run_here, wait_for
 from tests.synthetic import synthetic_config, synthetic_features
 
+pytestmark = pytest.mark.long
+
 SPACE = {
     "embedding_learning_rate": {"choice": ["1e-6", 0.1]},
     "dropout": {"uniform": [0, 0.1]},

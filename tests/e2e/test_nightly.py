@@ -61,6 +61,7 @@ def movielens():
     return fetch("movielens_100k", REPOSITORY / "data")
 
 
+@pytest.mark.long
 def test_killed_in_every_stage_the_night_completes_and_redoes_nothing(movielens, tmp_path):
     root = tmp_path / "root"
     conf = ["--conf", "conf/movielens_100k.yaml", *settings(root, "data.sample_users=0.1")]
@@ -133,6 +134,7 @@ def own_log(folder):
                 file.write(json.dumps(item) + "\n")
 
 
+@pytest.mark.long
 def test_own_log_of_another_format_from_an_installed_wheel(wheel, tmp_path):
     own_log(tmp_path)
     conf = tmp_path / "shop.yaml"

@@ -24,6 +24,8 @@ from tests.faults.test_training import (
 )
 from tests.synthetic import synthetic_config, synthetic_features
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def head():

@@ -28,6 +28,8 @@ FAULTY = """
 import os, pathlib, resource, runpy, signal, sys, time
 from recsys_dist.scoring import score
 
+pytestmark = pytest.mark.long
+
 real, here = score.publish, pathlib.Path(sys.argv.pop(1))
 
 class Dies:

@@ -35,6 +35,8 @@ DIES = """
 import os, runpy, signal, sys
 from recsys_dist import job, workspace
 
+pytestmark = pytest.mark.long
+
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 

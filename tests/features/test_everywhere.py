@@ -19,6 +19,8 @@ from tests.features.test_fields import random_log, shop_config
 from tests.logs import featurized
 from tests.processes import kill_group
 
+pytestmark = pytest.mark.long
+
 SPARK35 = REPOSITORY / ".venv" / "spark35"
 SMALL_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 CLUSTER = "local-cluster[2,1,1024]"

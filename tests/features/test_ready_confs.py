@@ -10,6 +10,8 @@ from recsys_dist.config import load
 from tests import generated
 from tests.logs import featurized
 
+pytestmark = pytest.mark.long
+
 SHAPES = {
     "movielens_100k": generated.movielens_100k,
     "movielens_1m": generated.movielens_1m,

@@ -16,6 +16,8 @@ from recsys_dist.features.session import LARGE, MEBIBYTE, shuffle_partitions
 from recsys_dist.workspace import Workspace
 from tests.logs import log_config
 
+pytestmark = pytest.mark.long
+
 HEAVY = 1_000_000
 OTHERS = 500_000
 DAY = 86400

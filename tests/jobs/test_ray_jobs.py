@@ -25,6 +25,8 @@ from recsys_dist.errors import RetryableError
 from recsys_dist.workspace import Workspace
 from tests.synthetic import synthetic_config, synthetic_features
 
+pytestmark = pytest.mark.long
+
 BIN = Path(sys.executable).parent
 FEW_STEPS = ["--set", "deepfm.epochs=2", "--set", "deepfm.hidden=[16]"]
 ONE_EPOCH = ["--set", "deepfm.epochs=1"]

@@ -15,6 +15,8 @@ from recsys_dist.spark import spark_environment, spark_home
 from recsys_dist.workspace import Workspace
 from tests.processes import run_here
 
+pytestmark = pytest.mark.long
+
 # What conf/movielens_100k.yaml sets for the same reason: these logs are small.
 OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 FAST = ["--driver-java-options", OPTIONS, "--conf", f"spark.executor.extraJavaOptions={OPTIONS}"]
