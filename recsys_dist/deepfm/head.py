@@ -45,7 +45,7 @@ made for."""
 LATER_EVENTS = 64
 """Of a user that are learned from: the next late one would count less than 1e-6."""
 
-EPOCHS = 8
+EPOCHS = 16
 LISTS = 32
 """Lists a step."""
 STANDARDISED = 2000
