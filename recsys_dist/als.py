@@ -15,14 +15,7 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import FIT_ON, Als, Config
 from recsys_dist.errors import DataError, RetryableError
-from recsys_dist.features.session import (
-    MEBIBYTE,
-    Steps,
-    remove_checksums,
-    spark_uri,
-    start,
-    write,
-)
+from recsys_dist.features.session import MEBIBYTE, Steps, remove_checksums, spark_uri, start, write
 from recsys_dist.job import run_module
 from recsys_dist.recall.pairs import counted_events, earlier_events, late_from
 from recsys_dist.schema import BEFORE_VALID, FACTORS, FACTORS_OF, LATE
@@ -37,9 +30,9 @@ CHECKPOINTS, TRIED = "checkpoints", "tried"
 def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
     """Fit on the parts of `als.fit_on` and write user_factors/ and item_factors/, ascending by index.
 
-    A user or item without an event that is fitted on has no factors. With `als.earlier` also factors of
-    earlier events, into before=valid/ or before=late/. With `als.grid` every combination is
-    fitted on train first, and the settings with the best NDCG@10 on valid are taken.
+    A user or item without an event that is fitted on has no factors. With `als.grid` every combination is
+    fitted on train first, and the settings with the best NDCG@10 on valid are taken. With `als.earlier` also
+    what is fitted to earlier events, in before=valid/ or before=late/.
 
     Returns:
         the run's figures: ratings, factors, settings, what was tried, seconds a step.

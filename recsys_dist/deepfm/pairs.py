@@ -22,7 +22,10 @@ from recsys_dist.workspace import Run
 Knows = Literal["all", "train", "early"]
 """All that a run was fitted on, the train part alone, or nothing of its late events."""
 ROOM = 1 << 22
-"""Numbers of the array [B, I] that users' items are looked up in: a few users at a time where I is large."""
+"""Numbers of the array [B, I] that users' items are looked up in, or [B, C, R] of factors: a few users at
+a time where I is large."""
+FEW = 8
+"""To gather an item's factors takes so many times as long as to multiply them among those of all."""
 
 
 def pair_specs(settings: DeepFM) -> tuple[FieldSpec, ...]:
@@ -170,7 +173,7 @@ class Pairs:
         """Is it less work to look up these items' scores than those of all?"""
         number = items_BC.shape[1]
         if of == "als":
-            return number < self.n
+            return number * FEW < self.n
         return self.tables["next_items" if of == "since" else of].few(number)
 
     def _scores(self, of: str, recency: float, users: _Asked, items_BC: Tensor | None) -> Tensor:
@@ -180,7 +183,9 @@ class Pairs:
             items_IR = self.factors.items_IR
             if items_BC is None:
                 return users.factors @ items_IR.T
-            return torch.einsum("br,bcr->bc", users.factors, items_IR[items_BC])
+            size = max(1, ROOM // max(1, items_BC.shape[1] * items_IR.shape[1]))
+            of_some = zip(users.factors.split(size), items_BC.split(size), strict=True)
+            return torch.cat([(items_IR[items] @ own.unsqueeze(-1)).squeeze(-1) for own, items in of_some])
         history_BH, age_BH = users.history, users.age
         since = of == "since"
         table = self.tables["next_items" if since else of]

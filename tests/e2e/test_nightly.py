@@ -154,6 +154,9 @@ def test_own_log_of_another_format_from_an_installed_wheel(wheel, tmp_path):
           - {name: till, kind: categorical, side: context, column: till}
           - {name: recent, kind: history, last: 5}
           - {name: weekday, kind: time, part: weekday}
+        als: {earlier: true}
+        recall: {late: 0.2}
+        deepfm: {pair: [{name: next, measure: next_items}, {name: als, measure: als}]}
     """)
     overrides = [word for setting in SMALL for word in ("--set", setting)]
     environment = {**os.environ, "PYTHONPATH": str(wheel)}
@@ -165,7 +168,12 @@ def test_own_log_of_another_format_from_an_installed_wheel(wheel, tmp_path):
     rows = DeltaTable(tmp_path / "out" / "topk").to_pyarrow_table().to_pylist()
     assert {row["user_id"] for row in rows} == {f"c{customer:03d}" for customer in range(80)}
     assert {row["item_id"][:2] for row in rows} == {"S-"}
-    (features,) = Workspace(load(None, [f"storage.root={tmp_path}/out"])).runs("features")
+    workspace = Workspace(load(None, [f"storage.root={tmp_path}/out"]))
+    (features,) = workspace.runs("features")
+    (als,), (deepfm,) = workspace.runs("als"), workspace.runs("deepfm")
+    assert deepfm.inputs["als"] == als.run_id
+    assert 0 < als.manifest["figures"]["earlier"]["ratings"] < als.manifest["figures"]["ratings"]
+    assert deepfm.manifest["figures"]["head"]["of"] == "late"
     assert sum(features.manifest["figures"]["quarantined"]["events"].values()) == 2
     shown = ["-m", "recsys_dist.jobs.score", "--conf", "shop.yaml", "--user", "c001"]
     assert "Thing " in finish(start(shown, cwd=tmp_path, env=environment))

@@ -20,6 +20,8 @@ from tests.models import untrained_night
 from tests.processes import DEADLINE_SECONDS, stopped_at_the_end, wait_for
 from tests.synthetic import synthetic_config
 
+pytestmark = pytest.mark.long
+
 USERS = 240
 SMALL = ("--set", "score.partition_users=1")
 """A partition a user, so that there is time to kill something between two of them."""
@@ -27,8 +29,6 @@ SMALL = ("--set", "score.partition_users=1")
 FAULTY = """
 import os, pathlib, resource, runpy, signal, sys, time
 from recsys_dist.scoring import score
-
-pytestmark = pytest.mark.long
 
 real, here = score.publish, pathlib.Path(sys.argv.pop(1))
 

@@ -21,6 +21,8 @@ from tests.deepfm.workers import run_workers, train_in
 from tests.processes import DEADLINE_SECONDS, stopped_at_the_end, wait_for
 from tests.synthetic import synthetic_config, synthetic_features
 
+pytestmark = pytest.mark.long
+
 SETTINGS = {
     "epochs": 2,
     "patience": 2,
@@ -34,8 +36,6 @@ SETTINGS = {
 DIES = """
 import os, runpy, signal, sys
 from recsys_dist import job, workspace
-
-pytestmark = pytest.mark.long
 
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
