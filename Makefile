@@ -31,7 +31,7 @@ LONG =
 
 # Two processes, a file's tests in one of them: half of the time Spark and Ray wait for themselves.
 test: java browser setup-dev lint
-	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(LONG),,-m "not long")
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(if $(filter 1,$(LONG)),,-m "not long")
 
 bench: java setup-dev .venv/peers.done
 	@$(BIN)/python -m tests.bench

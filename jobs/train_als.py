@@ -1,6 +1,6 @@
 """spark-submit jobs/train_als.py --conf conf/movielens_100k.yaml
 
-Fits implicit ALS on the train part of the latest features run: user and item factors.
+Fits ALS to the latest features run: user and item factors.
 Also starts as `python jobs/train_als.py`, with all cores of this machine.
 """
 

@@ -33,7 +33,7 @@ def left_behind(run: OpenRun) -> bool:
 def check(config: Config, inputs: dict[str, Run]) -> None:
     from recsys_dist.deepfm import train
 
-    train.earlier(config, inputs)
+    train.check(config, inputs)
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from recsys_dist.config import FIT_ON, Als, Config
 from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.features.session import MEBIBYTE, Steps, remove_checksums, spark_uri, start, write
 from recsys_dist.job import run_module
-from recsys_dist.recall.pairs import counted_events, earlier_events, late_from
+from recsys_dist.recall.pairs import earlier_events, late_moments
 from recsys_dist.schema import BEFORE_VALID, FACTORS, FACTORS_OF, LATE
 from recsys_dist.workspace import OpenRun, Run
 
@@ -62,6 +62,7 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
             raise DataError(f"{features.uri}/examples: no events of {parts} to fit ALS on")
         with steps.measure("fit"):
             model = _als(settings, config.seed, blocks).fit(events)
+            events.unpersist()
         with steps.measure("write"):
             written: dict[str, Any] = {**_write(model, run, "")}
         if settings.earlier:
@@ -87,15 +88,16 @@ def _write_earlier(
     features, folder, moments = run.inputs["features"], BEFORE_VALID, None
     if settings.fit_on == "train":
         folder = LATE
-        train = counted_events(_examples(spark, features), config.recall, ("train",))
-        in_time = features.manifest["config"]["split"]["kind"] == "global_time"
         # As the stage recall has them: its late events are what is learned on.
-        moments = late_from(train, config.recall.late, in_time).cache()
+        moments = late_moments(_examples(spark, features), features, config.recall)
     events = _events(spark, features, settings, ("train",), moments).cache()
     ratings = events.count()
     if not ratings:
         what = "no events of train" if moments is None else "no event of train is before the late ones"
-        raise DataError(f"{features.uri}/examples: {what}, and als.earlier asks for ALS fitted on them")
+        raise DataError(
+            f"{features.uri}/examples: {what}, and als.earlier asks for ALS fitted on them. Lower "
+            f"recall.late, or leave als.earlier and pair fields of measure als out."
+        )
     found = _write(_als(settings, config.seed, blocks).fit(events), run, f"{folder}/")
     return {"ratings": ratings, **found}
 

@@ -22,6 +22,7 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation.evaluate import hold_out
 from recsys_dist.evaluation.labels import model_label
 from recsys_dist.evaluation.report import write_comparison
+from recsys_dist.recall.factors import FactorTables
 from recsys_dist.scoring.models import Models, load_models, load_ranker
 from recsys_dist.scoring.scorers import Exhaustive, Factors, Linear, NextItems, Popularity, Related, Scorer
 from recsys_dist.workspace import OpenRun, Run, Workspace
@@ -240,7 +241,7 @@ def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:
 
 
 def _factors(run: Run, items: Items) -> Scorer:
-    return Factors(items.spec, run.dataset("user_factors"), run.table("item_factors"))
+    return Factors(FactorTables.read(items.spec, run))
 
 
 def _counts(features: Run, n: int) -> np.ndarray:

@@ -593,9 +593,10 @@ class DeepFM(Section):
     shuffled: what their histories have in common is encoded once."""
     pair: tuple[Pair, ...] = ()
     """What the user's longest history of liked items says of the item, by the tables of a recall run
-    (`recall.late` above 0), beside a model that ranks (`negatives` of 1 or more). An MLP of them and of the
-    logit is added to the logit. It is learned on lists of events that tables and model do not know: with
-    `fit_on` train_valid those of valid, else the late ones of train. With `start_from` it is taken over."""
+    (`recall.late` above 0), or ALS' factors of both (`als.earlier`), beside a model that ranks (`negatives`
+    of 1 or more). An MLP of them and of the logit is added to the logit. It is learned on lists of events
+    that tables and model do not know: with `fit_on` train_valid those of valid, else the late ones of train.
+    With `start_from` it is taken over."""
     pair_hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((64, 32), min_length=1)
     """Widths of that MLP's layers."""
     precision: Literal["float32", "bfloat16"] = "float32"

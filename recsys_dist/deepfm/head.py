@@ -31,7 +31,7 @@ from recsys_dist.deepfm.not_finite import diverged
 from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.validation import CHUNK, Ranking, users_of_part
 from recsys_dist.errors import DataError
-from recsys_dist.workspace import Run
+from recsys_dist.workspace import STAGES, Run
 
 ENTRIES = 1024
 """C."""
@@ -264,18 +264,20 @@ def learn(
     model = model.to(device).eval()
     items = Items(features, spec)
     most = most_users(len(fields), len(items))
-    known = Pairs(fields, items, inputs, "train")
+    held = config.score.users_megabytes << 20
+    known = Pairs(fields, items, inputs, "train", most=held)
     if before_late:
         users = late_users(items, features, recall, before_late, config, most)
-        made = lists(model, Pairs(fields, items, inputs, "early"), users, SOON, config.seed)
+        made = lists(model, Pairs(fields, items, inputs, "early", most=held), users, SOON, config.seed)
     else:
         users = users_of_part(features, items, config, "valid", most)
         made = lists(model, known, users, np.inf, config.seed)
     wrong = ~made.inputs.isfinite().all((0, 1))
     for name in (field.name for field, of in zip(fields, wrong, strict=False) if of):
+        stage = "als" if next(field for field in fields if field.name == name).of == "als" else "recall"
         raise DataError(
-            f"{recall.uri}: the pair field {name} has numbers that are not finite. Run jobs/recall.py "
-            f"--force."
+            f"{inputs[stage].uri}: the pair field {name} has numbers that are not finite. Run "
+            f"jobs/{STAGES[stage].job} --force."
         )
     if wrong[-1]:
         raise diverged(f"{(early or whole).name} has logits that are not finite", model)

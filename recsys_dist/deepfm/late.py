@@ -1,9 +1,10 @@
-"""Users and events of which some tables of a recall run know nothing: on them a model learns what the pair
-fields are worth, beside a logit that knows nothing of them either. They are the late events of train, or
-those of the valid part.
+"""Users and events of which some tables of a recall run, or ALS' factors, know nothing: on them a model
+learns what the pair fields are worth, beside a logit that knows nothing of them either. They are the late
+events of train, or those of the valid part.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.compute as pc
 from recsys_dist.config import Config
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.pairs import Knows, folder
+from recsys_dist.deepfm.pairs import Knows, tables_folder
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import LATE, SEEN_COLUMN
 from recsys_dist.workspace import STAGES, Run
@@ -52,6 +53,42 @@ class Early:
         return early
 
 
+def require_tables(inputs: Mapping[str, Run], fit_on: str) -> None:
+    """Raise a ConfigError where the runs lack tables that know nothing of the events on which pair fields are
+    learned.
+
+    Args:
+        inputs: by stage: recall, and als where pair fields are of it.
+        fit_on: `deepfm.fit_on`: of train, the late ones are learned on; else those of valid.
+    """
+    recall, als = inputs["recall"], inputs.get("als")
+    knows: Knows = "early" if fit_on == "train" else "train"
+    where = tables_folder(recall, knows)
+    if where and ("late" if knows == "early" else "before_valid") not in recall.manifest["figures"]:
+        raise ConfigError(
+            f"{recall.uri} has no {where.rstrip('/')}, which pair fields are learned with. Run "
+            f"jobs/recall.py with recall.late above 0, for example 0.2."
+        )
+    if als is None:
+        return
+    made = als.manifest["config"]
+    wanted = {"als.earlier": True, "als.fit_on": fit_on}
+    found = {"als.earlier": made["als"].get("earlier", False), "als.fit_on": made["als"]["fit_on"]}
+    if knows == "early":
+        for key in ("late", "events"):
+            wanted[f"recall.{key}"] = recall.manifest["config"]["recall"][key]
+            found[f"recall.{key}"] = made["recall"][key]
+    if found != wanted:
+        raise ConfigError(
+            f"{als.uri} was made with {_told(found)}, and pair fields of measure als are learned with "
+            f"{_told(wanted)}. Run jobs/train_als.py with these."
+        )
+
+
+def _told(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={str(of).lower()}" for key, of in settings.items())
+
+
 def require_earlier(inputs: Mapping[str, Run], early: Early | None) -> None:
     """Raise a DataError where the tables that know no late events, or (without `early`) no valid ones, were
     made from other train events.
@@ -62,15 +99,15 @@ def require_earlier(inputs: Mapping[str, Run], early: Early | None) -> None:
     """
     features, recall, als = inputs["features"], inputs["recall"], inputs.get("als")
     knows: Knows = "early" if early else "train"
-    settings, figures = recall.manifest["config"]["recall"], recall.manifest["figures"]
-    if folder(recall, knows):
-        figures = figures["late" if early else "before_valid"]
-    _require_known(features, recall, figures["known"], settings["events"], early)
+    counted = recall.manifest["figures"]
+    known = counted.get("late" if early else "before_valid") if tables_folder(recall, knows) else counted
+    events = recall.manifest["config"]["recall"]["events"]
+    _require_known(features, recall, known["known"], events, early)
     if als:
-        figures = als.manifest["figures"]
-        events = "positive" if figures["implicit"] else "any"
-        figures = figures["earlier"] if folder(als, knows) else figures
-        _require_known(features, als, figures["ratings"], events, early)
+        fitted = als.manifest["figures"]
+        known = fitted["earlier"] if tables_folder(als, knows) else fitted
+        events = "positive" if fitted["implicit"] else "any"
+        _require_known(features, als, known["ratings"], events, early)
 
 
 def _require_known(features: Run, of: Run, known: int, events: str, early: Early | None) -> None:
@@ -83,7 +120,7 @@ def _require_known(features: Run, of: Run, known: int, events: str, early: Early
     else:
         found = features.dataset("examples").count_rows(filter=wanted)
     if found != known:
-        where = f"{of.uri}/{folder(of, 'early' if early else 'train')}".rstrip("/")
+        where = f"{of.uri}/{tables_folder(of, 'early' if early else 'train')}".rstrip("/")
         raise DataError(
             f"{where} was made from {known} events, and {found} train events are earlier than its users' "
             f"{'late' if early else 'valid'} ones: what the ranking model learns of such tables would not "

@@ -59,7 +59,8 @@ class Pairs:
         inputs: the runs with the tables, by stage: recall, and als where a field is of it.
         knows: which of their tables: those that know all that was fitted on, the train part alone, or
             nothing of its late events.
-        most: users' factors of more bytes are not held, but read for the users of a batch.
+        factors: the als run's that know so much, where they are there already.
+        most: else users' factors of more bytes are not held, but read for the users of a batch.
 
     Raises:
         ConfigError: the runs do not have them.
@@ -71,6 +72,7 @@ class Pairs:
         items: Items,
         inputs: Mapping[str, Run],
         knows: Knows = "all",
+        factors: FactorTables | None = None,
         most: int | None = None,
     ) -> None:
         self.fields = fields
@@ -83,11 +85,11 @@ class Pairs:
         places = {"next_items": "next_items", "neighbors": f"neighbors/measure={self.settings.measures[0]}"}
         places |= {name: f"linear/model={name}" for name in LINEAR}
         wanted = {"next_items" if field.of == "since" else str(field.of) for field in fields} & set(places)
-        where = folder(recall, knows)
+        where = tables_folder(recall, knows)
         self.tables = {name: _related(recall, f"{where}{places[name]}", self.n) for name in sorted(wanted)}
         self.factors = None
         if any(field.of == "als" for field in fields):
-            self.factors = _factors(inputs["als"], folder(inputs["als"], knows), items, most)
+            self.factors = factors or _factors(inputs["als"], knows, items, most)
         self.values_IV = {
             field.attribute: items.values(field.attribute) for field in fields if field.attribute
         }
@@ -228,19 +230,17 @@ def _related(recall: Run, name: str, n: int) -> RelatedItems:
         ) from None
 
 
-def _factors(als: Run, where: str, items: Items, most: int | None) -> FactorTables:
-    users, of_items = (f"{where}{name}" for name in FACTORS_OF)
+def _factors(als: Run, knows: Knows, items: Items, most: int | None) -> FactorTables:
     try:
-        n_users = items.spec.n_users
-        return FactorTables(n_users, len(items), als.dataset(users), als.table(of_items), most)
+        return FactorTables.read(items.spec, als, tables_folder(als, knows), most)
     except FileNotFoundError:
         raise ConfigError(
-            f"{als.uri} has no {of_items}, which pair fields of measure als are learned with. Run "
-            f"jobs/train_als.py with als.earlier=true, and with als.fit_on as deepfm.fit_on."
+            f"{als.uri} has no {tables_folder(als, knows)}{FACTORS_OF[0]}, which pair fields of measure als "
+            f"need. Run jobs/train_als.py with als.earlier=true, and with als.fit_on as deepfm.fit_on."
         ) from None
 
 
-def folder(run: Run, knows: Knows) -> str:
+def tables_folder(run: Run, knows: Knows) -> str:
     """Folder of a recall or als run's tables, with a slash, that know so much; that of the run is empty."""
     stage = run.manifest["stage"]
     if knows == "train":

@@ -40,7 +40,7 @@ from recsys_dist.deepfm.reports import (
     write_json,
 )
 from recsys_dist.deepfm.tracking import Tracking
-from recsys_dist.errors import DataError, RetryableError
+from recsys_dist.errors import ConfigError, DataError, RetryableError
 from recsys_dist.workspace import OpenRun, Run, Workspace
 
 HEAD, LEARNED = "head.safetensors", "head.json"
@@ -66,13 +66,13 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         The run's figures.
 
     Raises:
-        ConfigError: see `earlier`; the Ray cluster is too small, or MLflow is asked for and not installed.
+        ConfigError: see `check`; the Ray cluster is too small, or MLflow is asked for and not installed.
         DataError: the run to start from is damaged.
         RetryableError: it cannot be reached, or the training failed more often than allowed.
     """
     start = time.perf_counter()
     require_enough(run.inputs["features"], config)
-    before = earlier(config, run.inputs)
+    before = check(config, run.inputs)
     if before and not left_behind(run):
         before.require_intact("model", "checkpoint")
         print(f"  starts from {before.uri}", flush=True)
@@ -82,6 +82,36 @@ def make(config: Config, run: OpenRun) -> dict[str, Any]:
         fitted = _fit(config, run, before, tracking)
     figures = _publish(config, run, fitted)
     return figures | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+def check(config: Config, inputs: Mapping[str, Run]) -> Run | None:
+    """The run that `deepfm.start_from` names, if any.
+
+    Raises:
+        ConfigError: see `earlier`; the runs lack what pair fields are learned with, or the earlier model has
+            learned it with other factors.
+    """
+    from recsys_dist.deepfm.late import require_tables
+
+    before = earlier(config, inputs)
+    if config.deepfm.pair and before is None:
+        require_tables(inputs, config.deepfm.fit_on)
+    elif before and "als" in inputs:
+        told, found = before.manifest["figures"].get("factors"), _factors(inputs["als"])
+        if told != found:
+            raise ConfigError(
+                f"deepfm.start_from={config.deepfm.start_from}: what the pair fields of measure als are "
+                f"worth was learned in {before.uri} with factors of {told}, and those of "
+                f"{inputs['als'].uri} are of {found}. Fit ALS with those settings, or leave start_from out "
+                f"once."
+            )
+    return before
+
+
+def _factors(als: Run) -> dict[str, Any]:
+    """What an als run's inner products are like."""
+    figures = als.manifest["figures"]
+    return {name: figures[name] for name in ("implicit", "rank", "reg", "alpha", "iterations")}
 
 
 def earlier(config: Config, inputs: Mapping[str, Run]) -> Run | None:
@@ -365,6 +395,7 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
         **{name: line[name] for name in MEASURED if name in line},
         **{name: of for name, of in fitted.told.items() if name in MEASURED},
         **({"head": fitted.told} if fitted.told else {}),
+        **({"factors": _factors(run.inputs["als"])} if "als" in run.inputs else {}),
         "best_epoch": line["epoch"],
         "fit_on": config.deepfm.fit_on,
         "epochs": history[-1]["epoch"],

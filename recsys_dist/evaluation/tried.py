@@ -13,6 +13,8 @@ from recsys_dist.config import Config
 from recsys_dist.deepfm.items import Items
 from recsys_dist.evaluation.evaluate import held_out, rank
 from recsys_dist.evaluation.measured import Catalogue, measure
+from recsys_dist.recall.factors import FactorTables
+from recsys_dist.schema import FACTORS_OF
 from recsys_dist.scoring.scorers import Factors
 from recsys_dist.workspace import Workspace
 
@@ -42,9 +44,9 @@ def measured(task: Task) -> list[float]:
     for folder in task.folders:
         user_factors, item_factors = (
             pyarrow.dataset.dataset(f"{folder}/{name}", filesystem=workspace.filesystem)
-            for name in ("user_factors", "item_factors")
+            for name in FACTORS_OF
         )
-        scorer = Factors(items.spec, user_factors, item_factors.to_table())
+        scorer = Factors(FactorTables(items.spec, user_factors, item_factors.to_table()))
         lists = rank(config, items, scorer, users)[0]
         found.append(float(measure((K,), lists, truth, catalogue).of_users[f"ndcg@{K}"].mean()))
     return found

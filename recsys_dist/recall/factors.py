@@ -10,13 +10,15 @@ import pyarrow.dataset
 import torch
 from torch import Tensor
 
+from recsys_dist.schema import FACTORS_OF, FeatureSpec
+from recsys_dist.workspace import Run
+
 
 class FactorTables:
     """The factors of all items, and of users those that are asked for.
 
     Args:
-        n_users: of the vocabulary.
-        n_items: likewise.
+        spec: of the features run.
         user_factors: of an als run (schema FACTORS).
         item_factors: likewise.
         most: users' factors of more bytes are not held, but read for the users of a batch.
@@ -24,12 +26,12 @@ class FactorTables:
 
     def __init__(
         self,
-        n_users: int,
-        n_items: int,
+        spec: FeatureSpec,
         user_factors: pa.dataset.Dataset,
         item_factors: pa.Table,
         most: int | None = None,
     ) -> None:
+        n_users, n_items = spec.n_users, spec.n_items
         self.items_IR, self.known_I = _dense(item_factors, np.arange(n_items + 1))
         """float32, zeros where there are none; and bool: has the item any?"""
         self._user_factors = user_factors
@@ -37,6 +39,16 @@ class FactorTables:
         """Those of all users; None where they are read."""
         if most is None or 4 * (n_users + 1) * self.items_IR.shape[1] <= most:
             self.held = self._of(user_factors.to_table(), np.arange(n_users + 1))
+
+    @classmethod
+    def read(cls, spec: FeatureSpec, als: Run, folder: str = "", most: int | None = None) -> "FactorTables":
+        """Those of an als run, or in a folder of it, which ends with a slash.
+
+        Raises:
+            FileNotFoundError: they are not there.
+        """
+        users, items = (f"{folder}{name}" for name in FACTORS_OF)
+        return cls(spec, als.dataset(users), als.table(items), most)
 
     def of(self, users: np.ndarray) -> tuple[Tensor, Tensor]:
         """[B, R] float32 factors of users by index, zeros where there are none; and [B] bool: has one any?"""

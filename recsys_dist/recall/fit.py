@@ -31,7 +31,7 @@ from recsys_dist.recall.pairs import (
     daily_counts,
     earlier_events,
     in_order,
-    late_from,
+    late_moments,
     save_best,
     state_before,
     with_counts,
@@ -75,10 +75,9 @@ def fit_recall(config: Config, run: OpenRun) -> dict[str, Any]:
             figures["daily"] = tables.count_daily(every, events)
         if settings.late:
             train = counted_events(examples, settings, ("train",))
-            in_time = features.manifest["config"]["split"]["kind"] == "global_time"
             uri = f"{run.uri}/{LATE}/late_from"
             with steps.measure("late"):
-                write(late_from(train, settings.late, in_time), uri, LATE_FROM)
+                write(late_moments(examples, features, settings), uri, LATE_FROM)
             moments = read_table(spark, uri, LATE_FROM)
             with steps.measure("state"):
                 state = state_before(examples, moments, spec.state_schema())

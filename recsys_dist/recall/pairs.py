@@ -13,6 +13,7 @@ from pyspark.sql import functions as F
 from recsys_dist.config import Recall
 from recsys_dist.features.session import files, in_ranges, write
 from recsys_dist.schema import RELATED
+from recsys_dist.workspace import Run
 
 PAIR_BYTES = 16
 """Of a pair of items that is moved, about."""
@@ -74,6 +75,18 @@ def late_from(events: DataFrame, late: float, in_time: bool) -> DataFrame:
     )  # fmt: skip
     late_ones = placed.where(F.col("share") >= 1 - late)
     return late_ones.groupBy("user").agg(F.min("timestamp").alias("late_from"))
+
+
+def late_moments(examples: DataFrame, features: Run, settings: Recall) -> DataFrame:
+    """`late_from` of the train events that are counted; of a log split by time the same for all users.
+
+    Args:
+        examples: of the features run.
+        features: that run.
+        settings: say which are counted, and what share of them is late.
+    """
+    in_time = features.manifest["config"]["split"]["kind"] == "global_time"
+    return late_from(counted_events(examples, settings, ("train",)), settings.late, in_time)
 
 
 def earlier_events(events: DataFrame, moments: DataFrame) -> DataFrame:

@@ -10,6 +10,7 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.published import load_parts
 from recsys_dist.errors import ConfigError
+from recsys_dist.recall.factors import FactorTables
 from recsys_dist.scoring.scorers import (
     FM,
     Content,
@@ -56,7 +57,9 @@ class Models:
         }
 
 
-def load_ranker(inputs: dict[str, Run], items: Items, most: int | None = None) -> Ranker:
+def load_ranker(
+    inputs: dict[str, Run], items: Items, most: int | None = None, factors: FactorTables | None = None
+) -> Ranker:
     """Load the model of these runs (features, deepfm; recall and als, where its pair fields are of them) on
     torch's default device.
 
@@ -64,9 +67,10 @@ def load_ranker(inputs: dict[str, Run], items: Items, most: int | None = None) -
         inputs: by stage.
         items: of the features run.
         most: tables of users of more bytes are not held, but read for the users of a batch.
+        factors: of the als run, where they are there already.
     """
     model, rows = load_parts(inputs["deepfm"], items.spec, torch.get_default_device(), most)
-    pairs = Pairs(model.pair_fields, items, inputs, most=most) if model.pair_fields else None
+    pairs = Pairs(model.pair_fields, items, inputs, factors=factors, most=most) if model.pair_fields else None
     own = items if model.spec.fields == items.spec.fields else Items(inputs["features"], model.spec)
     return Ranker(model, own, pairs, rows)
 
@@ -82,12 +86,11 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     spec = features.spec()
     items = Items(features, spec)
     most = score.users_megabytes << 20
-    ranker = load_ranker(inputs, items, most)
+    factors = FactorTables.read(spec, inputs["als"], most=most)
+    ranker = load_ranker(inputs, items, most, factors)
     model = ranker.model
     sources: dict[str, Scorer] = {
-        "als": Factors(
-            spec, inputs["als"].dataset("user_factors"), inputs["als"].table("item_factors"), most
-        ),
+        "als": Factors(factors),
         "next_items": NextItems(spec, inputs["recall"]),
         "neighbors": Neighbors(spec, inputs["recall"]),
         "popularity": Popularity(items),

@@ -89,23 +89,11 @@ class Recent:
 
 
 class Factors:
-    """Inner products of user and item factors: ALS. Who or what has no factors is not listed.
+    """Inner products of user and item factors: ALS. Who or what has no factors is not listed."""
 
-    Args:
-        spec: of the features run.
-        user_factors: of an als run (schema FACTORS).
-        item_factors: likewise.
-        most: users' factors of more bytes are not held, but read for the users of a batch.
-    """
-
-    def __init__(
-        self,
-        spec: FeatureSpec,
-        user_factors: pa.dataset.Dataset,
-        item_factors: pa.Table,
-        most: int | None = None,
-    ) -> None:
-        self.tables = FactorTables(spec.n_users, spec.n_items, user_factors, item_factors, most)
+    def __init__(self, tables: FactorTables) -> None:
+        """Take the factors of users and items."""
+        self.tables = tables
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""

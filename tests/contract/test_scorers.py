@@ -18,6 +18,7 @@ from recsys_dist.config import Proposals, load
 from recsys_dist.deepfm.items import Items, day_number
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.evaluation.labels import LABELS
+from recsys_dist.recall.factors import FactorTables
 from recsys_dist.schema import DAILY, FACTORS, RELATED, FeatureSpec, FieldSpec
 from recsys_dist.scoring import partitions, scored, scorers
 from recsys_dist.scoring.scorers import Source, TwoStage
@@ -370,7 +371,7 @@ class TestALS(Contract):
             for known in [[index for index in range(1, len(factors)) if index != missing]]
         ]
         users, items = tables
-        return scorers.Factors(world.spec, pa.dataset.dataset(users), items, self.MOST)
+        return scorers.Factors(FactorTables(world.spec, pa.dataset.dataset(users), items, self.MOST))
 
     def score(self, world, users, row, item):
         user = int(users.indices[row])

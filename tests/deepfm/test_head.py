@@ -14,7 +14,7 @@ from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.head import SOON, Lists, fit, lists
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.late import Early, late_users, require_earlier
+from recsys_dist.deepfm.late import Early, late_users, require_earlier, require_tables
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.pairs import Pairs
@@ -121,6 +121,46 @@ def test_factors_that_know_what_is_learned_on_are_refused_too(night, part, impli
     figures["earlier"] = {"ratings": ratings + 1}
     with pytest.raises(DataError, match=rf"was made from {ratings + 1} .* Run jobs/train_als\.py --force"):
         require_earlier(inputs, early)
+
+
+@pytest.mark.parametrize(
+    ("changed", "fit_on", "message"),
+    [
+        ({}, "train", None),
+        (
+            {"recall": {"fit_on": "train_valid"}},
+            "train_valid",
+            r"recall.* has no before=valid, .* recall\.late",
+        ),
+        (
+            {"als": {"earlier": False}},
+            "train",
+            r"als\.earlier=false, als\.fit_on=train, .* learned with als\.earlier=true",
+        ),
+        (
+            {"als": {"fit_on": "train_valid"}},
+            "train",
+            r"als\.fit_on=train_valid, .* als\.fit_on=train, .*/train_als\.py",
+        ),
+        ({"als": {}}, "train_valid", r"als\.fit_on=train, and .* als\.fit_on=train_valid\. Run"),
+        ({"recall": {"late": 0.5}}, "train", r"recall\.late=0\.2, .* recall\.late=0\.5"),
+    ],
+)
+def test_runs_without_what_pair_fields_are_learned_with_are_refused(night, changed, fit_on, message):
+    config, _, recall = night
+    made = config.model_copy(update={"als": config.als.model_copy(update={"earlier": True})}).model_dump(
+        mode="json"
+    )
+    runs = {}
+    for stage in ("recall", "als"):
+        own = made | {stage: made[stage] | changed.get(stage, {})}
+        manifest = recall.manifest | {"stage": stage, "config": own}
+        runs[stage] = dataclasses.replace(recall, manifest=manifest)
+    if message is None:
+        require_tables(runs, fit_on)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            require_tables(runs, fit_on)
 
 
 def test_a_recall_run_without_late_events_is_refused(night):

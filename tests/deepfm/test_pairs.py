@@ -133,12 +133,12 @@ def test_als_is_the_inner_product_of_the_factors(night, items, most):
     users = users_with([], [1], [1, 2])
     asked = torch.tensor([[4, 5, 3, 0]]).expand(3, -1)
     for knows, fourth in (("all", [2, 0, 3]), ("early", [0, 0, -3])):
-        pairs = Pairs(fields, items, inputs, knows, most)
+        pairs = Pairs(fields, items, inputs, knows, most=most)
         found, place = pairs.of(users, asked).unbind(2)
         assert found.tolist() == [[fourth[0], 0, 3, 0], [0, 0, 0, 0], [fourth[2], 0, 3, 0]]
         assert torch.equal(pairs.of_all(users)[torch.arange(3)[:, None], asked, 0], found)
     assert place.exp().round().tolist()[2] == [len(items), 2, 1, 1]
-    with pytest.raises(ConfigError, match=r"has no item_factors, .* with als\.earlier=true"):
+    with pytest.raises(ConfigError, match=r"has no user_factors, .* with als\.earlier=true"):
         Pairs(fields, items, inputs | {"als": Workspace(config).new("als", {}, {}).commit(config, {})})
 
 

@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from recsys_dist.deepfm import train
 from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, initial_rows, used_fields
 from recsys_dist.deepfm.published import publish
@@ -178,6 +180,20 @@ def test_what_pair_fields_are_worth_is_taken_over_or_not_known(config, features)
     # The other way round the model alone is taken over.
     model = DeepFM(spec, config.deepfm, seed=1)
     assert set(take_over(model.state_dict(), spec, run)) == set(theirs) - set(found)
+
+
+def test_with_pair_fields_of_als_its_settings_must_be_the_same(config, monkeypatch):
+    """What is told of the inner products would hold of others no more."""
+    factors = {"implicit": True, "rank": 64, "reg": 0.1, "alpha": 1.0, "iterations": 15}
+    als = SimpleNamespace(uri="its/run", manifest={"figures": factors | {"ratings": 5}})
+    before = SimpleNamespace(uri="earlier/run", manifest={"figures": {"factors": factors}})
+    monkeypatch.setattr(train, "earlier", lambda config, inputs: before)
+    assert train.check(config, {"als": als}) is before
+    als.manifest["figures"]["rank"] = 32
+    with pytest.raises(
+        ConfigError, match=r"earlier/run with factors of .*'rank': 64, .* its/run are of .*32"
+    ):
+        train.check(config, {"als": als})
 
 
 def test_what_does_not_fit_is_refused(config, features, trained_fm):
