@@ -24,8 +24,8 @@ Knows = Literal["all", "train", "early"]
 ROOM = 1 << 22
 """Numbers of the array [B, I] that users' items are looked up in, or [B, C, R] of factors: a few users at
 a time where I is large."""
-FEW = 8
-"""To gather an item's factors takes so many times as long as to multiply them among those of all."""
+FEW = 100
+"""To gather an item's factors takes about so many times as long as to multiply them among those of all."""
 
 
 def pair_specs(settings: DeepFM) -> tuple[FieldSpec, ...]:

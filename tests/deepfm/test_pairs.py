@@ -122,9 +122,11 @@ def small_als(config, features):
     return run.commit(config, {})
 
 
+@pytest.mark.parametrize("few", [0, module.FEW])
 @pytest.mark.parametrize("most", [None, 0])
-def test_als_is_the_inner_product_of_the_factors(night, items, most):
-    """Where they are held, and where they are read for the users."""
+def test_als_is_the_inner_product_of_the_factors(night, items, monkeypatch, most, few):
+    """Where they are held, and where they are read for the users; of some items, or of all."""
+    monkeypatch.setattr(module, "FEW", few)
     config, features, _ = night
     fields = pair_specs(
         Settings(pair=[{"name": n, "measure": "als", "rank": n == "place"} for n in ("als", "place")])
