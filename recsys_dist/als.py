@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import pyarrow.fs
 import pyspark
 from pyspark.ml.recommendation import ALS, ALSModel
 from pyspark.sql import DataFrame, SparkSession
@@ -51,9 +52,11 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
         blocks = max(spark.sparkContext.defaultParallelism, math.ceil(size / (32 * MEBIBYTE)))
         spark.sparkContext.setCheckpointDir(spark_uri(f"{run.uri}/{CHECKPOINTS}"))
         tried: list[dict[str, Any]] = []
+        best = None
         if settings.grid:
             with steps.measure("try"):
-                settings, tried = _best(config, run, spark, blocks)
+                best, tried = _best(config, run, spark, blocks)
+            settings = settings.points()[best]
         with steps.measure("read"):
             events = _events(spark, features, settings, FIT_ON[settings.fit_on]).cache()
             ratings = events.count()
@@ -67,7 +70,7 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
             written: dict[str, Any] = {**_write(model, run, "")}
         if settings.earlier:
             with steps.measure("earlier"):
-                written["earlier"] = _write_earlier(config, settings, run, spark, blocks)
+                written["earlier"] = _write_earlier(config, settings, run, spark, blocks, best)
         with steps.measure("tidy"):
             for folder in (CHECKPOINTS, TRIED):
                 run.remove(folder)
@@ -80,10 +83,11 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
 
 
 def _write_earlier(
-    config: Config, settings: Als, run: OpenRun, spark: SparkSession, blocks: int
+    config: Config, settings: Als, run: OpenRun, spark: SparkSession, blocks: int, best: int | None
 ) -> dict[str, int]:
     """Fit on train, where valid is fitted on too, else on what is before the late events of train, and write
-    both tables into a folder; return what is told of it.
+    both tables into a folder; return the number of ratings. What was tried was fitted on train: `best` is the
+    number of these settings there.
     """
     features, folder, moments = run.inputs["features"], BEFORE_VALID, None
     if settings.fit_on == "train":
@@ -98,12 +102,17 @@ def _write_earlier(
             f"{features.uri}/examples: {what}, and als.earlier asks for ALS fitted on them. Lower "
             f"recall.late, or leave als.earlier and pair fields of measure als out."
         )
-    found = _write(_als(settings, config.seed, blocks).fit(events), run, f"{folder}/")
-    return {"ratings": ratings, **found}
+    if best is not None and moments is None:
+        tried, filesystem = f"{run.path}/{TRIED}/{best}", run.filesystem
+        filesystem.create_dir(f"{run.path}/{folder}")
+        pyarrow.fs.copy_files(tried, f"{run.path}/{folder}", filesystem, filesystem)
+    else:
+        _write(_als(settings, config.seed, blocks).fit(events), run, f"{folder}/")
+    return {"ratings": ratings}
 
 
-def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tuple[Als, list[dict[str, Any]]]:
-    """The combination of the grid that ranks best on valid, and what was found of each."""
+def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tuple[int, list[dict[str, Any]]]:
+    """The number of the grid's combination that ranks best on valid, and what was found of each."""
     features, points = run.inputs["features"], config.als.points()
     events: dict[bool, DataFrame] = {}
     for number, point in enumerate(points):
@@ -116,7 +125,7 @@ def _best(config: Config, run: OpenRun, spark: SparkSession, blocks: int) -> tup
     for point, ndcg in zip(points, found, strict=True):
         tried.append({**{key: getattr(point, key) for key in config.als.grid}, "ndcg@10": ndcg})
         print(f"  valid NDCG@10 {ndcg:.4f}  {_told(config, point)}", flush=True)
-    return points[found.index(max(found))], tried
+    return found.index(max(found)), tried
 
 
 def _told(config: Config, point: Als) -> str:

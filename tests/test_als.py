@@ -128,6 +128,12 @@ def test_factors_of_earlier_events_know_nothing_of_what_is_learned_on(features, 
         plain = als.model_copy(update={"fit_on": "train", "earlier": False})
         of_train = fitted(config.model_copy(update={"als": plain}), run)
         assert all(earlier[name].equals(of_train.table(name)) for name in FACTORS)
+        # What was tried of a grid was fitted on train.
+        grid = als.model_copy(update={"rank": 2, "grid": {"rank": (4,)}})
+        of_grid = fitted(config.model_copy(update={"als": grid}), run)
+        assert of_grid.manifest["figures"]["earlier"] == told["earlier"]
+        assert all(earlier[name].equals(of_grid.table(f"{folder}/{name}")) for name in FACTORS)
+        assert not any(file["path"].startswith("tried") for file in of_grid.manifest["files"])
 
 
 @pytest.mark.parametrize("grid", [{"ranks": [1]}, {"rank": [0]}, {"rank": []}])

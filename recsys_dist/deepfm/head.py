@@ -273,10 +273,10 @@ def learn(
         users = users_of_part(features, items, config, "valid", most)
         made = lists(model, known, users, np.inf, config.seed)
     wrong = ~made.inputs.isfinite().all((0, 1))
-    for name in (field.name for field, of in zip(fields, wrong, strict=False) if of):
-        stage = "als" if next(field for field in fields if field.name == name).of == "als" else "recall"
+    for field in (field for field, of in zip(fields, wrong, strict=False) if of):
+        stage = "als" if field.of == "als" else "recall"
         raise DataError(
-            f"{inputs[stage].uri}: the pair field {name} has numbers that are not finite. Run "
+            f"{inputs[stage].uri}: the pair field {field.name} has numbers that are not finite. Run "
             f"jobs/{STAGES[stage].job} --force."
         )
     if wrong[-1]:

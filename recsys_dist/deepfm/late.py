@@ -18,6 +18,8 @@ from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import LATE, SEEN_COLUMN
 from recsys_dist.workspace import STAGES, Run
 
+OF_TABLES: dict[Knows, str] = {"early": "late", "train": "before_valid"}
+"""Where a recall run's figures tell of its tables that know so much, if these are not its own."""
 NEVER = np.iinfo(np.int64).max
 
 
@@ -64,7 +66,7 @@ def require_tables(inputs: Mapping[str, Run], fit_on: str) -> None:
     recall, als = inputs["recall"], inputs.get("als")
     knows: Knows = "early" if fit_on == "train" else "train"
     where = tables_folder(recall, knows)
-    if where and ("late" if knows == "early" else "before_valid") not in recall.manifest["figures"]:
+    if where and OF_TABLES[knows] not in recall.manifest["figures"]:
         raise ConfigError(
             f"{recall.uri} has no {where.rstrip('/')}, which pair fields are learned with. Run "
             f"jobs/recall.py with recall.late above 0, for example 0.2."
@@ -100,7 +102,7 @@ def require_earlier(inputs: Mapping[str, Run], early: Early | None) -> None:
     features, recall, als = inputs["features"], inputs["recall"], inputs.get("als")
     knows: Knows = "early" if early else "train"
     counted = recall.manifest["figures"]
-    known = counted.get("late" if early else "before_valid") if tables_folder(recall, knows) else counted
+    known = counted[OF_TABLES[knows]] if tables_folder(recall, knows) else counted
     events = recall.manifest["config"]["recall"]["events"]
     _require_known(features, recall, known["known"], events, early)
     if als:
