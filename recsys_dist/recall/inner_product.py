@@ -1,10 +1,11 @@
 """Exact top-K of scores and of inner products, ties broken by item index, excluded items left out.
 
-To select K of many scores takes longer than to compute them. So the greatest of each group of columns is
-found first, in one pass: whatever is among the K best is in one of the K groups with the greatest of these.
+To select K of many scores takes longer than to compute them. So the greatest score of each small group of
+columns is found first, in one pass, and of these that of each large group: where K large groups have a score
+of at least t, the K best scores are at least t, and only few others are. These are put in order.
 
-Legend: B users, I items (index 0 is unknown and never listed), R rank, K list length, G columns of a group,
-N groups, T columns that are in none.
+Legend: B users, I items (index 0 is unknown and never listed), R rank, K list length, F small groups, N large
+ones, M candidates of all users together, W the most that one user has.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,21 @@ from torch import Tensor
 
 from recsys_dist.schema import UNKNOWN
 
-GROUP = 32
-"""Columns of a group."""
-USERS_AT_ONCE = 256
+SMALL, LARGE = 32, 4
+"""Columns of a small group; small groups of a large one. Small groups are columns side by side, which is how
+they are read fastest; large ones are far apart, because items side by side are equally popular."""
+WIDEST = 4096
+"""A user with more candidates has many equal scores: all his scores are put in order."""
+SORTED = 4
+"""So many times K candidates are put in order at once; of more the K best are taken first."""
+USERS_AT_ONCE = 128
 """Users whose scores are computed together: their products keep all cores busy and stay near them."""
 GPU_SCORES = 1 << 31
 """Scores of the users that a GPU takes together: 8 GiB."""
+
+
+class NotANumber(ValueError):
+    """A score is NaN."""
 
 
 @dataclass(frozen=True)
@@ -41,31 +51,25 @@ def top_k(
     """The K best items of each row.
 
     Args:
-        scores_BI: [B, I] float32; changed in place where items are excluded.
+        scores_BI: [B, I] float32, contiguous; changed in place where items are excluded.
         k: list length; may exceed the catalogue.
         excluded: (row, item) pairs, two [E] int64 tensors, that must not be listed.
         listable: [B, I] or [1, I] bool: no other item is listed.
 
     Raises:
-        ValueError: a score is NaN.
+        NotANumber: a score is NaN.
     """
     scores_BI[:, UNKNOWN] = -torch.inf
     if excluded is not None:
-        scores_BI[excluded] = -torch.inf
+        rows, items = excluded
+        # Places of all scores in a row: with two indices it takes five times as long.
+        scores_BI.view(-1).index_fill_(0, rows * scores_BI.shape[1] + items, -torch.inf)
     if listable is not None and len(listable) == 1:
         scores_BI[:, ~listable[0]] = -torch.inf
     elif listable is not None:
         scores_BI.masked_fill_(~listable, -torch.inf)
     taken = min(k, scores_BI.shape[1])
-    values, items, open_B = _best(scores_BI, taken)
-    tied = torch.nonzero(open_B).squeeze(1)
-    if len(tied):
-        ordered = torch.sort(scores_BI[tied], dim=1, descending=True, stable=True)
-        values[tied], items[tied] = ordered.values[:, :taken], ordered.indices[:, :taken]
-    by_item = torch.argsort(items, dim=1)
-    values, items = values.gather(1, by_item), items.gather(1, by_item)
-    by_score = torch.sort(values, dim=1, descending=True, stable=True)
-    values, items = by_score.values, items.gather(1, by_score.indices)
+    values, items = _best(scores_BI, taken)
     items = torch.where(torch.isneginf(values), UNKNOWN, items)
     short = k - taken
     if short:
@@ -74,47 +78,89 @@ def top_k(
     return Lists(items, values)
 
 
-def _best(scores_BI: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """K greatest scores of each row in any order, their columns, and [B] bool: does it stay open which of
-    several equal scores at the end of the list are taken?
-    """
-    n = scores_BI.shape[1] // GROUP
+def _best(scores_BI: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[B, K] the greatest scores of each row, descending, and their columns, of equal scores ascending."""
+    n = scores_BI.shape[1] // (SMALL * LARGE)
     if n <= k:
         _require_no_nan(scores_BI)
-        best = torch.topk(scores_BI, k, dim=1, sorted=False)
-        return best.values, best.indices, _tied(scores_BI, best.values)
-    # Group g has the columns g, N + g, 2N + g, ..., so that the greatest are found column by column.
-    grouped_BGN = scores_BI[:, : n * GROUP].unflatten(1, (GROUP, n))
-    greatest_BN = grouped_BGN.amax(1)
-    rest_BT = scores_BI[:, n * GROUP :]
-    _require_no_nan(greatest_BN)
+        return _first(scores_BI, torch.arange(scores_BI.shape[1], device=scores_BI.device), k)
+    grouped_BFS = scores_BI[:, : n * LARGE * SMALL].unflatten(1, (n * LARGE, SMALL))
+    rest_BT = scores_BI[:, n * LARGE * SMALL :]
+    greatest_BF = grouped_BFS.amax(2)
+    _require_no_nan(greatest_BF)
     _require_no_nan(rest_BT)
-    groups = torch.topk(greatest_BN, k, dim=1, sorted=False)
-    within = groups.indices[:, None, :].expand(-1, GROUP, -1)
-    some_BM = torch.cat([grouped_BGN.gather(2, within).flatten(1), rest_BT], dim=1)
-    columns_BM = torch.cat(
+    greatest_BN = greatest_BF.unflatten(1, (LARGE, n)).amax(1)
+    least_B = torch.topk(greatest_BN, k, dim=1, sorted=False).values.amin(1)
+    # What is -inf is not listed, however few others there are.
+    least_B = least_B.clamp(min=torch.finfo(scores_BI.dtype).min)
+    rows_G, groups_G = (greatest_BF >= least_B[:, None]).nonzero(as_tuple=True)
+    # As windows of all scores in a row: to look them up by two indices takes ten times as long.
+    windows = scores_BI.reshape(-1).unfold(0, SMALL, 1)
+    some_GS = windows.index_select(0, rows_G * scores_BI.shape[1] + groups_G * SMALL)
+    of_M, place_M = (some_GS >= least_B[rows_G, None]).nonzero(as_tuple=True)
+    rest_rows, rest_place = (rest_BT >= least_B[:, None]).nonzero(as_tuple=True)
+    rows_M = torch.cat([rows_G[of_M], rest_rows])
+    columns_M = torch.cat([groups_G[of_M] * SMALL + place_M, rest_place + n * LARGE * SMALL])
+    values_M = torch.cat([some_GS.view(-1)[of_M * SMALL + place_M], rest_BT[rest_rows, rest_place]])
+    # A user's candidates side by side: first those of the groups, then those that are in none.
+    ends_B = torch.bincount(rows_M[: len(of_M)], minlength=len(scores_BI))
+    counts_B = torch.bincount(rows_M, minlength=len(scores_BI))
+    slot_M = torch.cat(
         [
-            (within + n * torch.arange(GROUP, device=scores_BI.device)[None, :, None]).flatten(1),
-            torch.arange(n * GROUP, scores_BI.shape[1], device=scores_BI.device).expand(len(scores_BI), -1),
-        ],
-        dim=1,
+            torch.arange(len(part), device=rows_M.device) - (many_B.cumsum(0) - many_B - before_B)[part]
+            for part, many_B, before_B in (
+                (rows_M[: len(of_M)], ends_B, torch.zeros_like(ends_B)),
+                (rest_rows, counts_B - ends_B, ends_B),
+            )
+        ]
     )
-    best = torch.topk(some_BM, k, dim=1, sorted=False)
-    open_B = _tied(some_BM, best.values) | _tied(greatest_BN, groups.values)
-    return best.values, columns_BM.gather(1, best.indices), open_B
+    many_B = counts_B > WIDEST
+    width = max(int(counts_B.masked_fill(many_B, 0).max()), k)
+    values_BW = scores_BI.new_full((len(scores_BI), width), -torch.inf)
+    columns_BW = torch.zeros_like(values_BW, dtype=torch.int64)
+    if many_B.any():
+        few_M = ~many_B[rows_M]
+        rows_M, slot_M, columns_M, values_M = (of[few_M] for of in (rows_M, slot_M, columns_M, values_M))
+    place_M = rows_M * width + slot_M
+    values_BW.view(-1).index_copy_(0, place_M, values_M)
+    columns_BW.view(-1).index_copy_(0, place_M, columns_M)
+    values, columns = _first(values_BW, columns_BW, k)
+    if many_B.any():
+        every = torch.arange(scores_BI.shape[1], device=scores_BI.device)
+        values[many_B], columns[many_B] = _first(scores_BI[many_B], every, k)
+    return values, columns
 
 
-def _tied(scores: Tensor, best: Tensor) -> Tensor:
-    """[B] bool: are there more scores equal to the least of the best? Of -inf, which is no score, it is no
-    matter.
+def _first(values_BW: Tensor, columns_BW: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """[B, K] the greatest values of each row, descending, and their columns; of equal values those that come
+    first.
+
+    Args:
+        values_BW: [B, W].
+        columns_BW: [B, W] or [W] int64.
+        k: at most W.
     """
-    least = best.amin(dim=1, keepdim=True)
-    return ((scores >= least).sum(dim=1) > best.shape[1]) & (least.squeeze(1) > -torch.inf)
+    columns_BW = columns_BW.expand_as(values_BW)
+    if values_BW.shape[1] <= SORTED * k:
+        ordered = torch.sort(values_BW, dim=1, descending=True, stable=True)
+        return ordered.values[:, :k].contiguous(), columns_BW.gather(1, ordered.indices[:, :k])
+    best = torch.topk(values_BW, k, dim=1, sorted=False)
+    values, places = best.values, best.indices
+    # More equal to the least of the best than are taken: which ones is open. Of -inf it is no matter.
+    least_B = values.amin(dim=1)
+    tied_B = ((values_BW >= least_B[:, None]).sum(dim=1) > k) & (least_B > -torch.inf)
+    if tied_B.any():
+        ordered = torch.sort(values_BW[tied_B], dim=1, descending=True, stable=True)
+        values[tied_B], places[tied_B] = ordered.values[:, :k], ordered.indices[:, :k]
+    by_place = torch.sort(places, dim=1)
+    values, places = values.gather(1, by_place.indices), by_place.values
+    by_value = torch.sort(values, dim=1, descending=True, stable=True)
+    return by_value.values, columns_BW.gather(1, places.gather(1, by_value.indices))
 
 
 def _require_no_nan(scores: Tensor) -> None:
-    if torch.isnan(scores).any():
-        raise ValueError("a score is NaN")
+    if scores.numel() and torch.isnan(scores.amax()):  # which is NaN where one is
+        raise NotANumber("a score is NaN")
 
 
 def nearest_items(

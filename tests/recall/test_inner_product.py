@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from recsys_dist.recall import inner_product
-from recsys_dist.recall.inner_product import GROUP, nearest_items, top_k
+from recsys_dist.recall.inner_product import LARGE, SMALL, nearest_items, top_k
 
 
 def brute_force(scores, k, excluded=()):
@@ -45,9 +45,14 @@ def test_inner_products_equal_brute_force():
 
 
 @pytest.mark.parametrize("values", [3, 40, 10**6])
-@pytest.mark.parametrize("n_items", [64, 65, 700, 1031])
-def test_groups_lose_nothing(values, n_items):
-    """Many more items than places, so that groups are looked through, with ties everywhere and hardly any."""
+@pytest.mark.parametrize(("widest", "sort"), [(4096, 4), (4096, 1), (20, 4), (20, 1)])
+@pytest.mark.parametrize("n_items", [2 * SMALL * LARGE, 700, 1031, 1500])
+def test_groups_lose_nothing(monkeypatch, values, n_items, widest, sort):
+    """Many more items than places, so that groups are looked through, with ties everywhere and hardly any;
+    with more candidates than are put in order at once, or than are taken at all.
+    """
+    monkeypatch.setattr(inner_product, "WIDEST", widest)
+    monkeypatch.setattr(inner_product, "SORTED", sort)
     generator = torch.Generator().manual_seed(values)
     scores = torch.randint(0, values, (30, n_items), generator=generator).float()
     excluded = torch.nonzero(torch.rand(30, n_items, generator=generator) < 0.3, as_tuple=True)
@@ -55,7 +60,7 @@ def test_groups_lose_nothing(values, n_items):
     scores[5, 3:] = -torch.inf  # fewer items than places
     left_out = set(zip(*(part.tolist() for part in excluded), strict=True))
     left_out |= {(row, item) for row in range(30) for item in torch.nonzero(~listable[0]).flatten().tolist()}
-    assert n_items // GROUP > 1
+    assert n_items // (SMALL * LARGE) > 1
     for k in (1, 2, 7):
         found = top_k(scores.clone(), k, excluded, listable)
         assert found.items.tolist() == brute_force(scores, k, left_out)
