@@ -348,8 +348,8 @@ REASON = pa.struct(
     ]
 )
 """Why an item is in a list. kind `history`: because of these items of the user's history, each with its
-contribution to the score; `new`: no item of the history speaks for it, and it has no positive train event;
-`popular`: none does, and it has some; `explore`: it was drawn, whatever speaks for it."""
+contribution to the score; where none speaks for it `popular`, `new` or `suggested` (reasons.Standing);
+`explore`: it was drawn, whatever speaks for it."""
 
 TOPK = pa.schema(
     [

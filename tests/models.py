@@ -2,16 +2,19 @@
 
 import datetime as dt
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset
 
 from recsys_dist.config import Config
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.published import publish
-from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, RELATED
+from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, RELATED, TOPK
+from recsys_dist.scoring.publish import publish as publish_lists
 from recsys_dist.workspace import Run, Workspace
 from tests.synthetic import synthetic_features
 
@@ -95,3 +98,19 @@ def random_recall(config: Config, features: Run) -> Run:
     recall.write_table(f"{LATE}/users", pa.Table.from_pylist(list(state.values()), schema=schema))
     known = sum(m < late.get(user, m + dt.timedelta(1)) for user, of in moments.items() for m in of)
     return recall.commit(config, {"known": train.num_rows, "late": {"known": known}})
+
+
+def published_night(
+    config: Config, evaluation: Run, date: dt.date, users: Sequence[str] | None = None
+) -> Run:
+    """Commit a score run after an evaluation and publish its lists, of one item: of all users there are, u1
+    and u2, or of chosen ones alone.
+    """
+    workspace = Workspace(config)
+    run = workspace.new("score", {}, {"evaluation": evaluation})
+    row = {"date": date, "rank": 1, "item_id": "i1", "score": 1.0, "sources": [], "run_id": run.run_id}
+    lists = pa.Table.from_pylist([row | {"user_id": user} for user in users or ("u1", "u2")], TOPK)
+    ids = None if users is None else pa.chunked_array([users])
+    publish_lists(f"{workspace.uri}/topk", pa.dataset.dataset(lists), date, run.run_id, users=ids)
+    figures = {"table": f"{workspace.uri}/topk", "date": date.isoformat(), "rows": len(lists)}
+    return run.commit(config, figures | ({"chosen": {"users": len(users)}} if users else {}))

@@ -26,7 +26,7 @@ from recsys_dist.evaluation.segments import known_events, told, user_segments
 from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
 from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.scorers import Scorer, TwoStage
+from recsys_dist.scoring.scorers import Scorer, TwoStage, scored_by
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import OpenRun, Run
 
@@ -58,7 +58,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     )
     run.write_json("metrics.json", metrics)
     results = metrics["models"]
-    verdict = _verdict(config, results, published_last(run.workspace))
+    verdict = _verdict(config, metrics, published_last(run.workspace))
     write_report(config, run, models, metrics, verdict, lists, users, truth)
     return {"users": metrics["users"], "verdict": verdict, "models": results}
 
@@ -95,7 +95,7 @@ def hold_out(
     measured, tables = {}, []
     for name in names:
         scorer = scorer_of(name)
-        items_UK, scores_UK, sources_UKS = rank(config, items, scorer, users)
+        items_UK, scores_UK, sources_UKS = rank(config, items, name, scorer, users)
         sources = list(scorer.sources) if isinstance(scorer, TwoStage) else []
         tables.append(_lists(name, users, items_UK, scores_UK, sources, sources_UKS))
         if not large:
@@ -163,10 +163,13 @@ def held_out(
 
 @torch.inference_mode()
 def rank(
-    config: Config, catalogue: Items, scorer: Scorer, users: pa.Table
+    config: Config, catalogue: Items, name: str, scorer: Scorer, users: pa.Table
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[U, K] items and scores at the greatest K asked for, and [U, K, S] which sources proposed the item: no
     S where the model has none.
+
+    Raises:
+        DataError: a score of the model, which has this name, is NaN.
     """
     k = max(config.evaluation.k)
     items, scores, sources = [], [], []
@@ -175,7 +178,8 @@ def rank(
         if isinstance(scorer, TwoStage):
             lists, proposed_BKS = scorer.rank(batch, k)
         else:
-            lists = scorer.top_k(batch, k)
+            with scored_by(name, batch):
+                lists = scorer.top_k(batch, k)
             proposed_BKS = torch.empty(*lists.items.shape, 0)
         items.append(lists.items.numpy())
         scores.append(lists.scores.numpy())
@@ -234,15 +238,20 @@ def _relevant(users: pa.Table, truth: np.ndarray) -> pa.Table:
     return pa.table(columns, schema=RELEVANT)
 
 
-def _verdict(config: Config, results: dict[str, Any], last: Run | None = None) -> dict[str, Any]:
+def _verdict(config: Config, metrics: dict[str, Any], last: Run | None = None) -> dict[str, Any]:
     """May the lists of score.mode be published? They must be better than the declared model's, and no
     declared metric may have fallen too much since `last`, the evaluation of the lists that were published
-    last.
+    last, where that measured in the same way.
     """
+    results = metrics["models"]
     verdict = _against_rival(config, results)
     if last is None:
         return verdict
-    earlier = last.json("metrics.json")["models"].get(verdict["model"], {})
+    told = last.json("metrics.json")
+    if told.get("protocol") != metrics["protocol"]:
+        other = f"not held against {last.run_id}, published last, which measured in another way"
+        return verdict | {"text": f"{verdict['text']}; {other}"}
+    earlier = told["models"].get(verdict["model"], {})
     changes, wrong = {}, []
     for metric, most in config.evaluation.may_fall.items():
         before, now = earlier.get(metric), results[verdict["model"]][metric]

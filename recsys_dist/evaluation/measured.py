@@ -23,9 +23,9 @@ from recsys_dist.evaluation.metrics import (
     recommendation_popularity,
     serendipity,
 )
-from recsys_dist.evaluation.segments import head_items, popularity_places
 from recsys_dist.evaluation.significance import bootstrap, coverage_interval
 from recsys_dist.recall.content import ItemVectors
+from recsys_dist.recall.popular import head_items, popularity_places
 from recsys_dist.schema import UNKNOWN
 
 Figures = dict[str, dict[str, float]]

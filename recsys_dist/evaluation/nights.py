@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from recsys_dist.evaluation.significance import fallen
+from recsys_dist.scoring.publish import is_whole_night
 from recsys_dist.workspace import RUN_ID, OpenRun, Run, Workspace
 
 MOST = 30
@@ -19,7 +20,7 @@ class Night:
     figures: dict[str, dict[str, float]]
     """Of the model whose lists are published: metric to value and, where there is one, low and high."""
     published: bool
-    """Were lists made after it that were published?"""
+    """Has the table the lists that were made after it?"""
 
     @property
     def moment(self) -> dt.datetime:
@@ -53,10 +54,15 @@ def moment_of(run_id: str) -> dt.datetime:
 
 
 def published_last(workspace: Workspace) -> Run | None:
-    """The evaluation of the lists that were published last, if any still is there."""
+    """The evaluation of the lists of all users that were published last and were not rolled back, if any
+    still is there.
+    """
     evaluations = {run.run_id: run for run in workspace.runs("evaluation")}
-    published = [evaluations.get(run.inputs["evaluation"]) for run in workspace.runs("score")]
-    return next((run for run in reversed(published) if run), None)
+    for scored in reversed(workspace.runs("score")):
+        found = evaluations.get(scored.inputs["evaluation"])
+        if found and is_whole_night(scored):
+            return found
+    return None
 
 
 def earlier_nights(run: OpenRun, metrics: dict[str, Any], model: str) -> tuple[list[Night], int]:
@@ -68,8 +74,13 @@ def earlier_nights(run: OpenRun, metrics: dict[str, Any], model: str) -> tuple[l
         metrics: its metrics.json; what has another `protocol` is not comparable.
         model: whose figures are wanted.
     """
-    published = {scored.inputs["evaluation"] for scored in run.workspace.runs("score")}
     before = [other for other in run.workspace.runs("evaluation") if other.run_id < run.run_id][-MOST:]
+    shown = {other.run_id for other in before}
+    published = {
+        scored.inputs["evaluation"]
+        for scored in run.workspace.runs("score")
+        if scored.inputs["evaluation"] in shown and is_whole_night(scored)
+    }
     nights = []
     for other in before:
         found = other.json("metrics.json")

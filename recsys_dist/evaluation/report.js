@@ -2,6 +2,7 @@
 // The searchable list of users. Ids and titles only ever become text, never markup.
 (() => {
   const PAGE = 8;
+  const KINDS = {popular: "popular now", new: "new in the catalogue", suggested: "suggested for this user"};
   const data = JSON.parse(document.getElementById("users-data").textContent);
   const field = document.getElementById("search");
   const status = document.getElementById("found");
@@ -25,7 +26,7 @@
     if (entry.kind === "history") {
       words.push(`because of ${entry.because.map((place) => data.titles[place]).join(" and ")}`);
     } else {
-      words.push(entry.kind === "new" ? "new in the catalogue" : "popular");
+      words.push(KINDS[entry.kind]);
     }
     if (entry.sources.length) {
       words.push(`found by ${entry.sources.map((place) => data.sources[place]).join(", ")}`);
@@ -48,8 +49,8 @@
     const history = element("ul", "", ...user.history.map((place) => element("li", "", data.titles[place])));
     if (!user.history.length) history.append(element("li", "", "nothing yet"));
     const recommended = element("ol", "recommended", ...user.list.map(recommendation));
-    const heading = element("h4", "", element("span", "", "Recommended"), element("span", "", "Score"));
-    const beside = element("div", "beside", element("div", "", element("h4", "", "Liked before, the latest first"), history), element("div", "", heading, recommended));
+    const heading = element("h3", "", element("span", "", "Recommended"), element("span", "", "Score"));
+    const beside = element("div", "beside", element("div", "", element("h3", "", "Liked before, the latest first"), history), element("div", "", heading, recommended));
     const made = element("details", "user", summary, beside);
     made.open = open;
     return made;

@@ -59,31 +59,6 @@ def user_segments(known_U: NDArray[np.int64]) -> dict[str, NDArray[np.bool_]]:
     return {"new": new_U, "light": light_U, "heavy": ~new_U & ~light_U}
 
 
-def popularity_places(train_I: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[I] places from 1, that of the item with the most events; of equal ones the lesser index comes first.
-
-    Args:
-        train_I: [I] positive train events of each item.
-    """
-    places_I = np.empty(len(train_I), np.int64)
-    places_I[np.argsort(-train_I, kind="stable")] = np.arange(1, len(train_I) + 1)
-    return places_I
-
-
-def head_items(train_I: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
-    """[I]: is the item one of the fewest most popular ones that together have a share of all events?
-
-    Args:
-        train_I: [I] positive train events of each item; without any there is no head.
-        share: above 0 and below 1.
-    """
-    held = np.cumsum(np.sort(train_I)[::-1])
-    if not held[-1]:
-        return np.zeros(len(train_I), bool)
-    n = int(np.searchsorted(held, share * held[-1])) + 1
-    return popularity_places(train_I) <= n
-
-
 def told(share: float) -> dict[str, str]:
     """SEGMENTS with the share of the head."""
     return {name: text.format(share=share) for name, text in SEGMENTS.items()}

@@ -81,7 +81,7 @@ def _shown(
     spec = models.items.spec
     history_column = chosen[spec.shown_history].to_pylist()
     ids, because = chosen["user_id"].to_pylist(), _because(config, models, chosen, of_user)
-    new = models.items.counts == 0
+    days = chosen["day"].to_pylist()
     for at, (row, user) in enumerate(zip(rows.tolist(), of_user, strict=True)):
         history = [item for item in reversed(history_column[at]) if item != UNKNOWN][:HISTORY]
         entries = []
@@ -92,7 +92,7 @@ def _shown(
                     "title": place(item),
                     "score": round(listed["score"], 2),
                     "sources": [sources.setdefault(name, len(sources)) for name in listed["sources"] or []],
-                    "kind": "history" if spoken else "new" if new[item - 1] else "popular",
+                    "kind": "history" if spoken else str(models.standing.kinds(item, days[at])),
                     "because": [place(other) for other in spoken],
                     "hit": item in liked[row],
                 }

@@ -47,7 +47,7 @@ def measured(task: Task) -> list[float]:
             for name in FACTORS_OF
         )
         scorer = Factors(FactorTables(items.spec, user_factors, item_factors.to_table()))
-        lists = rank(config, items, scorer, users)[0]
+        lists = rank(config, items, "als", scorer, users)[0]
         found.append(float(measure((K,), lists, truth, catalogue).of_users[f"ndcg@{K}"].mean()))
     return found
 

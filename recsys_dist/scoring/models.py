@@ -11,6 +11,7 @@ from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.published import load_parts
 from recsys_dist.errors import ConfigError
 from recsys_dist.recall.factors import FactorTables
+from recsys_dist.scoring.reasons import Standing
 from recsys_dist.scoring.scorers import (
     FM,
     Content,
@@ -42,6 +43,8 @@ class Models:
     published: TwoStage
     """What makes the published lists: `two_stage`, or (score.mode=exhaustive) one whose only source is the
     model itself."""
+    standing: Standing
+    """Of an item for which no history speaks."""
 
     def all(self) -> dict[str, Scorer]:
         """Every model by the name it has in metrics.json."""
@@ -89,12 +92,13 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
     factors = FactorTables.read(spec, inputs["als"], most=most)
     ranker = load_ranker(inputs, items, most, factors)
     model = ranker.model
+    recent = Recent(spec, inputs["recall"])
     sources: dict[str, Scorer] = {
         "als": Factors(factors),
         "next_items": NextItems(spec, inputs["recall"]),
         "neighbors": Neighbors(spec, inputs["recall"]),
         "popularity": Popularity(items),
-        "recent": Recent(spec, inputs["recall"]),
+        "recent": recent,
     }
     fitted = inputs["recall"].manifest["config"]["recall"]["linear"]
     sources |= {name: Linear(spec, inputs["recall"], name) for name in fitted}
@@ -124,4 +128,4 @@ def load_models(inputs: dict[str, Run], score: config.Score) -> Models:
                 f"without, or set score.mode to two_stage."
             )
         published = TwoStage({"deepfm": Source(Exhaustive(ranker), max(score.k, two_stage.width))}, ranker)
-    return Models(items, ranker, sources, two_stage, published)
+    return Models(items, ranker, sources, two_stage, published, Standing(items, recent))

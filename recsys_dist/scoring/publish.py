@@ -96,6 +96,16 @@ def is_published(run: Run) -> bool:
     return found == figures["rows"] if chosen else found > 0
 
 
+def is_whole_night(run: Run) -> bool:
+    """Does the table have a score run's lists, of all users? Not after a rollback, nor of a run for chosen
+    users, whose lists stand among another night's.
+    """
+    figures = run.manifest["figures"]
+    if figures.get("chosen"):
+        return False
+    return published_rows(figures["table"], dt.date.fromisoformat(figures["date"]), run.run_id) > 0
+
+
 def published_rows(table: str, date: dt.date, run_id: str) -> int:
     """How many rows of a date are a score run's."""
     try:

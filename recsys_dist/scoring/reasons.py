@@ -3,16 +3,19 @@
 Legend: B users, K list length, H history positions, D factors.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
 
+from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.layers import recency
 from recsys_dist.recall.inner_product import Lists
+from recsys_dist.recall.popular import head_items
 from recsys_dist.schema import UNKNOWN, padded
-from recsys_dist.scoring.scorers import Ranker
+from recsys_dist.scoring.scorers import Ranker, Recent
 from recsys_dist.scoring.users import Users
 
 ITEMS = 3
@@ -27,6 +30,37 @@ class Reasons:
     """[B, K, 3] int64, strongest first, 0 where there are fewer."""
     contributions: np.ndarray
     """[B, K, 3] float32, each item's share of the logit's second-order term; above 0 where there is one."""
+
+
+class Standing:
+    """What can be said of an item for which nothing of the user's history speaks."""
+
+    HEAD = 0.5
+    """Share of the events that popular items have together."""
+
+    def __init__(self, items: Items, recent: Recent) -> None:
+        """Take the items of a features run, and a recall run's numbers of events by day."""
+        self.items, self.recent = items, recent
+        # The lists of a batch are of few days.
+        self._of_day = functools.lru_cache(maxsize=64)(self._kinds)
+
+    def kinds(self, listed_N: np.ndarray, day: int) -> np.ndarray:
+        """[N] of items (from 1) on the morning of a day (since 1970).
+
+        `popular`: one of the fewest that have half of the positive events of the days before that the source
+        `recent` counts, or, where there are none, of the train part. `new`: nobody has had a positive event
+        with it. `suggested`: neither.
+        """
+        return self._of_day(day)[listed_N]
+
+    def _kinds(self, day: int) -> np.ndarray:
+        recent_I = self.recent.before(day).numpy(force=True)[1:].astype(np.int64)
+        counts_I = recent_I if recent_I.any() else self.items.counts
+        untouched_I = (self.items.counts == 0) & ~self.recent.any_before(day)
+        kinds_I = np.where(
+            untouched_I, "new", np.where(head_items(counts_I, self.HEAD), "popular", "suggested")
+        )
+        return np.append(["suggested"], kinds_I)
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ SUMMED = (
     "rows",
     "explained",
     "explored",
+    "without_history",
     "not_finite",
     "items_twice",
     "ranks_twice",
@@ -56,12 +57,18 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
         "files": partitions[0]["files"],
         **{name: sum(part[name] for part in partitions) for name in SUMMED},
         "listed": _distinct_items(lists),
-        "listable": max(part["listable"] for part in partitions),
+        **{name: max(part[name] for part in partitions) for name in ("listable", "untrained_items")},
         "proposed": {
             source: sum(part["proposed"][source] for part in partitions)
             for source in partitions[0]["proposed"]
         },
     }
+    if figures["without_history"] or figures["untrained_items"]:
+        print(
+            f"score: {figures['without_history']:,} of {figures['users']:,} users have liked nothing yet; "
+            f"{figures['untrained_items']:,} of {figures['listable']:,} items have no positive train event",
+            flush=True,
+        )
     gates.check(figures, config.score.gates)
     # A driver that died after its commit and before the manifest has published them already.
     published = version_of(table, date, run.run_id, figures["rows"])

@@ -86,7 +86,7 @@ def published_rows(
     listed = lists.items.numpy(force=True)[rows, places]
     spoken = why.items[rows, places]
     n, proposed = len(rows), proposed_BKS.numpy(force=True)[rows, places]
-    kind = np.where(models.items.counts[listed - 1] == 0, "new", "popular")
+    kind = models.standing.kinds(listed, day_number(date))
     kind = np.where((spoken != UNKNOWN).any(axis=1), "history", kind)
     kind = np.where(explored_BK[rows, places], "explore", kind)
     table = pa.table(
@@ -115,6 +115,11 @@ def published_rows(
     figures = {
         **counts(table, users.table["user_id"], np.minimum(_allowed(users), k)),
         "listable": int(users.listable[0].sum()),
+        # What the models know nothing of is served from what is known: context, popularity, content.
+        "without_history": int(
+            (pc.list_value_length(users.table["latest"]).fill_null(0).to_numpy() == 0).sum()
+        ),
+        "untrained_items": int((users.listable[0, 1:].numpy(force=True) & (models.items.counts == 0)).sum()),
         "proposed": dict(zip(names.tolist(), by_source, strict=True)),
         "explained": int((spoken != UNKNOWN).any(axis=1).sum()),
         "explored": int(explored_BK.sum()),

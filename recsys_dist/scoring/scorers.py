@@ -7,6 +7,7 @@ of a table, H history positions.
 
 import functools
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,9 +24,10 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.deepfm.published import UserRows
+from recsys_dist.errors import DataError
 from recsys_dist.recall.content import ItemVectors
 from recsys_dist.recall.factors import FactorTables
-from recsys_dist.recall.inner_product import Lists, nearest_items, top_k
+from recsys_dist.recall.inner_product import Lists, NotANumber, nearest_items, top_k
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
 from recsys_dist.schema import UNKNOWN, FeatureSpec
 from recsys_dist.scoring.users import Users
@@ -44,6 +46,24 @@ class Scorer(Protocol):
     def top_k(self, users: Users, k: int) -> Lists:
         """The best K items for each user, all of them listable and none excluded."""
         ...
+
+
+@contextmanager
+def scored_by(name: str, users: Users) -> Iterator[None]:
+    """Says which model's scores it is that are NaN.
+
+    Raises:
+        DataError: the block met one.
+    """
+    try:
+        yield
+    except NotANumber:
+        ids = users.table["user_id"]
+        raise DataError(
+            f"{name}: a score is NaN, for one of the {len(ids)} users from {ids[0].as_py()!r} to "
+            f"{ids[-1].as_py()!r}. What it was fitted from has no such numbers, so its run is damaged or "
+            f"diverged: make it anew, with --force and smaller learning rates."
+        ) from None
 
 
 class Popularity:
@@ -78,6 +98,12 @@ class Recent:
             self.items_N[first:last], weights=self.counts_N[first:last], minlength=self.n + 1
         )
         return torch.as_tensor(counts_I.astype(np.float32))
+
+    def any_before(self, day: int) -> np.ndarray:
+        """[I - 1] bool of the items from 1 on: have they a counted event on any day before?"""
+        there_I = np.zeros(self.n + 1, bool)
+        there_I[self.items_N[: np.searchsorted(self.days_N, day)]] = True
+        return there_I[1:]
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""
@@ -320,7 +346,10 @@ class TwoStage:
         (reciprocal rank fusion: Cormack, Clarke, Buettcher, "Reciprocal rank fusion outperforms Condorcet
         and individual rank learning methods", 2009).
         """
-        lists = [source.scorer.top_k(users, source.quota) for source in self.sources.values()]
+        lists = []
+        for name, source in self.sources.items():
+            with scored_by(name, users):
+                lists.append(source.scorer.top_k(users, source.quota))
         proposals_BC = torch.cat([part.items for part in lists], dim=1)
         source_C = torch.cat([torch.full((part.items.shape[1],), s) for s, part in enumerate(lists)])
         order = torch.argsort(proposals_BC, dim=1, stable=True)
@@ -356,7 +385,9 @@ class TwoStage:
         candidates = self.candidates(users)
         scores_BC = self.ranker.logits(users, candidates.items)
         scores_BC[candidates.items == UNKNOWN] = -torch.inf
-        return taken(_places(scores_BC, k), Lists(candidates.items, scores_BC), candidates.scores)
+        with scored_by("deepfm, which ranks the candidates", users):
+            places_BK = _places(scores_BC, k)
+        return taken(places_BK, Lists(candidates.items, scores_BC), candidates.scores)
 
     def top_k(self, users: Users, k: int) -> Lists:
         """See Scorer."""

@@ -12,8 +12,10 @@ from recsys_dist.config import load
 from recsys_dist.evaluation.evaluate import _verdict, evaluate
 from recsys_dist.evaluation.metrics import METRICS
 from recsys_dist.evaluation.nights import published_last
+from recsys_dist.scoring.table import rollback
 from recsys_dist.workspace import Workspace
-from tests.models import untrained_night
+from tests.models import published_night, untrained_night
+from tests.scoring.test_publish import MONDAY, TUESDAY
 from tests.synthetic import listable, synthetic_config
 
 
@@ -22,7 +24,8 @@ from tests.synthetic import listable, synthetic_config
 def test_the_verdict_is_about_the_lists_that_are_published(mode, rival):
     config = load(None, [f"score.mode={mode}", f"evaluation.must_beat={rival or 'null'}"])
     values = {"popularity": 0.2, "two_stage": 0.3, "deepfm": 0.1}
-    found = _verdict(config, {name: {"ndcg@10": {"value": value}} for name, value in values.items()})
+    results = {name: {"ndcg@10": {"value": value}} for name, value in values.items()}
+    found = _verdict(config, {"models": results})
     name = {"two_stage": "two_stage", "exhaustive": "deepfm"}[mode]
     assert found["model"] == name
     assert found["passed"] == (mode == "two_stage" or rival is None)
@@ -173,27 +176,32 @@ def test_a_metric_that_fell_by_more_than_chance_and_what_is_allowed(most, passed
         for name, of in now.items()
     }
     figure = {"value": 0.3, "low": 0.28, "high": 0.32}
-    before = {"models": {"two_stage": {"ndcg@10": figure}}}  # which had no hit rate
+    before = {"protocol": {"k": [10]}, "models": {"two_stage": {"ndcg@10": figure}}}  # which had no hit rate
     last = SimpleNamespace(run_id="before", json=lambda _: before)
-    found = _verdict(config, results, last)
+    metrics = {"protocol": {"k": [10]}, "models": results}
+    found = _verdict(config, metrics, last)
     assert found["passed"] == passed
     assert ("ndcg@10 fell from 0.3000 to 0.2000, by 0.1000, of which 0.0361" in found["text"]) != passed
     assert list(found["changes"]) == ["ndcg@10"]
-    assert _verdict(config, results, None)["passed"]
+    assert _verdict(config, metrics, None)["passed"]
+    other = _verdict(config, metrics | {"protocol": {"k": [20]}}, last)
+    assert other["passed"]
+    assert "not held against before, published last, which measured in another way" in other["text"]
 
 
-def test_the_lists_published_last_are_those_of_the_latest_score_run(tmp_path):
+def test_the_lists_published_last_are_those_that_the_table_has_of_all_users(tmp_path):
     config = synthetic_config(tmp_path)
     workspace = Workspace(config)
-
-    def commit(stage, **inputs):
-        return workspace.new(stage, {}, inputs).commit(config, {})
-
     assert published_last(workspace) is None
-    first, second, _ = (commit("evaluation") for _ in range(3))
-    commit("score", evaluation=first)
-    commit("score", evaluation=second)
+    first, second, third, _ = (workspace.new("evaluation", {}, {}).commit(config, {}) for _ in range(4))
+    for evaluation, date in ((first, MONDAY), (second, TUESDAY)):
+        published_night(config, evaluation, date)
     assert published_last(workspace).run_id == second.run_id
+    published_night(config, third, TUESDAY, users=["u2"])
+    assert published_last(workspace).run_id == second.run_id
+    rollback(f"{workspace.uri}/topk", 1)
+    assert published_last(workspace).run_id == first.run_id
+    rollback(f"{workspace.uri}/topk", 2)
     shutil.rmtree(second.path)
     assert published_last(workspace).run_id == first.run_id
 

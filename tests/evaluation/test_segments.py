@@ -10,7 +10,8 @@ import pytest
 
 from recsys_dist.config import load
 from recsys_dist.errors import ConfigError
-from recsys_dist.evaluation.segments import head_items, known_events, popularity_places, user_segments
+from recsys_dist.evaluation.segments import known_events, user_segments
+from recsys_dist.recall.popular import head_items, popularity_places
 from recsys_dist.schema import TIMESTAMP
 
 

@@ -5,10 +5,14 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from recsys_dist import config as settings
 from recsys_dist.deepfm.items import day_number
+from recsys_dist.errors import DataError
+from recsys_dist.schema import FACTORS
+from recsys_dist.scoring.lists import finished
 from recsys_dist.scoring.models import load_models
 from recsys_dist.scoring.partitions import partitions
 from recsys_dist.scoring.rules import Rules
@@ -46,6 +50,16 @@ def test_lists_are_those_of_the_date_for_the_users_that_are_there(tmp_path):
     state = features.table("users/as_of=date").sort_by("user")
     figures = [scorer.score(*part) for part in partitions(state["user"].to_numpy(), 12)]
     assert [found["users"] for found in figures] == [12, 12, 6]
+    nothing = [not latest for latest in state["latest"].to_pylist()]
+    assert [found["without_history"] for found in figures] == [
+        sum(of) for of in (nothing[:12], nothing[12:24], nothing[24:])
+    ]
+    counts = dict(
+        zip(*(features.table("items")[name].to_pylist() for name in ("item", "count")), strict=True)
+    )
+    untrained = sum(not counts[item] for item in listable(features, day_number(date)))
+    assert {found["untrained_items"] for found in figures} == {untrained}
+    assert untrained > 0
     lists = run.commit(config, {}).table("lists").to_pylist()
     assert {row["user_id"] for row in lists} == {f"u{user}" for user in range(GONE + 1, GONE + 31)}
     allowed = {f"i{item}" for item in listable(features, day_number(date))}
@@ -57,7 +71,7 @@ def test_lists_are_those_of_the_date_for_the_users_that_are_there(tmp_path):
         assert found == [f"i{item}" for item in items if item]
 
 
-def test_what_no_history_speaks_for_is_popular_or_new(tmp_path):
+def test_what_no_history_speaks_for_is_popular_new_or_suggested(tmp_path):
     """Lists of all items, for users of whom some have no history."""
     config = synthetic_config(tmp_path)
     config = config.model_copy(update={"score": config.score.model_copy(update={"mode": "exhaustive"})})
@@ -70,17 +84,37 @@ def test_what_no_history_speaks_for_is_popular_or_new(tmp_path):
     date = dt.date.fromisoformat(runs["features"].spec().date)
     users = with_context(models.items, rows, np.full(len(rows), day_number(date), np.int32), "none")
     table, _ = published_rows(models, Rules(config.score.rules, models.items), users, 50, date, "run")
-    counts = {row["item_id"]: row["count"] for row in models.items.table.to_pylist()}
+    # The synthetic recall run counts train events; of the last 30 days, which are all of this log.
+    train = runs["features"].table("examples").to_pandas()
+    train = train[(train.split == "train") & (train.label > 0)]
+    counts = train.item.value_counts()
+    most = counts.sort_index().sort_values(ascending=False, kind="stable")
+    head = set(most.index[: int((most.cumsum() < len(train) / 2).sum()) + 1])
+    assert 1 < len(head) < len(counts)
     kinds = Counter()
     for row in table.to_pylist():
-        kind = row["reason"]["kind"]
-        assert kind == (
-            "history" if row["reason"]["item_ids"] else "popular" if counts[row["item_id"]] else "new"
-        )
+        kind, item = row["reason"]["kind"], int(row["item_id"][1:])
+        of_item = "popular" if item in head else "suggested" if item in counts.index else "new"
+        assert kind == ("history" if row["reason"]["item_ids"] else of_item)
         kinds[kind] += 1
-    assert kinds["new"] >= 10
-    assert kinds["popular"] > kinds["new"]
-    assert kinds["history"] > kinds["popular"]
+    assert all(kinds[kind] >= 10 for kind in ("history", "popular", "suggested", "new")), kinds
+
+
+def test_a_score_that_is_nan_is_told_with_the_source_it_is_of(tmp_path):
+    config = synthetic_config(tmp_path)
+    runs = untrained_night(config, users=30)
+    factors = runs["als"].table("item_factors").to_pylist()
+    factors[3]["vector"][0] = float("nan")
+    pq.write_table(
+        pa.Table.from_pylist(factors, FACTORS), f"{runs['als'].path}/item_factors/part-00000.parquet"
+    )
+    run = Workspace(config).new("score", {}, runs)
+    scorer = PartitionScorer(config, run, dt.date.fromisoformat(runs["features"].spec().date))
+    users = runs["features"].table("users/as_of=date").sort_by("user")["user"].to_numpy()
+    with pytest.raises(DataError, match="als: a score is NaN, for one of the 30 users from 'u1' to 'u30'"):
+        scorer.score(0, users)
+    assert not (tmp_path / "topk").exists()
+    assert finished(run) == {}
 
 
 @pytest.mark.parametrize("mode", ["two_stage", "exhaustive"])

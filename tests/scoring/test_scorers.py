@@ -229,7 +229,9 @@ def test_what_no_latest_item_speaks_for_is_not_listed(models, rows):
     ).items.any()
 
 
-@pytest.mark.parametrize("source", ["next_items", "neighbors", "recent", "content"])
+@pytest.mark.parametrize(
+    "source", ["als", "fm", "popularity", "next_items", "neighbors", "recent", "content"]
+)
 def test_each_source_may_be_the_only_one(night, users, source):
     config, runs = night
     score = config.score.model_copy(update={"candidates": {source: Proposals(quota=K)}})

@@ -13,6 +13,7 @@ TITLES = {"i1": "Emma", "i2": "Fargo", "i3": "Heat"}
         ("history", ["i1", "i2", "i3"], "because of Emma and Fargo; found by als, content"),
         ("popular", [], "popular; found by als, content"),
         ("new", [], "new; found by als, content"),
+        ("suggested", [], "suggested; found by als, content"),
         ("explore", ["i1"], "drawn with probability 0.250; found by als, content"),
     ],
 )
