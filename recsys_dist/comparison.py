@@ -19,9 +19,11 @@ import pyarrow.compute as pc
 from recsys_dist import nightly
 from recsys_dist.config import FIT_ON, LINEAR, Config, load
 from recsys_dist.deepfm.items import Items
+from recsys_dist.errors import ConfigError
 from recsys_dist.evaluation.evaluate import hold_out
 from recsys_dist.evaluation.labels import model_label
 from recsys_dist.evaluation.report import write_comparison
+from recsys_dist.evaluation.significance import may_be_chance
 from recsys_dist.recall.factors import FactorTables
 from recsys_dist.scoring.models import Models, load_models, load_ranker
 from recsys_dist.scoring.scorers import Exhaustive, Factors, Linear, NextItems, Popularity, Related, Scorer
@@ -102,6 +104,7 @@ class Trained:
         self.overrides += [f"recall.measures=[{', '.join(measures)}]", "recall.late=0.2"]
         self.overrides += [f"evaluation.k={lengths}", "evaluation.metric=ndcg@10"]
         self.config = load(conf, self.overrides)
+        self._require_settings()
         self.workspace = Workspace(self.config)
         known = self.workspace.read_json(COSTS) or {}
         self.costs = {run_id: Cost(**cost) for run_id, cost in known.items()}
@@ -132,6 +135,21 @@ class Trained:
             if model.stage not in BEFORE:
                 self.runs[name] = self._run(model.stage, name, self.settings(name))
         return names
+
+    def _require_settings(self) -> None:
+        """Raise a ConfigError where a model that is asked for cannot have its own settings: before the first
+        training, not after hours of the others'.
+        """
+        wrong = []
+        for name in self.config.compare.models:
+            try:
+                load(self.conf, self.settings(name))
+            except ConfigError as error:
+                # Without the line that tells all the overrides, most of which are our own.
+                _, *lines = str(error).splitlines()
+                wrong += [f"compare.settings.{name}: {line.strip()}" for line in lines or [str(error)]]
+        if wrong:
+            raise ConfigError("\n".join(wrong))
 
     def settings(self, name: str) -> list[str]:
         """The overrides that a model is trained with."""
@@ -275,8 +293,9 @@ def table(figures: dict[str, Any]) -> list[str]:
 
 
 def _difference(found: dict[str, float]) -> str:
-    chance = found["low"] <= 0 <= found["high"]
-    return f"{found['value']:+.4f} ({'may be chance, ' if chance else ''}p {found['p']:.4f})"
+    return (
+        f"{found['value']:+.4f} ({'may be chance, ' if may_be_chance(found['p']) else ''}p {found['p']:.4f})"
+    )
 
 
 @contextmanager

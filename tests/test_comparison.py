@@ -1,6 +1,7 @@
 """All models under one protocol: what each is trained with, what is measured, and what was trained before."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from recsys_dist.config import load
 from recsys_dist.errors import ConfigError
 from recsys_dist.evaluation.labels import model_label
 from recsys_dist.workspace import Workspace
+from tests import generated
 from tests.models import untrained_night
 from tests.pages import chromium, opener, require_no_overlaps
 from tests.processes import run_here
@@ -129,6 +131,17 @@ def test_what_each_model_is_trained_with(tmp_path):
     assert not made["deepfm"].deepfm.pair
 
 
+def test_settings_that_are_none_are_told_before_anything_is_trained(tmp_path):
+    settings = "compare.settings={als: [als.rnk=8], mf: [deepfm.embedding_dim=x], dnn: [deepfm.nonsense=1]}"
+    asked = "compare.models=[popularity, als, mf]"
+    with pytest.raises(ConfigError) as caught:
+        Trained(None, [f"storage.root={tmp_path}", settings, asked])
+    told = str(caught.value)
+    assert re.search(r"compare.settings.als: .*als\.rnk", told)
+    assert re.search(r"compare.settings.mf: .*deepfm\.embedding_dim", told)
+    assert "nonsense" not in told  # of a model that is not asked for
+
+
 def test_an_unknown_model_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"compare.models.0: .*'popularity'"):
         Trained(None, [f"storage.root={tmp_path}", "compare.models=[svd]"])
@@ -164,3 +177,44 @@ def test_the_job_trains_what_is_missing_and_nothing_twice(tmp_path):
     assert "=== Transitions: left out, since there are 20 items, and recall.linear_items=5\n" in few
     assert "| Next items |" in few
     assert "| Transitions |" not in few
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "shape"), [("shop_events", generated.shop_events), ("music_plays", generated.music_plays)]
+)
+def test_the_log_of_a_shop_and_of_a_music_service_by_the_same_command(name, shape, tmp_path):
+    log = shape(tmp_path, 20_000)
+    models = ["popularity", "cosine", "next_items", "als", "mf", "two_stage"]
+    overrides = [
+        *log.overrides,
+        f"storage.root={tmp_path / 'runs'}",
+        "data.max_bad_rows=1",
+        f"compare.models=[{', '.join(models)}]",
+        "als={grid: {rank: [8], reg: [0.1, 0.4]}, iterations: 3}",
+        "deepfm={epochs: 1, embedding_dim: 8, hidden: [8], num_workers: 1}",
+        "evaluation.bootstrap=100",
+    ]
+    sets = [word for override in overrides for word in ("--set", override)]
+    printed = run_here("compare.py", "--conf", f"conf/{name}.yaml", *sets)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| ")][1:]
+    assert [row[0].removeprefix("| ") for row in rows] == [model_label(model) for model in models]
+
+    workspace = Workspace(
+        load(f"conf/{name}.yaml", [*overrides, f"storage.root={tmp_path / 'runs'}-comparison"])
+    )
+    compared, features = workspace.runs("comparison")[-1], workspace.runs("features")[-1]
+    lists, relevant = (compared.table(table).to_pandas() for table in ("lists", "relevant"))
+    relevant = set(zip(relevant.user, relevant.item, strict=True))
+    events = features.table("examples").to_pandas()
+    liked = events[(events.split == "test") & (events.label > 0)]
+    assert relevant
+    assert relevant <= set(zip(liked.user, liked.item, strict=True))
+    ideal = np.cumsum(1 / np.log2(np.arange(2, 12)))
+    users, counts = np.unique([user for user, _ in relevant], return_counts=True)
+    for row, model in zip(rows, models, strict=True):
+        first = lists[(lists.model == model) & (lists["rank"] <= 10)]
+        hit = [pair in relevant for pair in zip(first.user, first.item, strict=True)]
+        gained = (np.array(hit) / np.log2(1 + first["rank"])).groupby(first.user).sum()
+        ndcg = gained.reindex(users, fill_value=0).to_numpy() / ideal[counts.clip(max=10) - 1]
+        assert row[1].startswith(f"{ndcg.mean():.4f} (")

@@ -21,7 +21,7 @@ from recsys_dist.deepfm.items import Items, days_of
 from recsys_dist.deepfm.model import DeepFM, Side
 from recsys_dist.deepfm.pairs import Pairs
 from recsys_dist.errors import DataError
-from recsys_dist.evaluation.metrics import auc, calibration, grouped_auc, logloss
+from recsys_dist.evaluation.metrics import auc, calibration, grouped_auc, logloss, mse, rmse
 from recsys_dist.workspace import Run
 
 K = 10
@@ -205,8 +205,7 @@ class Predicting:
         if not np.isfinite(logits).all():
             return {self.metric: np.nan}
         if self.metric == "rmse":
-            mse = float(np.mean((logits - self.targets) ** 2, dtype=np.float64))
-            return {"rmse": mse**0.5, "mse": mse}
+            return {"rmse": rmse(self.targets, logits), "mse": mse(self.targets, logits)}
         return {
             "auc": auc(self.targets, logits),
             "gauc": grouped_auc(self.targets, logits, self.users),

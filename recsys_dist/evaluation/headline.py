@@ -8,9 +8,7 @@ from typing import Any
 from recsys_dist.config import Config
 from recsys_dist.evaluation.labels import LABELS, figure, metric_label, model_label, ranked
 from recsys_dist.evaluation.nights import Night, change, interval
-
-CHANCE = 0.05
-"""A difference with a smaller p is beyond chance."""
+from recsys_dist.evaluation.significance import may_be_chance
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
     best, second = order[0], order[min(1, len(order) - 1)]
     other = second if best == reference else reference
     found = apart.get(second if best == reference else best)
-    beyond = found is not None and found["p"] < CHANCE
+    beyond = found is not None and not may_be_chance(found["p"])
     better = "it is the only one."
     if found is not None:
         worse = f"{model_label(other)} is worse"

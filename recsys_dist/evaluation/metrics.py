@@ -175,7 +175,9 @@ def grouped_auc(labels_N: Values, scores_N: Values, groups_N: Counts) -> float:
 
 
 def logloss(labels_N: Values, logits_N: Values) -> float:
-    """The mean of -log of the probability given to the true label, of logits."""
+    """The mean of -log of the probability given to the true label, of logits: of label y and logit z it is
+    log(1 + e^z) - y z (Good 1952, the logarithmic score).
+    """
     logits_N = np.asarray(logits_N, np.float64)
     return float(np.mean(np.logaddexp(0, logits_N) - labels_N * logits_N))
 
@@ -187,6 +189,21 @@ def calibration(labels_N: Values, logits_N: Values) -> float:
     predicted = float(np.mean(1 / (1 + np.exp(-np.asarray(logits_N, np.float64)))))
     positive = float(np.mean(labels_N))
     return predicted / positive if positive else float("inf")
+
+
+def mse(values_N: Values, predicted_N: Values) -> float:
+    """The mean of (predicted - true)^2 over examples, in the square of the values' unit (Gauss 1821).
+
+    Args:
+        values_N: [N] the true values.
+        predicted_N: [N].
+    """
+    return float(np.mean(np.subtract(predicted_N, values_N, dtype=np.float64) ** 2))
+
+
+def rmse(values_N: Values, predicted_N: Values) -> float:
+    """The square root of `mse`, in the values' unit."""
+    return mse(values_N, predicted_N) ** 0.5
 
 
 def _auc(labels_N: Values, scores_N: Values, groups_N: Counts) -> tuple[Values, Counts]:

@@ -30,6 +30,7 @@ from recsys_dist.evaluation.labels import (
 )
 from recsys_dist.evaluation.nights import Night, earlier_nights, moment_of
 from recsys_dist.evaluation.shown import shown_users
+from recsys_dist.evaluation.significance import may_be_chance
 from recsys_dist.scoring.models import Models
 from recsys_dist.workspace import OpenRun
 
@@ -155,7 +156,7 @@ def _write(run: OpenRun, config: Config, metrics: dict[str, Any], **told: Any) -
         lstrip_blocks=True,
     )
     environment.filters |= {"metric": metric_label, "model": model_label}
-    environment.globals |= {"figure": figure, "signed": signed}
+    environment.globals |= {"figure": figure, "signed": signed, "may_be_chance": may_be_chance}
     page = environment.get_template("report.html.j2").render(
         run_id=run.run_id,
         stage=run.stage,

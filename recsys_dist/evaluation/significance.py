@@ -8,6 +8,8 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+CHANCE = 0.05
+"""From this p on a difference may be chance."""
 Interval = tuple[float, float, float]
 """A figure, and the ends of its 95% interval."""
 
@@ -52,6 +54,11 @@ def randomisation(difference_U: NDArray[np.float64], resamplings: int, seed: int
         abs(generator.choice((-1.0, 1.0), len(moved_U)) @ moved_U) >= found for _ in range(resamplings)
     )
     return float((1 + as_much) / (1 + resamplings))
+
+
+def may_be_chance(p: float) -> bool:
+    """Is a difference with this p not significant?"""
+    return p >= CHANCE
 
 
 def fallen(before: Interval, now: Interval) -> tuple[float, float]:

@@ -15,11 +15,19 @@ from recsys_dist.evaluation.metrics import (
     gini,
     grouped_auc,
     logloss,
+    mse,
     novelty,
     recommendation_popularity,
+    rmse,
     serendipity,
 )
-from recsys_dist.evaluation.significance import bootstrap, coverage_interval, fallen, randomisation
+from recsys_dist.evaluation.significance import (
+    bootstrap,
+    coverage_interval,
+    fallen,
+    may_be_chance,
+    randomisation,
+)
 
 # Three users, lists of four: hits at ranks 1 and 3 of two relevant items, at rank 2 of six, none of one.
 HITS = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=bool)
@@ -164,7 +172,19 @@ def test_auc_agrees_with_all_pairs_also_where_scores_are_equal():
     assert grouped_auc(labels, scores, users) == pytest.approx(expected, abs=1e-12)
 
 
+def test_errors_of_values_by_hand():
+    values, predicted = np.array([4, 2, 5], np.float32), np.array([3.5, 2, 3], np.float32)
+    assert mse(values, predicted) == pytest.approx((1 / 4 + 0 + 4) / 3)
+    assert rmse(values, predicted) == pytest.approx(((1 / 4 + 4) / 3) ** 0.5)
+    # Of large numbers too: in float32 their difference would be 0.
+    assert mse(np.array([2.0**24], np.float64), np.array([2**24 + 1], np.float64)) == 1
+
+
 def test_logloss_by_hand():
     logits = np.array([0.0, np.log(3), -1000])
     assert logloss(np.array([1.0, 0, 0]), logits) == pytest.approx((np.log(2) + np.log(4) + 0) / 3)
     assert logloss(np.array([1.0]), logits[2:]) == 1000
+
+
+def test_what_may_be_chance():
+    assert [may_be_chance(p) for p in (0.001, 0.0499, 0.05, 1)] == [False, False, True, True]

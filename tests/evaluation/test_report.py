@@ -1,5 +1,7 @@
 """The page in a real browser: what it says, how it looks, and that nothing in ids or titles runs."""
 
+import datetime as dt
+import itertools
 import json
 import re
 import shlex
@@ -22,7 +24,7 @@ from recsys_dist.evaluation.headline import headline
 from recsys_dist.evaluation.nights import Night
 from recsys_dist.scoring.models import load_models
 from recsys_dist.workspace import Workspace
-from tests.models import untrained_night
+from tests.models import published_night, untrained_night
 from tests.pages import TEXTS, chromium, opener, require_no_overlaps
 from tests.synthetic import synthetic_config
 
@@ -120,7 +122,7 @@ def night(tmp_path_factory):
     Path(runs["deepfm"].path, "history.jsonl").write_text(text)
     first = workspace.new("evaluation", {}, runs)
     first = first.commit(config, evaluate(config, first))
-    workspace.new("score", {}, {"evaluation": first}).commit(config, {})
+    published_night(config, first, dt.date(2024, 1, 8))
 
     run = workspace.new("evaluation", {}, runs)
     figures = evaluate(config, run)
@@ -181,11 +183,14 @@ def test_the_numbers_are_those_of_metrics_json(opened, night):
                 if interval:
                     same(end, figure[key])
     compared = page.locator("td[data-compared]").evaluate_all(
-        "all => all.map(one => [one.dataset.compared, one.firstChild.data.trim()])"
+        "all => all.map(one => [one.dataset.compared, one.firstChild.data.trim(),"
+        " one.querySelector('small').textContent])"
     )
-    assert {model for model, _ in compared} == set(night.metrics["compared"]["models"])
-    for model, text in compared:
-        same(text, night.metrics["compared"]["models"][model]["value"])
+    assert {model for model, *_ in compared} == set(night.metrics["compared"]["models"])
+    for model, text, significance in compared:
+        against = night.metrics["compared"]["models"][model]
+        same(text, against["value"])
+        assert significance.endswith(", may be chance") == (against["p"] >= 0.05)
     numbers = page.locator(".numbers .number").all_inner_texts()
     ours, theirs = (night.metrics["models"][name] for name in ("two_stage", "popularity"))
     same(numbers[0], ours["ndcg@10"]["value"])
@@ -337,6 +342,7 @@ def test_what_a_screen_reader_finds(opened):
     headings = page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(one => +one.tagName[1])")
     assert headings.count(1) == 1
     assert headings[0] == 1
+    assert all(after <= before + 1 for before, after in itertools.pairwise(headings))
     names = page.locator("figure").evaluate_all("all => all.map(one => one.id)")
     assert len(names) == len(set(names)) == 11
     for figure in page.locator("figure").all():
