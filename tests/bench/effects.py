@@ -82,7 +82,9 @@ def main() -> int:
         python("-m", "recsys_dist.datasets", "movielens_100k", "data")
         python("jobs/featurize.py", "--conf", CONF, "--set", f"storage.root={root}")
         for number, change in enumerate(chosen):
-            config = load(CONF, [f"storage.root={root}", *(f"deepfm.{setting}" for setting in change)])
+            # Nothing is recommended here, and a model without an FM part could not recall by it.
+            settings = [f"storage.root={root}", "score.candidates={als: 200}"]
+            config = load(CONF, settings + [f"deepfm.{setting}" for setting in change])
             folder = Path(root) / f"training-{number}"
             begin = time.perf_counter()
             found = run_workers(1, _best, folder, config, Workspace(config).runs("features")[-1], folder)[0]

@@ -26,6 +26,8 @@ from tests.bench.measure import Measure
 from tests.generated import START, interactions
 
 SCALES = (1, 4, 16)
+STEPS_OF = 4
+"""The scale of which the steps are told."""
 REPEATS = 3
 SUBMIT = ["--master", "local[*]", "--driver-memory", "4g"]
 FIELDS = [
@@ -48,7 +50,7 @@ def bench(events: int, folder: Path) -> tuple[list[Measure], dict[str, Any]]:
         the measures, and the seconds of every single run.
     """
     ours: dict[int, list[float]] = {scale: [] for scale in SCALES}
-    floor: list[float] = []
+    floor: dict[int, list[float]] = {scale: [] for scale in SCALES}
     steps: list[dict[str, float]] = []
     for scale in SCALES:
         conf = _write_log(folder, events * scale)
@@ -56,20 +58,26 @@ def bench(events: int, folder: Path) -> tuple[list[Measure], dict[str, Any]]:
             seconds, of_step = _featurize(conf)
             ours[scale].append(seconds)
             print(f"{events * scale:>12,} events  {seconds:7.1f} s", flush=True)
-            if scale == 4:
+            floor[scale].append(_apart(conf))
+            print(f"{'floor':>19}  {floor[scale][-1]:7.1f} s", flush=True)
+            if scale == STEPS_OF:
                 steps.append(of_step)
-                floor.append(_apart(conf))
-                print(f"{'floor':>19}  {floor[-1]:7.1f} s", flush=True)
         (folder / "log.csv").unlink()
     t1, t4, t16 = (statistics.median(ours[scale]) for scale in SCALES)
+    floors = {scale: statistics.median(floor[scale]) for scale in SCALES}
     movielens = movielens_1m(folder)
     millions = {scale: f"{events * scale / 1e6:g} million events" for scale in SCALES}
     measures = [
         *(Measure(f"features, {millions[scale]}, s", statistics.median(ours[scale])) for scale in SCALES),
         Measure("features, (t16 - t4) / (t4 - t1)", (t16 - t4) / (t4 - t1), 4.6),
-        Measure(f"floor, {millions[4]}, s", statistics.median(floor)),
-        Measure("features / floor", t4 / statistics.median(floor), 3.5),
-        *(Measure(f"  step: {name}, s", statistics.median(one[name] for one in steps)) for name in steps[0]),
+        *(Measure(f"floor, {millions[scale]}, s", floors[scale]) for scale in SCALES),
+        Measure(f"features / floor, {millions[1]}", t1 / floors[1]),
+        Measure(f"features / floor, {millions[4]}", t4 / floors[4], 3.5),
+        Measure(f"features / floor, {millions[16]}", t16 / floors[16], 3.5),
+        *(
+            Measure(f"  {millions[STEPS_OF]}, step: {name}, s", statistics.median(one[name] for one in steps))
+            for name in steps[0]
+        ),
         Measure("features, MovieLens 1M, whole process, s", movielens, 45),
     ]
     return measures, {"ours": ours, "floor": floor, "steps": steps}

@@ -56,7 +56,7 @@ def main() -> int:
 def tested(config: Config, features: Run, model: Run) -> dict[str, float]:
     """The figures of a published model on the test part."""
     from recsys_dist.deepfm.items import Items
-    from recsys_dist.deepfm.model import load as load_model
+    from recsys_dist.deepfm.published import load as load_model
     from recsys_dist.deepfm.validation import validation
 
     spec = features.spec()

@@ -39,7 +39,7 @@ def main() -> int:
     for part in ("valid", "test"):
         users, truth = held_out(features, config.score.filter_seen, part)
         for name, scorer in scorers.items():
-            lists = rank(config, items, scorer, users)[0]
+            lists = rank(config, items, name, scorer, users)[0]
             measured = measure(config.evaluation.k, lists, truth, catalogue)
             found = figures(config, measured, len(users), catalogue)
             line = "  ".join(f"{metric} {found[metric]['value']:.4f}" for metric in ("ndcg@10", "recall@200"))
