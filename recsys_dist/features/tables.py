@@ -28,6 +28,8 @@ SMALL_ROWS = 500_000
 """A table of so many rows is sent to every task in place of moving the log to the table."""
 BYTES = 2
 """What an index or a number takes in a compressed file, about."""
+ROW_BYTES = 100
+"""What a row that was set aside takes with its text, about."""
 MOST_REPEATED = 1 << 16
 """Indices of a field with more values than that are written without a dictionary."""
 
@@ -131,7 +133,11 @@ class Tables:
         if not bad:
             self.run.write_table("quarantine", QUARANTINE.empty_table())
             return
-        write(quarantine(*bad).coalesce(1), f"{self.run.uri}/quarantine", QUARANTINE)
+        n = sum(counted.total() - counted[""] for counted in self.reasons.values())
+        # Found by all tasks that read the log, and only then brought together.
+        parts = files(self.usable.sparkSession, n * ROW_BYTES)
+        rows = quarantine(*bad).repartition(parts, "raw").sortWithinPartitions("source", "reason", "raw")
+        write(rows, f"{self.run.uri}/quarantine", QUARANTINE)
 
     def _save(self, rows: DataFrame, name: str, schema: pa.Schema, partition_by: str | None = None) -> None:
         """Write the columns of a schema: fields under their own names, whatever else the rows have."""

@@ -505,7 +505,11 @@ def test_published_lists_do_not_depend_on_the_number_of_workers(tmp_path, monkey
     users = runs["features"].table("users/as_of=date")["user"].to_numpy()
     three, one = (workspace.new("score", {"workers": workers}, runs) for workers in (3, 1))
     monkeypatch.setattr("os.cpu_count", lambda: 3)
+    pools = []
+    real = partitions.ActorPool
+    monkeypatch.setattr(partitions, "ActorPool", lambda actors: pools.append(len(actors)) or real(actors))
     figures = partitions.score_partitions(config, three, date, users)
+    assert pools == [3]
     lean = config.model_copy(update={"score": config.score.model_copy(update={"users_megabytes": 0})})
     scorer = scored.PartitionScorer(lean, one, date, DEVICES[-1])
     assert scorer.models.ranker.rows is not None

@@ -170,6 +170,7 @@ OPTIMIZERS = {
         "warmup_steps": 4,
     },
     "sgd, adagrad": {"table_optimizer": "sgd", "dense_optimizer": "adagrad", "clip_norm": 1e-3},
+    "adagrad, adamw": {"table_optimizer": "adagrad", "dense_optimizer": "adamw", "weight_decay": 5.0},
 }
 
 
@@ -194,7 +195,7 @@ def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_pa
     norm = torch.cat([gradient.flatten() for gradient in dense.values()]).norm()
     assert norm > 1e-3
     for name, parameter in model.named_parameters():
-        gradient, rate = parameter.grad, factor * settings.embedding_learning_rate
+        gradient, rate, before = parameter.grad, factor * settings.embedding_learning_rate, start[name]
         if name not in dense:
             step = gradient / (gradient.abs() + 1e-8) if settings.table_optimizer == "adagrad" else gradient
         else:
@@ -202,9 +203,12 @@ def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_pa
             gradient = gradient + settings.l1 * start[name].sign()
             if settings.clip_norm:
                 gradient = gradient * settings.clip_norm / norm
-            gradient = gradient + settings.weight_decay * start[name]
+            if settings.dense_optimizer == "adamw":  # decoupled: Loshchilov, Hutter 2019
+                before = before * (1 - rate * settings.weight_decay)
+            else:
+                gradient = gradient + settings.weight_decay * start[name]
             step = gradient / (gradient.abs() + (1e-10 if settings.dense_optimizer == "adagrad" else 1e-8))
-        moved = start[name] - rate * step
+        moved = before - rate * step
         assert (moved != start[name]).any()
         torch.testing.assert_close(answers[0]["after"][name], moved, rtol=1e-4, atol=1e-5, msg=name)
 

@@ -205,6 +205,26 @@ def train_in(config: Any, features: Any, folder: Path, more: dict[str, Any] | No
     return asdict(train(Task(config, features, folder, **(more or {})), device_of_group()))
 
 
+def train_until_error(config: Any, features: Any, folder: Path) -> dict[str, Any]:
+    """The whole loop, which fails: with what, and the weights that it leaves behind in memory."""
+    from recsys_dist.deepfm import loop
+    from recsys_dist.errors import RecsysError
+
+    models: list[Any] = []
+
+    class Kept(loop.Steps):
+        def __init__(self, model: Any, *arguments: Any) -> None:
+            models.append(model)
+            super().__init__(model, *arguments)
+
+    loop.Steps = Kept
+    try:
+        train_in(config, features, folder)
+    except RecsysError as error:
+        return {"error": f"{type(error).__name__}: {error}", "weights": _whole(models[0].state_dict())}
+    raise AssertionError("the training did not fail")
+
+
 def train_catching_up(config: Any, features: Any, folder: Path, every: int) -> dict[str, Any]:
     """The whole loop, in which decayed rows catch up after every so many steps."""
     from recsys_dist.deepfm import loop

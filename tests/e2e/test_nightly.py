@@ -197,8 +197,9 @@ def test_the_readmes_one_liners_read_the_table(tmp_path):
     )
     write_deltalake(tmp_path / "runs" / "topk", rows, partition_by=["date"])
     from_python, from_duckdb = readme_lines("from deltalake"), readme_lines("import duckdb")
-    assert len(from_python) == len(from_duckdb) == 1
-    for (line,) in (from_python, from_duckdb):
-        printed = finish(start(["-c", line], cwd=tmp_path))
+    from_spark = [*readme_lines("from pyspark.sql import"), *readme_lines("spark.read.")]
+    assert [len(lines) for lines in (from_python, from_duckdb, from_spark)] == [1, 1, 2]
+    for lines in (from_python, from_duckdb, from_spark):
+        printed = finish(start(["-c", "\n".join(lines)], cwd=tmp_path))
         assert "196" in printed
         assert "0.25" in printed

@@ -28,7 +28,7 @@ SMALL = ("--set", "score.partition_users=1")
 
 FAULTY = """
 import os, pathlib, resource, runpy, signal, sys, time
-from recsys_dist.scoring import score
+from recsys_dist.scoring import partitions, score
 
 real, here = score.publish, pathlib.Path(sys.argv.pop(1))
 
@@ -42,6 +42,14 @@ class Dies:
         (here / "fault").touch()
         os.kill(os.getpid(), signal.SIGKILL)
 
+class Full(partitions.ScoringWorker):
+    # Its disk is full when it has written some partitions.
+    def score(self, part, users):
+        if part == 4:
+            (here / "fault").touch()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        return super().score(part, users)
+
 def publish(table, lists, *arguments):
     {fault}
 
@@ -53,6 +61,7 @@ FAULTS = {
     "after": "real(table, lists, *arguments); (here / 'fault').touch(); os.kill(os.getpid(), signal.SIGKILL)",
     "full": "(here / 'fault').touch(); resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000)); "
     "return real(table, lists, *arguments)",
+    "worker": "return real(table, lists, *arguments)\n\npartitions.ScoringWorker = Full",
     "waits": """
     (here / "fault").touch()
     while not (here / "go").exists():
@@ -187,6 +196,22 @@ def test_a_fault_around_the_commit_shows_readers_the_old_or_the_new_lists(
     assert DeltaTable(root / "topk").version() == version + 1
     assert "score: goes on with" in (tmp_path / "output").read_text()
     assert content(root) == undisturbed[()]
+
+
+def test_a_workers_full_disk_costs_what_was_not_written(undisturbed, root, tmp_path):
+    old = lists(root)
+    finish(start(root, *SMALL, fault="worker"), root, 75)
+    assert (tmp_path / "fault").exists()
+    output = (tmp_path / "output").read_text()
+    assert "File too large" in output
+    assert "Traceback" not in output
+    assert lists(root) == old
+    begun = written(root)
+    assert 1 <= len(begun) < USERS
+    finish(start(root, *SMALL), root)
+    complete(root, folders=2)
+    assert begun.items() <= written(root).items()
+    assert content(root) == undisturbed[SMALL]
 
 
 def test_of_two_runs_of_a_date_one_wins_and_the_other_exits_75(root, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from recsys_dist.config import REPOSITORY, Config, load
+from recsys_dist.features import session
 from recsys_dist.workspace import Workspace
 from tests.features.test_fields import random_log, shop_config
 from tests.logs import featurized
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.long
 SPARK35 = REPOSITORY / ".venv" / "spark35"
 SMALL_JVM = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 CLUSTER = "local-cluster[2,1,1024]"
+PARTITIONS = "spark.sql.shuffle.partitions"
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +52,10 @@ def log(tmp_path_factory):
     return root, settings
 
 
-def started(log, name, master, **environment):
-    """Start jobs/featurize.py in a process of its own; returns it and its root."""
+def started(log, name, master, parts, **environment):
+    """Start jobs/featurize.py in a process of its own, its shuffles in so many parts; returns it and its
+    root.
+    """
     root, settings = log
     settings = json.loads(json.dumps(settings))
     settings["storage"]["root"] = str(root / name)
@@ -59,6 +63,7 @@ def started(log, name, master, **environment):
         "--master", master, "--driver-memory", "1g", "--driver-java-options", SMALL_JVM,
         "--conf", f"spark.executor.extraJavaOptions={SMALL_JVM}",
     ]  # fmt: skip
+    settings["spark"]["conf"] = {PARTITIONS: str(parts)}
     conf = root / f"{name}.yaml"
     conf.write_text(yaml.safe_dump(settings))
     command = [sys.executable, "jobs/featurize.py", "--conf", str(conf)]
@@ -95,7 +100,7 @@ def _executors(process):
 
 @pytest.fixture(scope="module")
 def reference(log):
-    return finished(*started(log, "reference", "local[1]"))
+    return finished(*started(log, "reference", "local[1]", 1))
 
 
 def test_unusable_rows(reference):
@@ -113,16 +118,26 @@ def test_unusable_rows(reference):
     assert [of_items[f"i{n}"] for n in range(3)] == ["c4"] * 3
 
 
-def test_two_cores(spark, log, reference):
+def test_two_cores(spark, log, reference, monkeypatch):
+    """And four parts of what is moved, two of what is put in order, two files of what is written."""
     assert spark.sparkContext.master == "local[2]"
+    monkeypatch.setattr(session, "SMALL", 1)
     root, settings = log
     settings = settings | {"storage": {"root": str(root / "two")}}
-    assert content(featurized(Config.model_validate(settings))) == content(reference)
+    settings["spark"] = settings["spark"] | {"conf": {PARTITIONS: "4"}}
+    before = spark.conf.get(PARTITIONS)
+    spark.conf.set(PARTITIONS, "4")
+    run = featurized(Config.model_validate(settings))
+    spark.conf.set(PARTITIONS, before)
+    files = [file["path"] for file in run.manifest["files"]]
+    assert sum(path.startswith("examples/split=train/") for path in files) == 2
+    assert sum(path.startswith("items/") for path in files) == 2
+    assert content(run) == content(reference)
 
 
 def test_a_cluster_that_loses_an_executor(log, reference):
     """One executor is killed between the first steps and the last."""
-    process, conf = started(log, "cluster", CLUSTER)
+    process, conf = started(log, "cluster", CLUSTER, 7)
     try:
         killed = None
         while process.poll() is None and killed is None:
@@ -145,6 +160,6 @@ def test_pyspark_3_5(log, reference):
         env=os.environ | {"PYTHONPATH": str(SPARK35)}, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert found.startswith("3.5."), "make setup-dev installs it"
-    run = finished(*started(log, "spark35", "local[2]", PYTHONPATH=str(SPARK35)))
+    run = finished(*started(log, "spark35", "local[2]", 3, PYTHONPATH=str(SPARK35)))
     assert run.manifest["figures"]["spark"] == found.strip()
     assert content(run) == content(reference)

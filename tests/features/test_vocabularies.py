@@ -106,3 +106,32 @@ def test_a_changed_field_begins_anew_and_others_go_on(spark, tmp_path):
     assert two.spec().vocabularies["user"] == one.spec().vocabularies["user"]
     assert two.spec().vocabularies["shop"].ancestors == ()
     assert sorted(tokens(two, "other")) == ["x", "y", "z"]
+
+
+def typed_night(root, header, lines):
+    """A features run of a log whose header has types."""
+    config = log_config(root, lines, header=header)
+    run = Workspace(config).new("features", {}, {})
+    return run.commit(config, featurize(config, run))
+
+
+def test_a_new_column_is_told_and_one_of_another_type_fails_by_name(spark, tmp_path, capsys):
+    header = "user:token,item:token,timestamp:float,value:float"
+    lines = [f"u{n % 4},i{n % 3},{n},5" for n in range(40)]
+    assert typed_night(tmp_path, header, lines).manifest["figures"]["new_columns"] == {}
+    two = typed_night(tmp_path, f"{header},page:token", [f"{line},x" for line in lines])
+    assert two.manifest["figures"]["new_columns"] == {"events": ["page"]}
+    assert "data.events has new columns, which are ignored: page" in capsys.readouterr().out
+    assert "page" not in two.table("examples").column_names
+    with pytest.raises(DataError, match=r"column 'value' is of type token, in the run before it was float"):
+        typed_night(tmp_path, header.replace("value:float", "value:token"), lines)
+
+
+def test_users_and_items_of_the_test_part_that_train_does_not_know_are_counted(spark, tmp_path):
+    # By time: 16 events of train, 2 of valid, 2 of test.
+    known = [("ann", "a", "x"), ("bob", "b", "x")] * 8
+    later = [("cat", "c", "x"), ("ann", "d", "x"), ("cat", "e", "x"), ("dan", "a", "x")]
+    split = {"kind": "global_time", "fractions": [0.8, 0.1, 0.1]}
+    run = night(tmp_path, [*known, *later], split=split)
+    assert run.manifest["figures"]["examples"] == {"train": 16, "valid": 2, "test": 2}
+    assert run.manifest["figures"]["cold_in_test"] == {"users": 2, "items": 1}
