@@ -1027,6 +1027,8 @@ class Evaluation(Section):
 BATCH_JVM = (
     # A batch has no use for short pauses of the garbage collector.
     "-XX:+UseParallelGC",
+    # All memory that Spark is given from the start: to grow takes full collections of what is cached.
+    "-XX:InitialRAMPercentage=100",
     # As much room as Spark's classes take; to grow step by step takes a full collection each.
     "-XX:MetaspaceSize=256m",
     # Most of a small night's time is Spark's code being compiled. What is compiled for the second time, with
