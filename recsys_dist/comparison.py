@@ -126,11 +126,9 @@ class Trained:
                 flush=True,
             )
         names = [name for name in names if name not in left_out]
-        fitted = dict.fromkeys((*recall.linear, *(name for name in LINEAR if name in names)))
-        self.overrides.append(f"recall.linear=[{', '.join(fitted)}]")
+        self.overrides.append(self._linear(names))
         self.runs["recall"] = self._run("recall", "recall", self.overrides)
-        # Two stages have ALS among their sources, as a rule.
-        for name in dict.fromkeys((*(["als"] if "two_stage" in names else []), *names)):
+        for name in self._trained(names):
             model = MODELS[name]
             if model.stage not in BEFORE:
                 self.runs[name] = self._run(model.stage, name, self.settings(name))
@@ -140,16 +138,25 @@ class Trained:
         """Raise a ConfigError where a model that is asked for cannot have its own settings: before the first
         training, not after hours of the others'.
         """
-        wrong = []
-        for name in self.config.compare.models:
+        wrong, asked = [], self.config.compare.models
+        for name in self._trained(asked):
             try:
-                load(self.conf, self.settings(name))
+                load(self.conf, [*self.settings(name), self._linear(asked)])
             except ConfigError as error:
                 # Without the line that tells all the overrides, most of which are our own.
                 _, *lines = str(error).splitlines()
                 wrong += [f"compare.settings.{name}: {line.strip()}" for line in lines or [str(error)]]
         if wrong:
             raise ConfigError("\n".join(wrong))
+
+    def _trained(self, names: Sequence[str]) -> list[str]:
+        """The models that these need, in order: two stages have ALS among their sources, as a rule."""
+        return list(dict.fromkeys((*(["als"] if "two_stage" in names else []), *names)))
+
+    def _linear(self, names: Sequence[str]) -> str:
+        """The override by which recall fits the linear models of items among these, beside its own."""
+        fitted = dict.fromkeys((*self.config.recall.linear, *(name for name in LINEAR if name in names)))
+        return f"recall.linear=[{', '.join(fitted)}]"
 
     def settings(self, name: str) -> list[str]:
         """The overrides that a model is trained with."""

@@ -140,6 +140,12 @@ def test_settings_that_are_none_are_told_before_anything_is_trained(tmp_path):
     assert re.search(r"compare.settings.als: .*als\.rnk", told)
     assert re.search(r"compare.settings.mf: .*deepfm\.embedding_dim", told)
     assert "nonsense" not in told  # of a model that is not asked for
+    with pytest.raises(ConfigError, match=r"compare.settings.als: .*als\.rnk"):  # which two stages need
+        Trained(None, [f"storage.root={tmp_path}", settings, "compare.models=[two_stage]"])
+    pair = "compare.settings={two_stage: ['deepfm.pair=[{name: ease, measure: ease}]']}"
+    Trained(None, [f"storage.root={tmp_path}", pair, "compare.models=[ease, two_stage]"])  # ease is fitted
+    with pytest.raises(ConfigError, match=r"compare.settings.two_stage: .*recall.linear"):
+        Trained(None, [f"storage.root={tmp_path}", pair, "compare.models=[two_stage]"])
 
 
 def test_an_unknown_model_is_refused(tmp_path):

@@ -247,11 +247,11 @@ def _verdict(config: Config, metrics: dict[str, Any], last: Run | None = None) -
     verdict = _against_rival(config, results)
     if last is None:
         return verdict
-    told = last.json("metrics.json")
-    if told.get("protocol") != metrics["protocol"]:
+    measured_last = last.json("metrics.json")
+    if measured_last.get("protocol") != metrics["protocol"]:
         other = f"not held against {last.run_id}, published last, which measured in another way"
         return verdict | {"text": f"{verdict['text']}; {other}"}
-    earlier = told["models"].get(verdict["model"], {})
+    earlier = measured_last["models"].get(verdict["model"], {})
     changes, wrong = {}, []
     for metric, most in config.evaluation.may_fall.items():
         before, now = earlier.get(metric), results[verdict["model"]][metric]

@@ -35,6 +35,7 @@ class Reasons:
 class Standing:
     """What can be said of an item for which nothing of the user's history speaks."""
 
+    KINDS = np.array(["suggested", "popular", "new"])
     HEAD = 0.5
     """Share of the events that popular items have together."""
 
@@ -51,16 +52,15 @@ class Standing:
         `recent` counts, or, where there are none, of the train part. `new`: nobody has had a positive event
         with it. `suggested`: neither.
         """
-        return self._of_day(day)[listed_N]
+        return self.KINDS[self._of_day(day)[listed_N]]
 
     def _kinds(self, day: int) -> np.ndarray:
+        """[I] int8, the unknown item first: places in KINDS, which take a byte an item and day."""
         recent_I = self.recent.before(day).numpy(force=True)[1:].astype(np.int64)
         counts_I = recent_I if recent_I.any() else self.items.counts
         untouched_I = (self.items.counts == 0) & ~self.recent.any_before(day)
-        kinds_I = np.where(
-            untouched_I, "new", np.where(head_items(counts_I, self.HEAD), "popular", "suggested")
-        )
-        return np.append(["suggested"], kinds_I)
+        kinds_I = np.where(untouched_I, 2, head_items(counts_I, self.HEAD))
+        return np.append([0], kinds_I).astype(np.int8)
 
 
 @torch.inference_mode()
