@@ -9,7 +9,22 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as collectives
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """[..., H] what the layer makes of x.
+
+    On a processor, where no gradient is asked for, by oneDNN, which adds the bias to what is still in the
+    cache: torch's own way writes it into every row of the result first, and reads it again.
+    """
+    plain = x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    if plain or not torch.backends.mkldnn.is_available():
+        return F.linear(x, layer.weight, layer.bias)
+    # What torch.compile makes of a linear layer; there is no public name for it. Its own ReLU makes 0 of NaN.
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return product
 
 
 class BatchNorm(nn.Module):
@@ -137,7 +152,7 @@ class Attention(nn.Module):
         """
         scores = torch.einsum("...d,...ald->...al", query, history) * query.shape[-1] ** -0.5
         scores = (scores - age * self.rate).masked_fill(age < 0, -torch.inf)
-        weights = nn.functional.pad(scores, (0, 1)).softmax(-1)[..., :-1]
+        weights = F.pad(scores, (0, 1)).softmax(-1)[..., :-1]
         pooled = torch.einsum("...al,...ald->...ad", weights, history)
         pairs = torch.cat([pooled, pooled * query.unsqueeze(-2)], dim=-1)
         return self.projection(pairs.flatten(-2))
@@ -182,7 +197,7 @@ class Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.attention(self.attention_norm(x)).chunk(3, -1)
         )
-        found = nn.functional.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
+        found = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
         x = x + self.dropout(self.attended(found.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_forward(self.forward_norm(x)))
 

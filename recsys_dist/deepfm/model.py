@@ -30,7 +30,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from recsys_dist import config
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
-from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, Encoder, PairHead, recency
+from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, Encoder, PairHead, linear, recency
 from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
@@ -255,7 +255,10 @@ class DeepFM(nn.Module):
         """
         x = _beside([self._first_layer(user, item) for item in items], -2)
         for layer in self.layers:
-            x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
+            if isinstance(layer, nn.Linear):
+                x = linear(layer, x)
+            else:
+                x = layer(x, counted) if isinstance(layer, BatchNorm) else layer(x)
         return x.squeeze(-1).float()
 
     def _first_layer(self, user: Side, item: Side) -> Tensor:

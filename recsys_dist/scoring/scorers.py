@@ -33,7 +33,7 @@ from recsys_dist.schema import UNKNOWN, FeatureSpec
 from recsys_dist.scoring.users import Users
 from recsys_dist.workspace import Run
 
-PAIRS_AT_ONCE = {"cpu": 1 << 11, "cuda": 1 << 20}
+PAIRS_AT_ONCE = {"cpu": 1 << 12, "cuda": 1 << 20}
 """Pairs of user and item that go through the model together: on a CPU few enough that what one layer writes
 is still near when the next one reads it; on a GPU enough to fill it."""
 RRF = 60
@@ -277,7 +277,7 @@ class FM:
 class Exhaustive:
     """DeepFM over all items."""
 
-    USERS_AT_ONCE = 16
+    USERS_AT_ONCE = 32
 
     def __init__(self, ranker: Ranker) -> None:
         """Rank with this model."""

@@ -38,7 +38,7 @@ PAIRS_AT_ONCE = scorers.PAIRS_AT_ONCE["cpu"]
 FEW = 100
 """Users of the exhaustive ranking."""
 REPEATS = 5
-GROWTH = (500, 2000, 8000)
+GROWTH = (1000, 4000, 16000)
 """Users of the whole stage."""
 
 
@@ -73,10 +73,14 @@ def bench(folder: Path) -> tuple[list[Measure], dict[str, Any]]:
         for _ in range(REPEATS):
             for name, call in calls.items():
                 found.setdefault(name, []).append(_seconds(call))
-    for size in GROWTH:
-        found[f"users_{size}"] = _night(folder / str(size), size)
     took = {name: statistics.median(of) for name, of in found.items()}
-    small, middle, large = (found[f"users_{size}"] for size in GROWTH)
+    nights: dict[int, list[list[float]]] = {size: [] for size in GROWTH}
+    for size in GROWTH:
+        untrained_night(_config(folder / str(size)), users=size, items=ITEMS, events=30)
+    for _ in range(REPEATS):
+        for size in GROWTH:
+            nights[size].append(_night(folder / str(size)))
+    small, middle, large = (list(map(statistics.median, zip(*of, strict=True))) for of in nights.values())
     measures = [
         Measure("two-stage, users/s", USERS / took["two_stage"]),
         Measure("  time / that of the MLP's products", took["two_stage"] / took["mlp"], 1 / 0.6),
@@ -90,6 +94,7 @@ def bench(folder: Path) -> tuple[list[Measure], dict[str, Any]]:
         ),
         Measure("  peak memory of a worker, 16 / 1", large[1] / small[1], 1.1),
     ]
+    found |= {f"users_{size}": [seconds for seconds, _ in of] for size, of in nights.items()}
     return measures, {name: [round(value, 3) for value in of] for name, of in found.items()}
 
 
@@ -133,9 +138,8 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
-def _night(root: Path, users: int) -> list[float]:
-    """Seconds of scoring so many users by one worker in a process of its own, and its peak memory in MiB."""
-    untrained_night(_config(root), users=users, items=ITEMS, events=30)
+def _night(root: Path) -> list[float]:
+    """Seconds of scoring all users by one worker in a process of its own, and its peak memory in MiB."""
     command = [sys.executable, "-m", "tests.bench.ranking", str(root)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     if done.returncode:

@@ -18,7 +18,7 @@ from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.layers import BatchNorm, Convolution, Encoder, recency
+from recsys_dist.deepfm.layers import BatchNorm, Convolution, Encoder, linear, recency
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.steps import has_bfloat16
 from recsys_dist.errors import ConfigError, DataError
@@ -132,6 +132,25 @@ def test_recency_and_attention_written_out(config, features):
             assert logits[u, i].item() == pytest.approx(
                 (other + model.layers(x)[0]).item(), rel=1e-5, abs=1e-6
             )
+
+
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [((0,), 3, 2), ((1,), 33, 1), ((3, 700), 256, 128)])
+def test_a_linear_layer_for_which_nothing_is_derived(rows, inputs, outputs):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(inputs, outputs), torch.randn(*rows, inputs)
+    plain = layer(x)
+    assert linear(layer, x).requires_grad
+    with torch.no_grad():
+        torch.testing.assert_close(linear(layer, x), plain, rtol=1e-5, atol=1e-5)
+        strided = torch.randn(*rows, 2 * inputs)[..., ::2]
+        torch.testing.assert_close(linear(layer, strided), layer(strided), rtol=1e-5, atol=1e-5)
+        if rows[0]:
+            x[0] = torch.nan
+            found = torch.relu(linear(layer, x))
+            assert found[0].isnan().all(), "a score that is none must not become one"
+            assert not found[1:].isnan().any()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert linear(layer, x).dtype == torch.bfloat16
 
 
 def test_batch_norm_is_that_of_torch_over_the_rows_that_count():
