@@ -909,7 +909,7 @@ class Gates(Section):
     """What lists must be like to be published; where they are not, the table keeps what it has."""
 
     served: float = Field(0.95, ge=0, le=1)
-    """Least share of the users that are scored who have a list."""
+    """Least share of the active users, those with an event, who have a list; of all where nobody has one."""
     full: float = Field(0.99, ge=0, le=1)
     """Least share of the lists that have `k` entries, or all that the user may get where those are fewer."""
     coverage: float = Field(0.0, ge=0, le=1)

@@ -24,13 +24,16 @@ def require_passed(evaluation: Run) -> None:
         )
 
 
-def counts(lists: pa.Table, user_ids: pa.ChunkedArray, longest: np.ndarray) -> dict[str, int]:
+def counts(
+    lists: pa.Table, user_ids: pa.ChunkedArray, longest: np.ndarray, active: np.ndarray
+) -> dict[str, int]:
     """What the gates are about, of a partition.
 
     Args:
         lists: its users' rows, schema TOPK.
         user_ids: [B], those who have no list too.
         longest: [B], the entries that each user's list can have.
+        active: [B] bool, who has an event.
     """
     rows = pc.index_in(lists["user_id"], value_set=user_ids.combine_chunks()).to_numpy()
     lengths = np.bincount(rows, minlength=len(user_ids))
@@ -38,6 +41,8 @@ def counts(lists: pa.Table, user_ids: pa.ChunkedArray, longest: np.ndarray) -> d
     return {
         "users": len(user_ids),
         "served": int(served.sum()),
+        "active": int(active.sum()),
+        "active_served": int((served & active).sum()),
         "full": int((served & (lengths >= longest)).sum()),
         "rows": lists.num_rows,
         "not_finite": lists.num_rows - pc.sum(pc.is_finite(lists["score"]), min_count=0).as_py(),
@@ -58,7 +63,9 @@ def check(figures: dict[str, Any], gates: config.Gates) -> None:
     """
     wrong = []
     for name, part, whole, what in (
-        ("served", "served", "users", "users have a list"),
+        ("served", "active_served", "active", "active users have a list")
+        if figures["active"]
+        else ("served", "served", "users", "users have a list"),
         ("full", "full", "served", "lists are as long as they can be"),
         ("coverage", "listed", "listable", "items that may be listed are in a list"),
     ):

@@ -18,6 +18,8 @@ from recsys_dist.workspace import OpenRun
 SUMMED = (
     "users",
     "served",
+    "active",
+    "active_served",
     "full",
     "rows",
     "explained",

@@ -113,7 +113,12 @@ def published_rows(
     )
     by_source = proposed_BKS.sum(dim=(0, 1)).tolist()
     figures = {
-        **counts(table, users.table["user_id"], np.minimum(_allowed(users), k)),
+        **counts(
+            table,
+            users.table["user_id"],
+            np.minimum(_allowed(users), k),
+            active=pc.list_value_length(users.table["seen"]).to_numpy() > 0,
+        ),
         "listable": int(users.listable[0].sum()),
         # What the models know nothing of is served from what is known: context, popularity, content.
         "without_history": int(

@@ -22,8 +22,8 @@ def lists(*entries):
 GOOD = [("u1", 1, "a", 0.5), ("u1", 2, "b", 0.25), ("u2", 1, "a", 0.5), ("u3", 1, "c", 0.0)]
 
 
-def figures(entries, longest=(2, 2, 1), listed=3, listable=10):
-    found = counts(lists(*entries), USERS, np.array(longest))
+def figures(entries, longest=(2, 2, 1), listed=3, listable=10, active=(True, True, True)):
+    found = counts(lists(*entries), USERS, np.array(longest), np.array(active))
     return found | {"listed": listed, "listable": listable}
 
 
@@ -31,6 +31,8 @@ def test_figures_are_counted():
     assert figures(GOOD) == {
         "users": 3,
         "served": 3,
+        "active": 3,
+        "active_served": 3,
         "full": 2,  # u3 may have one item only, u2 two
         "rows": 4,
         "not_finite": 0,
@@ -48,7 +50,7 @@ def test_lists_at_every_bound_pass():
 @pytest.mark.parametrize(
     ("entries", "asked", "told"),
     [
-        (GOOD[:2], {}, "served: 1 of 3 users have a list, a share of 0.3333, .* at least 0.95"),
+        (GOOD[:2], {}, "served: 1 of 3 active users have a list, a share of 0.3333, .* at least 0.95"),
         (GOOD, {"full": 0.7}, "full: 2 of 3 lists are as long as they can be, .* 0.6667, .* at least 0.7"),
         (GOOD, {"coverage": 0.31}, "coverage: 3 of 10 items .* 0.3000, .* at least 0.31"),
         ([("u1", 1, "a", float("nan")), *GOOD[1:]], {}, "not_finite: 1 of 4 scores"),
@@ -65,6 +67,17 @@ def test_each_gate_fails_by_name(entries, asked, told):
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_who_has_no_event_does_not_count_as_active():
+    """A million who once registered must not hide that nobody who comes has a list, nor the other way."""
+    asked = Gates(served=1, full=0)
+    only_u1 = GOOD[:2]
+    check(figures(only_u1, active=(True, False, False)), asked)
+    with pytest.raises(DataError, match=r"served: 0 of 1 active users"):
+        check(figures(only_u1, active=(False, True, False)), asked)
+    with pytest.raises(DataError, match=r"served: 1 of 3 users"):
+        check(figures(only_u1, active=(False, False, False)), asked)
+
+
 def test_all_that_fail_are_named_at_once():
     bad = [("u1", 1, "a", float("nan")), ("u1", 1, "a", 0.5)]
     with pytest.raises(DataError) as caught:
@@ -75,6 +88,6 @@ def test_all_that_fail_are_named_at_once():
 
 
 def test_nobody_served_is_refused_whatever_is_asked():
-    nobody = {**figures(GOOD), "served": 0, "full": 0, "rows": 0, "listed": 0}
+    nobody = {**figures(GOOD), "served": 0, "active_served": 0, "full": 0, "rows": 0, "listed": 0}
     with pytest.raises(DataError, match=r"served: 0 of 3 .* more than none"):
         check(nobody, Gates(served=0, full=0))
