@@ -123,7 +123,7 @@ class _Tables:
             )
         with self.steps.measure(f"{folder}next_items"):
             of_counts = known.groupBy("item").agg(F.count(F.lit(1)).alias("n"))
-            pairs = with_counts(following(known, settings), of_counts, self.n_items)
+            pairs = with_counts(following(known, settings), of_counts, self.n_items, counted["n"])
             self._save(pairs, weight(settings), f"{folder}next_items")
         with self.steps.measure(f"{folder}neighbors"):
             of_users = baskets(known, settings.neighbors_max_events).cache()
@@ -132,7 +132,9 @@ class _Tables:
                 .groupBy("item")
                 .agg(F.count(F.lit(1)).alias("n"))
             )
-            pairs = with_counts(together(of_users, settings.neighbors_max_events), counts, self.n_items)
+            pairs = with_counts(
+                together(of_users, settings.neighbors_max_events), counts, self.n_items, counted["n"]
+            )
             # For training one is enough.
             measures = settings.measures[:1] if folder else settings.measures
             if len(measures) > 1 or "ease" in settings.linear:

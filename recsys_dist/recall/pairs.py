@@ -19,6 +19,8 @@ PAIR_BYTES = 16
 """Of a pair of items that is moved, about."""
 SENT = 500_000
 """A number for each of so many items is sent to every task in place of moving the pairs to it."""
+SPREAD = 1 << 20
+"""Pairs that need not be moved to a number are moved to one of so many places."""
 
 
 def counted_events(examples: DataFrame, settings: Recall, parts: Sequence[str]) -> DataFrame:
@@ -117,17 +119,29 @@ def state_before(examples: DataFrame, moments: DataFrame, schema: pa.Schema) -> 
     return of_user.select("user", "state.*")
 
 
-def with_counts(pairs: DataFrame, counts: DataFrame, n_items: int) -> DataFrame:
+def with_counts(pairs: DataFrame, counts: DataFrame, n_items: int, events: int) -> DataFrame:
     """Pairs with `n_item` and `n_other`, how often each of the two occurs.
+
+    Of more items than can be sent the most frequent ones' numbers are, and only the other items' pairs are
+    moved to theirs: an item has so few of them then that no task has much more than its share.
 
     Args:
         pairs: with `item` and `other`.
-        counts: `item` and `n`.
+        counts: `item` and `n`, from 1.
         n_items: items of the vocabulary.
+        events: at least the sum of all `n`.
     """
+    # No more than SENT items can have so many each.
+    is_sent = F.lit(True) if n_items <= SENT else F.col("n") * SENT > events
     for name in ("item", "other"):
-        told = counts.select(F.col("item").alias(name), F.col("n").alias(f"n_{name}"))
-        pairs = pairs.join(F.broadcast(told) if n_items <= SENT else told, name)
+        sent = counts.where(is_sent).select(F.col("item").alias(name), F.col("n").alias(f"n_{name}"))
+        pairs = pairs.join(F.broadcast(sent), name, "left")
+        if n_items > SENT:
+            moved = counts.where(~is_sent).select(F.col("item").alias("_to"), F.col("n").alias("_n"))
+            nowhere = -1 - F.pmod(F.xxhash64("item", "other"), F.lit(SPREAD))
+            to = F.when(F.col(f"n_{name}").isNull(), F.col(name)).otherwise(nowhere)
+            pairs = pairs.withColumn("_to", to).join(moved, "_to", "left")
+            pairs = pairs.withColumn(f"n_{name}", F.coalesce(f"n_{name}", "_n")).drop("_to", "_n")
     return pairs
 
 

@@ -29,7 +29,7 @@ def related(spark, tmp_path):
     features = synthetic_features(config)
     numbers = itertools.count()
 
-    def run(rows, settings, partitions=2, split_kind="per_user_time"):
+    def run(rows, settings, partitions=2, split_kind="per_user_time", conf=None):
         from recsys_dist.recall.fit import fit_recall
 
         folder = tmp_path / f"features{next(numbers)}"
@@ -55,8 +55,9 @@ def related(spark, tmp_path):
             update={"fields": tuple(spec.field(name) for name in ("user", "item", "recent"))}
         )
         (folder / "features.json").write_text(ids.model_dump_json())
-        properties = {"spark.sql.shuffle.partitions": str(partitions)}
-        spark.conf.set("spark.sql.shuffle.partitions", str(partitions))
+        properties = {"spark.sql.shuffle.partitions": str(partitions)} | (conf or {})
+        for key, value in properties.items():
+            spark.conf.set(key, value)
         asked = config.model_copy(
             update={
                 "recall": Recall.model_validate(settings),
@@ -290,6 +291,44 @@ def test_tables_are_those_of_plain_python_and_of_any_number_of_partitions(relate
             assert [other for other, _ in found[item]] == [b for _, b in best], (name, item)
             values = [-value for value, _ in best]
             assert [weight for _, weight in found[item]] == pytest.approx(values, abs=3e-6)
+
+
+def test_of_more_items_than_can_be_sent_no_task_has_all_pairs_of_a_heavy_one(related, spark, monkeypatch):
+    from pyspark.sql import functions as F
+
+    from recsys_dist.recall import pairs
+
+    rows = random_rows(5)
+    asked = {"window": 5, "measures": ["cosine"], "n": 4}
+    few = related(rows, asked)
+    monkeypatch.setattr(pairs, "SENT", 3)
+    # Nor does Spark send of itself what is small here.
+    moved = {"spark.sql.autoBroadcastJoinThreshold": "-1"}
+    threshold = spark.conf.get(*moved)
+    try:
+        many = related(rows, asked, partitions=3, conf=moved)
+        for name in ("next_items", "neighbors/measure=cosine"):
+            assert many.table(name).equals(few.table(name))
+
+        # Item 1 follows, and is followed by, each of 2 to 999.
+        heavy = spark.range(2, 1000).select(F.col("id").cast("int").alias("other"), F.lit(1).alias("item"))
+        counts = spark.range(1, 1000).select(
+            F.col("id").cast("int").alias("item"), F.when(F.col("id") == 1, 998).otherwise(1).alias("n")
+        )
+        spark.conf.set("spark.sql.shuffle.partitions", "4")
+        both = heavy.unionByName(heavy.select(F.col("item").alias("other"), F.col("other").alias("item")))
+
+        def most(joined):
+            found = joined.groupBy(F.spark_partition_id()).count().collect()
+            return max(row["count"] for row in found) / both.count()
+
+        joined = pairs.with_counts(both, counts, 999, 2 * 998)
+        found = {tuple(row) for row in joined.select("item", "n_item", "other", "n_other").collect()}
+        assert found == {(1, 998, b, 1) for b in range(2, 1000)} | {(b, 1, 1, 998) for b in range(2, 1000)}
+        assert most(joined) < 0.3
+        assert most(both.join(counts, "item")) > 0.5, "the heavy item's pairs in one place"
+    finally:
+        spark.conf.set(*moved, threshold)
 
 
 LATE_TABLES = ("next_items", "neighbors/measure=pearson")
