@@ -17,7 +17,10 @@ def spark():
     builder = SparkSession.builder.master("local[2]")
     for key, value in {
         JAVA_OPTIONS: java_options(),
-        "spark.driver.extraJavaOptions": "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC",
+        # All tests' queries stay compiled: of its own one tier has room for 48 MB.
+        "spark.driver.extraJavaOptions": (
+            "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC -XX:ReservedCodeCacheSize=240m"
+        ),
         "spark.driver.memory": "1g",
         # Of the default 100 compiled queries one test's would be gone when the next one asks for the same.
         "spark.sql.codegen.cache.maxEntries": "1000",

@@ -19,12 +19,32 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     On a processor, where no gradient is asked for, by oneDNN, which adds the bias to what is still in the
     cache: torch's own way writes it into every row of the result first, and reads it again.
     """
-    plain = x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    plain = x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
     if plain or not torch.backends.mkldnn.is_available():
         return F.linear(x, layer.weight, layer.bias)
     # What torch.compile makes of a linear layer; there is no public name for it. Its own ReLU makes 0 of NaN.
     product: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
     return product
+
+
+class Dropout(nn.Dropout):
+    """torch's, with 16 random bits a number in training on a processor, so that p counts in steps of
+    1 / 65,536. torch draws one number after the other there, which takes longer than all other layers of a
+    small MLP together: of 206,000 rows of widths 64 and 32, forward and back, 0.67 s, and so 0.27 s.
+    """
+
+    STEPS = 1 << 16
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Set a share p of the numbers to 0, and multiply the others by 1 / (1 - p)."""
+        kept = round((1 - self.p) * self.STEPS)
+        if not self.training or x.device.type != "cpu" or kept in (0, self.STEPS):
+            return super().forward(x)
+        size = torch.int64.itemsize // torch.int16.itemsize
+        drawn = torch.empty(-(-x.numel() // size), dtype=torch.int64)
+        drawn.random_(torch.iinfo(torch.int64).min, None)  # of all there are
+        bits = drawn.view(torch.int16)[: x.numel()].view(x.shape)
+        return x.masked_fill(bits >= kept - self.STEPS // 2, 0.0) * (self.STEPS / kept)
 
 
 class BatchNorm(nn.Module):
@@ -184,7 +204,7 @@ class Block(nn.Module):
         self.feed_forward = nn.Sequential(
             nn.Linear(dim, 2 * dim, device=device), nn.GELU(), nn.Linear(2 * dim, dim, device=device)
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, M, D] of S sequences."""
@@ -229,7 +249,7 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         reach = 1 + (last - 1) // blocks
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.blocks = nn.Sequential(*(Block(reach, dim, heads, dropout, device) for _ in range(blocks)))
         self.norm = nn.LayerNorm(dim, device=device)
         self.output = nn.Linear(dim, dim, device=device)

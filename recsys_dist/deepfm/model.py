@@ -30,7 +30,16 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from recsys_dist import config
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import INDEXED, SEQUENCES, Batch, SideBatch, tabled
-from recsys_dist.deepfm.layers import Attention, BatchNorm, Convolution, Encoder, PairHead, linear, recency
+from recsys_dist.deepfm.layers import (
+    Attention,
+    BatchNorm,
+    Convolution,
+    Dropout,
+    Encoder,
+    PairHead,
+    linear,
+    recency,
+)
 from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
@@ -146,7 +155,7 @@ class DeepFM(nn.Module):
             for before, width in zip((0, *widths), widths, strict=False):
                 layers += [nn.Linear(before, width, device=device)] if before else []
                 layers += [BatchNorm(width, device)] if settings.batch_norm else []
-                layers += [nn.ReLU(inplace=True), nn.Dropout(in_epoch(settings.dropout, 0))]
+                layers += [nn.ReLU(inplace=True), Dropout(in_epoch(settings.dropout, 0))]
             self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], 1, device=device))
             if self.attended:
                 decays = [settings.attention[name] for name in self.attended]

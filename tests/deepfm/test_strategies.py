@@ -18,7 +18,7 @@ from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.layers import BatchNorm, Convolution, Encoder, linear, recency
+from recsys_dist.deepfm.layers import BatchNorm, Convolution, Dropout, Encoder, linear, recency
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.steps import has_bfloat16
 from recsys_dist.errors import ConfigError, DataError
@@ -132,6 +132,33 @@ def test_recency_and_attention_written_out(config, features):
             assert logits[u, i].item() == pytest.approx(
                 (other + model.layers(x)[0]).item(), rel=1e-5, abs=1e-6
             )
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_leaves_out_a_share_and_keeps_the_mean(p):
+    layer = Dropout(p)
+    x = torch.randn(999, 41, requires_grad=True)  # of 64 bits at a time the last are not all used
+    torch.manual_seed(3)
+    found = layer(x)
+    out = found == 0
+    assert out.float().mean().item() == pytest.approx(p, abs=0.01)
+    # Neighbours, rows and what a draw gives four of are independent of each other.
+    for shift in (1, 2, 3, 41):
+        both = out.flatten()[shift:] & out.flatten()[:-shift]
+        assert both.float().mean().item() == pytest.approx(p * p, abs=0.01)
+    for lane in range(4):
+        assert out.flatten()[lane::4].float().mean().item() == pytest.approx(p, abs=0.015)
+    torch.testing.assert_close(found[~out], x[~out] / (1 - p), rtol=1e-4, atol=0)
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, found.detach() / x.detach(), rtol=1e-4, atol=1e-6)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), found), "a resumed training repeats it"
+    assert not torch.equal(layer(x), found)
+    assert layer.eval()(x) is x
+    assert Dropout(0.0)(x).equal(x)
+    assert Dropout(1.0)(x).eq(0).all()
+    assert layer.train()(torch.empty(0, 3)).shape == (0, 3)
+    assert layer(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [((0,), 3, 2), ((1,), 33, 1), ((3, 700), 256, 128)])
