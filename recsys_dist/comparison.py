@@ -40,7 +40,8 @@ GRID = "als.grid={rank: [64, 128], reg: [0.05, 0.15, 0.4]}"
 PAIR = (
     "deepfm.pair=[{name: next, measure: next_items}, {name: next_one, measure: next_items, recency: 0.7}, "
     "{name: next_many, measure: next_items, recency: 12}, {name: near, measure: neighbors}, "
-    "{name: near_many, measure: neighbors, recency: 20}, {name: since, measure: since}]"
+    "{name: near_many, measure: neighbors, recency: 20}, {name: since, measure: since}, "
+    "{name: days, measure: days_since}]"
 )
 """Of the two-stage model, where neither the conf file's section `deepfm` nor `compare.settings` has any."""
 AT = (10, 20)

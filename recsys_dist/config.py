@@ -514,24 +514,28 @@ def in_epoch(setting: Scheduled, epoch: int) -> float:
     return setting[min(epoch, len(setting) - 1)] if isinstance(setting, tuple) else setting
 
 
+SINCE = ("since", "days_since")
+"""Measures of pair fields that tell how long ago something was."""
+
+
 class Pair(Section):
     """What a user's history says of an item: a number for each candidate, computed where it is needed."""
 
     name: Name
     """Of the model's field."""
-    measure: Literal["next_items", "neighbors", "ease", "transitions", "als", "since", "share"]
+    measure: Literal["next_items", "neighbors", "ease", "transitions", "als", "since", "days_since", "share"]
     """next_items, neighbors: log(1 + the source's score / the mean weight of its table). ease, transitions
     (where recall.linear has them): the source's score / the mean size of a weight. als (with als.earlier):
     the inner product of the user's and the item's factors, 0 where one has none. since: how recent
     the last item is that next_items has the item after, 1 / (1 + number of later ones), 0 where there is
-    none. share: the share of the history's items that have the item's value of `attribute`, of several
-    values the mean."""
+    none; days_since: the same in time, 1 / (1 + days from it to the start of the list's day). share: the
+    share of the history's items that have the item's value of `attribute`, of several values the mean."""
     recency: float | None = Field(None, gt=0)
-    """Not of als, since and share: an item of the history counts exp(-age / recency). Default: as in
-    recall."""
+    """Not of als, since, days_since and share: an item of the history counts exp(-age / recency). Default:
+    as in recall."""
     rank: bool = False
-    """Not of since and share: in place of the score the log of the item's rank by it among all items, from 1;
-    of equal scores that of the first."""
+    """Not of since, days_since and share: in place of the score the log of the item's rank by it among all
+    items, from 1; of equal scores that of the first."""
     attribute: str | None = None
     """share only: a categorical field of the items, by name."""
 
@@ -539,7 +543,7 @@ class Pair(Section):
     def _fits(self) -> "Pair":
         if (self.measure == "share") != (self.attribute is not None):
             raise ValueError(f"pair {self.name}: measure share, and no other, needs an attribute")
-        for key, none in (("recency", ("als", "since", "share")), ("rank", ("since", "share"))):
+        for key, none in (("recency", ("als", *SINCE, "share")), ("rank", (*SINCE, "share"))):
             if getattr(self, key) and self.measure in none:
                 raise ValueError(f"pair {self.name}: measure {self.measure} has no {key}")
         return self
@@ -1117,6 +1121,7 @@ class Config(Section):
             "seen",
             "liked",
             "latest",
+            "latest_age",
             "present",
             "active_from",
             "active_to",

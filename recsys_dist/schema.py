@@ -252,8 +252,8 @@ class FeatureSpec(BaseModel):
 
         `seen` holds the ascending indices of the user's items before the cut, `liked` those of the
         positive events, `latest` the items of the last LATEST positive events in order of time, the most
-        recent last, an item as often as it occurs. Users without an event before the cut are there too, with
-        empty lists.
+        recent last, an item as often as it occurs, and `latest_age` how many full hours before the cut's day
+        (UTC) each of these was. Users without an event before the cut are there too, with empty lists.
         """
         base = [
             ("user", pa.int32()),
@@ -261,12 +261,16 @@ class FeatureSpec(BaseModel):
             ("seen", pa.list_(pa.int32())),
             ("liked", pa.list_(pa.int32())),
             ("latest", pa.list_(pa.int32())),
+            ("latest_age", pa.list_(pa.int32())),
         ]
         return pa.schema(base + _columns(self.side("user"), "user"))
 
     def state_schema(self) -> pa.Schema:
-        """recall/before=late/users/: a user's fields as of the first late event."""
-        return pa.schema([("user", pa.int32()), *_columns(self.side("user"), "user")])
+        """recall/before=late/users/: a user's fields as of the first late event, and `latest_age` as in
+        users/.
+        """
+        base = [("user", pa.int32()), ("latest_age", pa.list_(pa.int32()))]
+        return pa.schema(base + _columns(self.side("user"), "user"))
 
     def items_schema(self) -> pa.Schema:
         """items/: an item, ascending by index; `count` is its number of positive train examples.

@@ -13,14 +13,14 @@ import pyarrow.dataset
 from recsys_dist.config import Config
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.published import publish
-from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, RELATED, TOPK
+from recsys_dist.schema import DAILY, FACTORS, LATE, LATE_FROM, LATEST, RELATED, TOPK
 from recsys_dist.scoring.publish import publish as publish_lists
 from recsys_dist.workspace import Run, Workspace
-from tests.synthetic import synthetic_features
+from tests.synthetic import hours_before, synthetic_features
 
 PAIR = (
     "[{name: next, measure: next_items, recency: 2}, {name: near, measure: neighbors}, "
-    "{name: since, measure: since}]"
+    "{name: since, measure: since}, {name: days, measure: days_since}]"
 )
 """deepfm.pair: what the tables of `random_recall` can say."""
 
@@ -94,7 +94,17 @@ def random_recall(config: Config, features: Run) -> Run:
         if row["timestamp"] == late.get(row["user"])
     ]
     schema = features.spec().state_schema()
-    state = {row["user"]: {name: row[name] for name in schema.names} for row in reversed(first)}
+    liked: dict[int, list[dt.datetime]] = {}
+    for row in train.sort_by("timestamp").to_pylist():
+        if row["label"] > 0 and row["timestamp"] < late.get(row["user"], row["timestamp"]):
+            liked.setdefault(row["user"], []).append(row["timestamp"])
+    state = {
+        row["user"]: {
+            **{name: row.get(name) for name in schema.names},
+            "latest_age": hours_before(row["timestamp"].date(), liked.get(row["user"], []))[-LATEST:],
+        }
+        for row in reversed(first)
+    }
     recall.write_table(f"{LATE}/users", pa.Table.from_pylist(list(state.values()), schema=schema))
     known = sum(m < late.get(user, m + dt.timedelta(1)) for user, of in moments.items() for m in of)
     return recall.commit(config, {"known": train.num_rows, "late": {"known": known}})

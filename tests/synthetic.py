@@ -9,6 +9,7 @@ shelves, and item 2 is put there, within the week that the events take.
 
 import datetime as dt
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -215,12 +216,15 @@ def synthetic_features(
         for cut, end in CUTS.items():
             known = sum((position + 0.5) / len(chosen) < end for position in range(len(chosen)))
             liked = sorted(itertools.compress(chosen[:known], labels[:known]))
+            until = moments[known].date() if known < len(moments) else dt.date.fromisoformat(spec.date)
+            ages = hours_before(until, itertools.compress(moments[:known], labels[:known]))
             states[cut].append(
                 {
                     "user_id": f"u{user}",
                     "seen": sorted(chosen[:known]),
                     "liked": liked,
                     "latest": list(itertools.compress(chosen[:known], labels[:known]))[-LATEST:],
+                    "latest_age": ages[-LATEST:],
                     **_state(user, chosen[:known], labels[:known], spec),
                 }
             )
@@ -275,6 +279,12 @@ def items_as_of(features: Run, day: int) -> pa.Table:
 def without_daily(spec: FeatureSpec) -> FeatureSpec:
     """The spec without the fields of item_days/."""
     return spec.model_copy(update={"fields": tuple(field for field in spec.fields if not field.daily)})
+
+
+def hours_before(day: dt.date, moments: Iterable[dt.datetime]) -> list[int]:
+    """Full hours from each moment to the start of a day (UTC); 0 for later ones."""
+    start = dt.datetime.combine(day, dt.time(), dt.UTC)
+    return [max(0, int((start - moment) / dt.timedelta(hours=1))) for moment in moments]
 
 
 def _state(user: int, before: list[int], labels: list[float], spec: FeatureSpec) -> dict[str, Any]:

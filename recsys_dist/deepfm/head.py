@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from recsys_dist.config import Config
+from recsys_dist.config import SINCE, Config
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
@@ -96,7 +96,7 @@ def lists(model: DeepFM, pairs: Pairs, users: HeldOut, soon: float, seed: int) -
     proposing = [
         column
         for column, field in enumerate(pairs.fields)
-        if field.of not in ("share", "since") and not field.rank
+        if field.of not in (*SINCE, "share") and not field.rank
     ]
     at_once = max(1, CHUNK // max(size * (fields + 1), entries * model.width))
     everything = torch.arange(size)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from recsys_dist.config import LINEAR, DeepFM, Recall
+from recsys_dist.config import LINEAR, SINCE, DeepFM, Recall
 from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError
 from recsys_dist.recall.factors import FactorTables
@@ -46,6 +46,8 @@ class _Asked(NamedTuple):
     """[B, H] of `latest_of`."""
     age: Tensor
     """[B, H] likewise."""
+    days: Tensor
+    """[B, H] how long before the list's day each was; no columns where no field asks for it."""
     factors: Tensor
     """[B, R] ALS's; no columns where no field is of them."""
 
@@ -84,7 +86,7 @@ class Pairs:
         self.n = len(items)
         places = {"next_items": "next_items", "neighbors": f"neighbors/measure={self.settings.measures[0]}"}
         places |= {name: f"linear/model={name}" for name in LINEAR}
-        wanted = {"next_items" if field.of == "since" else str(field.of) for field in fields} & set(places)
+        wanted = {"next_items" if field.of in SINCE else str(field.of) for field in fields} & set(places)
         where = tables_folder(recall, knows)
         self.tables = {name: _related(recall, f"{where}{places[name]}", self.n) for name in sorted(wanted)}
         self.factors = None
@@ -97,7 +99,11 @@ class Pairs:
     @property
     def columns(self) -> list[str]:
         """What is read of users."""
-        return ["user", self.history]
+        return ["user", self.history, *(["latest_age"] if self._in_days else [])]
+
+    @property
+    def _in_days(self) -> bool:
+        return any(field.of == "days_since" for field in self.fields)
 
     def of(self, users: pa.Table, items_BC: Tensor) -> Tensor:
         """[B, C, P] float32 of some items of each user.
@@ -118,12 +124,15 @@ class Pairs:
         factors_BR = torch.empty(len(users), 0)
         if self.factors:
             factors_BR, _ = self.factors.of(users["user"].to_numpy())
+        days_BH = torch.empty(len(users), 0)
+        if self._in_days:
+            days_BH = _days(users["latest_age"], age_BH)
         number = self.n + 1 if items_BC is None else items_BC.shape[1]
         found = torch.zeros(len(history_BH), number, len(self.fields))
         size = max(1, ROOM // (self.n + 1))
         for start in range(0, len(history_BH), size):
             rows = slice(start, start + size)
-            asked = _Asked(history_BH[rows], age_BH[rows], factors_BR[rows])
+            asked = _Asked(history_BH[rows], age_BH[rows], days_BH[rows], factors_BR[rows])
             items = None if items_BC is None else items_BC[rows]
             of_all: dict[tuple[str, float], Tensor] = {}
             for column, field in enumerate(self.fields):
@@ -150,7 +159,7 @@ class Pairs:
             return self._shares(self.values_IV[field.attribute], users.history, items_BC)
         assert field.of
         recency = 0.0
-        if field.of not in ("als", "since"):
+        if field.of not in ("als", *SINCE):
             recency = field.decay or getattr(self.settings, f"{field.of}_recency")
         key = field.of, recency
         if items_BC is not None and not field.rank and key not in of_all and self._few(field.of, items_BC):
@@ -165,7 +174,7 @@ class Pairs:
                 return _log_ranks(scores_BC, scores_BI[:, 1:]).masked_fill_(
                     (torch.arange(self.n + 1) if items_BC is None else items_BC) == UNKNOWN, 0
                 )
-        if field.of in ("als", "since"):
+        if field.of in ("als", *SINCE):
             return scores_BC
         scores_BC = scores_BC / self.tables[field.of].mean_weight
         # Scores of linear models are below 0 too.
@@ -176,7 +185,7 @@ class Pairs:
         number = items_BC.shape[1]
         if of == "als":
             return number * FEW < self.n
-        return self.tables["next_items" if of == "since" else of].few(number)
+        return self.tables["next_items" if of in SINCE else of].few(number)
 
     def _scores(self, of: str, recency: float, users: _Asked, items_BC: Tensor | None) -> Tensor:
         """[B, C] what a measure says of some items, or [B, I + 1] of all."""
@@ -189,9 +198,12 @@ class Pairs:
             of_some = zip(users.factors.split(size), items_BC.split(size), strict=True)
             return torch.cat([(items_IR[items] @ own.unsqueeze(-1)).squeeze(-1) for own, items in of_some])
         history_BH, age_BH = users.history, users.age
-        since = of == "since"
+        since = of in SINCE
         table = self.tables["next_items" if since else of]
-        values_BH = 1 / (1 + age_BH.clamp(min=0)) if since else recent_share(age_BH, recency)
+        if since:
+            values_BH = 1 / (1 + (users.days if of == "days_since" else age_BH.clamp(min=0)))
+        else:
+            values_BH = recent_share(age_BH, recency)
         if items_BC is not None:
             return (table.latest if since else table.of)(history_BH, values_BH, items_BC)
         scores_BI = torch.zeros(len(history_BH), self.n + 1)
@@ -211,6 +223,22 @@ class Pairs:
         for values_I in values_IV.T:
             found += shares_BG.gather(1, values_I[items_BC])
         return found / (values_IV != UNKNOWN).sum(1).clamp(min=1)[items_BC]
+
+
+def _days(hours: pa.ChunkedArray, age_BH: Tensor) -> Tensor:
+    """[B, H] the days since the items of histories, which end as the lists of hours do; items that are older
+    than all of these are as old as the oldest.
+
+    Args:
+        hours: B lists, `latest_age` of users/.
+        age_BH: of `latest_of`.
+    """
+    hours_BL, later_BL = latest_of(hours)
+    if not hours_BL.shape[1]:
+        return torch.zeros(age_BH.shape)
+    # How many came after the first is the place of the last.
+    place_BH = (later_BL[:, :1] - age_BH.clamp(min=0)).clamp(min=0)
+    return hours_BL.gather(1, place_BH) / 24
 
 
 def _log_ranks(scores_BC: Tensor, among_BI: Tensor) -> Tensor:

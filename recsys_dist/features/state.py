@@ -20,6 +20,8 @@ from recsys_dist.features.split import matches, named, order_of
 from recsys_dist.schema import DAY, LATEST
 
 HOUR = DAY // 24
+MOMENT = ""
+"""What is told of an event in place of its item or one of its attributes: its time. No field is called so."""
 PARTS = {"valid": SPLITS[:1], "test": SPLITS[:2], "date": SPLITS}
 """Each cut, and the parts of which the events are known there."""
 CUTS = tuple(PARTS)
@@ -169,7 +171,8 @@ class State:
         """
         told = {}
         for when, of in self._told():
-            value = F.when(matches(when), F.col("index" if of == "item" else f"`attribute:{of}`"))
+            of_item = "index" if of == "item" else f"`attribute:{of}`"
+            value = F.when(matches(when), F.col("micros" if of == MOMENT else of_item))
             told[_array(when, of)] = value
             if not self.in_time:
                 told |= {
@@ -243,6 +246,10 @@ class State:
             F.sort_array(F.array_distinct(self._known("any", "item"))).alias("seen"),
             F.sort_array(F.array_distinct(liked)).alias("liked"),
             _latest(LATEST, liked, n_liked).alias("latest"),
+            F.transform(
+                _latest(LATEST, self._known("positive", MOMENT), n_liked),
+                lambda moment: hours(_since(moment)),
+            ).alias("latest_age"),
         ]
         for field in self.fields:
             if isinstance(field, History):
@@ -258,8 +265,10 @@ class State:
         return each.select(*own, "as_of", *columns)
 
     def _told(self) -> list[tuple[str, str]]:
-        """Of which events what is told, in order of time: `when`, and the item or one of its attributes."""
-        told = [("any", "item"), ("positive", "item")]
+        """Of which events what is told, in order of time: `when`, and the item, one of its attributes or the
+        event's MOMENT.
+        """
+        told = [("any", "item"), ("positive", "item"), ("positive", MOMENT)]
         for field in self.fields:
             if isinstance(field, History):
                 told.append((field.when, field.of))
@@ -361,7 +370,11 @@ def _since(moment: Column) -> Column:
     return F.when(moment.isNotNull(), F.greatest(F.col("now") - moment, F.lit(0)))
 
 
+def hours(micros: Column) -> Column:
+    """Full ones, as an int."""
+    return ((micros - F.pmod(micros, F.lit(HOUR))) / HOUR).cast("int")
+
+
 def _recency(micros: Column) -> Column:
-    hours = (micros - F.pmod(micros, F.lit(HOUR))) / HOUR
-    known = F.least(doubling(hours.cast("bigint")), F.lit(MOST_RECENCY))
+    known = F.least(doubling(hours(micros).cast("bigint")), F.lit(MOST_RECENCY))
     return F.when(micros.isNotNull(), known).otherwise(0)

@@ -12,7 +12,8 @@ from pyspark.sql import functions as F
 
 from recsys_dist.config import Recall
 from recsys_dist.features.session import files, in_ranges, write
-from recsys_dist.schema import RELATED
+from recsys_dist.features.state import hours
+from recsys_dist.schema import LATEST, RELATED
 from recsys_dist.workspace import Run
 
 PAIR_BYTES = 16
@@ -105,18 +106,26 @@ def earlier_events(events: DataFrame, moments: DataFrame) -> DataFrame:
 
 def state_before(examples: DataFrame, moments: DataFrame, schema: pa.Schema) -> DataFrame:
     """Each user's fields as of when his events become late: those of the first late event, which has the
-    state before it.
+    state before it; and `latest_age`, as in users/.
 
     Args:
         examples: of a features run.
         moments: of `late_from`.
         schema: `user`, and the fields of side user.
     """
-    joined = examples.where(F.col("split") == "train").join(moments, "user")
-    first = joined.where(F.col("timestamp") == F.col("late_from"))
-    names = [name for name in schema.names if name != "user"]
+    joined = examples.join(moments, "user")
+    first = joined.where((F.col("split") == "train") & (F.col("timestamp") == F.col("late_from")))
+    names = [name for name in schema.names if name not in ("user", "latest_age")]
     of_user = first.groupBy("user").agg(F.min_by(F.struct(*names), "item").alias("state"))
-    return of_user.select("user", "state.*")
+    liked = joined.where((F.col("label") > 0) & (F.col("timestamp") < F.col("late_from")))
+    until, at = F.unix_micros(F.date_trunc("day", "late_from")), F.unix_micros("timestamp")
+    age = hours(F.greatest(until - at, F.lit(0)))
+    latest_first = Window.partitionBy("user").orderBy(F.col("timestamp").desc())
+    latest = liked.select("user", age.alias("age"), F.row_number().over(latest_first).alias("place"))
+    ages = latest.where(F.col("place") <= LATEST).groupBy("user").agg(F.collect_list("age").alias("ages"))
+    nothing = F.array().cast("array<int>")
+    told = F.coalesce(F.sort_array("ages", asc=False), nothing).alias("latest_age")
+    return of_user.join(ages, "user", "left").select("user", "state.*", told)
 
 
 def with_counts(pairs: DataFrame, counts: DataFrame, n_items: int, events: int) -> DataFrame:

@@ -152,6 +152,7 @@ class World:
                 "group": pa.array(self.groups[users], pa.int32()),
                 "recent": pa.array([self.latest[user][-LAST:] for user in users], lists),
                 "latest": pa.array([self.latest[user] for user in users], lists),
+                "latest_age": pa.array([[*range(len(self.latest[user]))][::-1] for user in users], lists),
             }
         )
         rows, excluded = np.ascontiguousarray(np.nonzero(seen))

@@ -222,7 +222,7 @@ def test_lists_hold_all_of_a_small_catalogue(night, items, model, pairs):
     config, features, recall = night
     users = late_users(items, features, recall, Early(features, recall), config, 1000)
     made = lists(model, pairs, users, SOON, seed=1)
-    assert made.inputs.shape == (len(users), len(items) + 1, 4)
+    assert made.inputs.shape == (len(users), len(items) + 1, 5)
     for row in range(0, len(users), 7):
         allowed = users.allowed(row, row + 1)[0]
         assert (made.stands_for[row] == 0).sum() == allowed.sum()
@@ -254,7 +254,7 @@ def test_of_a_large_one_some_entries_stand_for_the_others(night, items, model, p
     sums = []
     for seed in range(40):
         made = lists(model, pairs, users, SOON, seed=seed)
-        assert made.inputs.shape == (len(users), 24, 4)
+        assert made.inputs.shape == (len(users), 24, 5)
         torch.testing.assert_close(made.stands_for.exp().sum(1), users.allowed(0, len(users)).sum(1).float())
         torch.testing.assert_close(made.weight.sum(1), whole.weight.sum(1))
         for field in (0, 1):  # what proposes: the greatest are there
@@ -368,7 +368,7 @@ def test_what_is_not_finite_is_named(night, plain, tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(head, "lists", with_nan)
-    cases = ((path, 1, DataError, "pair field near has numbers"), (None, 3, ConfigError, "has logits"))
+    cases = ((path, 1, DataError, "pair field near has numbers"), (None, 4, ConfigError, "has logits"))
     for early, spoilt[0], kind, message in cases:
         with pytest.raises(kind, match=message):
             head.learn(config, {"features": features, "recall": recall}, early, path, torch.device("cpu"))

@@ -53,7 +53,7 @@ def users_with(*histories):
 def test_values_by_hand(night, items):
     config, features, _ = night
     share = {"name": "alike", "measure": "share", "attribute": "genres"}
-    asked = [*config.deepfm.model_dump()["pair"], share]
+    asked = [*config.deepfm.model_dump()["pair"][:3], share]
     fields = pair_specs(Settings(pair=asked))
     pairs = Pairs(fields, items, {"recall": small_recall(config, features)})
     users = users_with([1, 2], [2, 1], [], [7, 1])
@@ -79,6 +79,21 @@ def test_values_by_hand(night, items):
         for column, item in enumerate((3, 4, 5)):
             shares = [sum(genre in genres[of] for of in liked) / max(1, len(liked)) for genre in genres[item]]
             assert alike[row, column].item() == pytest.approx(np.mean(shares))
+
+
+def test_days_since_an_item_after_which_this_one_comes(night, items):
+    config, features, _ = night
+    fields = pair_specs(Settings(pair=[{"name": "days", "measure": "days_since"}]))
+    pairs = Pairs(fields, items, {"recall": small_recall(config, features)})
+    assert pairs.columns == ["user", "recent", "latest_age"]
+    # The last: fewer ages than items, of which the first two are as old as the third.
+    ages = pa.array([[48, 12], [72, 24], [], [36], [6]], pa.list_(pa.int32()))
+    users = users_with([1, 2], [2, 1], [], [1], [2, 1, 7]).append_column("latest_age", ages)
+    found = pairs.of(users, torch.tensor([[3, 4, 5, 0]]).expand(5, -1)).squeeze(2)
+    three, four = [1 / 3, 1 / 2, 0, 1 / 2.5, 1 / 1.25], [1 / 1.5, 1 / 2, 0, 1 / 2.5, 1 / 1.25]
+    zero = [0.0] * 5
+    torch.testing.assert_close(found.T, torch.tensor([three, four, zero, zero]))
+    torch.testing.assert_close(pairs.of_all(users)[:, 3:6, 0].T, torch.tensor([three, four, zero]))
 
 
 def test_scores_of_linear_models_keep_their_sign(night, items):
@@ -154,7 +169,7 @@ def test_some_items_have_the_values_that_they_have_among_all(night, items, monke
     pairs = Pairs(fields, items, {"recall": recall})
     users = features.table("users/as_of=test")
     every = pairs.of_all(users)
-    assert every.shape == (len(users), len(items) + 1, 3)
+    assert every.shape == (len(users), len(items) + 1, len(fields))
     assert every[:, 0].eq(0).all()
     chosen = torch.randint(0, len(items) + 1, (len(users), 9), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(module, "ROOM", 3 * len(items))
@@ -201,7 +216,7 @@ def test_an_mlp_of_them_and_the_logit_is_added(night, items, kind):
     found = model.logits(user, item, pair=pair)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert (found - logit).abs().min() > 0
-    with pytest.raises(ValueError, match="3 pair fields, and no values"):
+    with pytest.raises(ValueError, match="4 pair fields, and no values"):
         model.logits(user, item)
 
 

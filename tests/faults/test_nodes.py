@@ -13,10 +13,12 @@ from ray.cluster_utils import Cluster
 
 from recsys_dist.deepfm.published import load
 from recsys_dist.deepfm.reports import HISTORY, lines
+from tests.faults import test_training
 from tests.faults.test_training import (
     DEADLINE_SECONDS,
     SETTINGS,
     gone,
+    require_equal,
     resumed,
     training,
     under_way,
@@ -25,6 +27,7 @@ from tests.faults.test_training import (
 from tests.synthetic import synthetic_config, synthetic_features
 
 pytestmark = pytest.mark.long
+undisturbed = test_training.undisturbed
 
 
 @pytest.fixture
@@ -48,6 +51,16 @@ def head():
 def another_node(nodes):
     """With a CPU too."""
     return nodes.add_node(num_cpus=1, object_store_memory=100_000_000)
+
+
+def kill_node(node, workers):
+    """Kill all processes of a node, on which one of the workers is; return them."""
+    raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+    family = [raylet, *raylet.children(recursive=True)]
+    assert len(set(workers.values()) & {one.pid for one in family}) == 1
+    for one in family:
+        os.kill(one.pid, signal.SIGKILL)
+    return family
 
 
 def test_a_training_takes_up_workers_when_a_node_comes(head, tmp_path):
@@ -83,12 +96,7 @@ def test_a_training_outlives_a_node(head, tmp_path):
         workers = under_way(tmp_path, process, output)
         assert set(workers) == {0, 1}
         (folder,) = tmp_path.glob("deepfm/*/training")
-        raylet = psutil.Process(other.all_processes["raylet"][0].process.pid)
-        family = [raylet, *raylet.children(recursive=True)]
-        lost = set(workers.values()) & {one.pid for one in family}
-        assert len(lost) == 1
-        for one in family:
-            os.kill(one.pid, signal.SIGKILL)
+        family = kill_node(other, workers)
         newest = max(int(path.parent.name[5:].split("-")[0]) for path in folder.glob("step_*/sha256.json"))
         left = wait_for(
             lambda: len(found := json.loads((folder / "workers.json").read_text())) == 1 and found,
@@ -105,3 +113,19 @@ def test_a_training_outlives_a_node(head, tmp_path):
     resumed_from = json.loads(last)["resumed_from"]
     assert resumed_from in (newest, newest + SETTINGS["checkpoint_every_steps"] // 2)
     load(run, features.spec())
+
+
+def test_a_training_of_so_many_workers_waits_for_a_node_in_the_place_of_a_lost_one(
+    head, tmp_path, undisturbed
+):
+    nodes, other = head, another_node(head)
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    with training(tmp_path, output, variables={"RAY_ADDRESS": nodes.address}) as process:
+        workers = under_way(tmp_path, process, output)
+        family = kill_node(other, workers)
+        wait_for(lambda: all(gone(one.pid) for one in family), process, output)
+        another_node(nodes)
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    assert all(gone(pid) for pid in workers.values())
+    require_equal(resumed(config, output), features, undisturbed)

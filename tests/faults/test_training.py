@@ -156,6 +156,18 @@ def test_a_worker_killed_in_the_middle_of_a_save_goes_on_from_the_checkpoint_bef
     require_equal(run, features, undisturbed)
 
 
+def test_any_other_worker_may_be_killed_too(tmp_path, undisturbed):
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    with training(tmp_path, output) as process:
+        workers = under_way(tmp_path, process, output)
+        os.kill(workers[1], signal.SIGKILL)
+        wait_for(lambda: gone(workers[1]), process, output)
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    assert all(gone(pid) for pid in workers.values())
+    require_equal(resumed(config, output), features, undisturbed)
+
+
 def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path, undisturbed):
     """And ends with the very weights of a training that nothing disturbed."""
     config, output = synthetic_config(tmp_path), tmp_path / "output"

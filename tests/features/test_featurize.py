@@ -172,6 +172,9 @@ def test_latest_holds_the_last_positives_before_the_cut(spark, tmp_path, monkeyp
     rows = {row["as_of"]: row["latest"] for row in run.table("users").to_pylist()}
     found = {cut: "".join(names[index] for index in latest) for cut, latest in rows.items()}
     assert found == {"valid": "dfa", "test": "fag", "date": "agh"}
+    # All on the first day: valid and test begin within it, and `date` is the next day's start.
+    ages = {row["as_of"]: row["latest_age"] for row in run.table("users").to_pylist()}
+    assert ages == {"valid": [0, 0, 0], "test": [0, 0, 0], "date": [17, 16, 15]}
 
 
 def test_date_cuts_the_log(spark, tmp_path):

@@ -305,6 +305,8 @@ def test_users_as_of_every_cut(shop):
         assert row["seen"] == sorted(set(row["seen"]))
         liked = [event[1] for event in oracle.matching(events, "positive")]
         assert [names["item"][index] for index in row["latest"]] == liked
+        moments = [event[2] for event in oracle.matching(events, "positive")]
+        assert row["latest_age"] == [max(now - moment, 0) // 3600 for moment in moments]
 
 
 def test_a_perturbed_future_changes_nothing_earlier(spark, tmp_path):
@@ -356,7 +358,7 @@ def _earlier_rows(run, begin):
     users = run.table("users/as_of=valid").to_pylist()
     users = [row for row in users if row["seen"]]
     for row in users:  # the day up to which time is counted is that of the user's next event
-        for name in ("user", "recency", "days_since"):
+        for name in ("user", "recency", "days_since", "latest_age"):
             row.pop(name)
     days = [row for row in run.table("item_days").to_pylist() if row["day"] <= moment.date()]
     days = [row for row in days if names["item"][row["item"]] in ITEMS]

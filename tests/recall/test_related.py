@@ -359,6 +359,25 @@ def test_late_events_are_each_user_s_last_ones(related):
         assert stored(run, name) != stored(expected, name)
 
 
+def test_the_state_before_late_events_tells_how_old_what_was_liked_is(related, monkeypatch):
+    rows = [(1, item, at, label, "train") for item, at, label in ((1, 0, 1), (2, 5, 0), (3, 30, 1))]
+    rows += [(1, item, at, 1, "train") for item, at in ((4, 49), (5, 60))]
+    # Nobody's event is late; one is; two of one moment are, and nothing was before.
+    rows += [(2, 1, 3, 1, "train"), (3, 1, 10, 1, "train"), (3, 2, 35, 1, "train")]
+    rows += [(4, 8, 7, 1, "train"), (4, 7, 7, 1, "train"), (4, 9, 90, 1, "valid")]
+
+    def state(run):
+        return {
+            row["user"]: (row["recent"], row["latest_age"]) for row in run.table(f"{LATE}/users").to_pylist()
+        }
+
+    asked = PLAIN | {"late": 0.25}
+    expected = {1: ([5, 60], [48, 18, 0]), 3: ([2, 35], [14]), 4: ([7, 7], [])}
+    assert state(related(rows, asked)) == expected
+    monkeypatch.setattr("recsys_dist.recall.pairs.LATEST", 2)
+    assert state(related(rows, asked, partitions=3)) == expected | {1: ([5, 60], [18, 0])}
+
+
 def test_with_a_split_by_time_all_events_of_the_last_days_are_late(related):
     rows = [(user, item, 24 * item + user, 1, "train") for user in range(1, 4) for item in range(10)]
     run = related(rows, PLAIN | {"late": 0.2}, split_kind="global_time")
