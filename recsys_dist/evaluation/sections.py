@@ -35,8 +35,8 @@ SEGMENT_LABELS = {
 }
 CURVES = ("two_stage", "als", "next_items", "popularity")
 """Models that curves show, if they are there; the one whose lists are published comes first."""
-SHARES = (0.01, 0.05, 0.1, 0.2, 0.5)
-"""Of the catalogue, which the table of the popularity curve has."""
+SHARES = (0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1)
+"""Of the catalogue, at which the popularity curve is drawn."""
 TABLES = {"events": "Events", "items": "Items", "users": "Users"}
 
 
@@ -257,7 +257,6 @@ def catalogue(
     drawn = [name for name in dict.fromkeys([ours, *CURVES]) if name in metrics["models"]][:3]
     labels = tuple(model_label(name) for name in drawn)
     by_length = {name: coverage_by_length(of_model(lists, name, k), items.present, k) for name in every}
-    places = sorted({1, 5, *config.evaluation.k} & set(range(1, k + 1)))
     covered = Plot(
         "coverage",
         "Coverage: the share of the catalogue in at least one list",
@@ -269,10 +268,8 @@ def catalogue(
             lambda y: f"{y:.0f}%",
             bottom=0,
         ),
-        ("Model", *(f"At {place}" for place in places)),
-        tuple(
-            (model_label(name), *(f"{by_length[name][place - 1]:.2%}" for place in places)) for name in every
-        ),
+        ("Length", *map(model_label, every)),
+        tuple((str(at + 1), *(f"{by_length[name][at]:.2%}" for name in every)) for at in range(k)),
         labels,
     )
     first, counts_I = config.evaluation.k[0], items.counts[items.present]
@@ -283,8 +280,7 @@ def catalogue(
         shares[name] = share_of_popular(listed_I, counts_I)
     events = share_of_popular(counts_I, counts_I)
     n = len(counts_I)
-    # More points than the drawing has pixels are of no use.
-    at = np.unique(np.linspace(0, n, min(n + 1, 200)).round().astype(np.int64))
+    at = np.round(np.array(SHARES) * n).astype(np.int64)
     popular = Plot(
         "popularity",
         f"Popularity: the share of the places in lists of {first} that the most popular items take",
@@ -301,13 +297,10 @@ def catalogue(
             x_text=lambda x: f"{x:.0f}%",
             bottom=0,
         ),
-        ("Model", *(f"Top {share:.0%}" for share in SHARES)),
+        ("Most popular", *map(model_label, every), "Training events"),
         tuple(
-            (label, *(f"{of[round(share * n)]:.2%}" for share in SHARES))
-            for label, of in [
-                *((model_label(name), shares[name]) for name in every),
-                ("Training events", events),
-            ]
+            (f"{share:.0%}", *(f"{of[place]:.2%}" for of in (*shares.values(), events)))
+            for share, place in zip(SHARES, at, strict=True)
         ),
         (*labels, "Training events"),
     )

@@ -220,11 +220,14 @@ def test_the_plots_numbers_are_those_of_the_lists(opened, night):
     ]
     items = {row["item"]: row for row in night.runs["features"].table("items").to_pylist() if row["present"]}
     coverage = rows_of(page, "coverage")
-    assert coverage[0][0] == "Two-stage"
-    same(coverage[0][3].removesuffix("%"), 100 * len({row["item"] for row in lists}) / len(items))
+    assert [row[0] for row in coverage] == [str(length) for length in range(1, 21)]
+    # The lists' own model comes first.
+    same(coverage[9][1].removesuffix("%"), 100 * len({row["item"] for row in lists}) / len(items))
     popular = sorted(items, key=lambda item: (-items[item]["count"], item))[: round(0.2 * len(items))]
     share = sum(row["item"] in popular for row in lists) / len(lists)
-    same(rows_of(page, "popularity")[0][4].removesuffix("%"), 100 * share)
+    curve = {row[0]: row[1:] for row in rows_of(page, "popularity")}
+    same(curve["20%"][0].removesuffix("%"), 100 * share)
+    assert [set(curve[end]) for end in ("0%", "100%")] == [{"0.00%"}, {"100.00%"}]
     sources = {row[0]: row[1:] for row in rows_of(page, "sources")}
     truth = {(night.users["user"][row].as_py(), item) for row, item in night.truth.tolist()}
     for label, name in {
