@@ -915,7 +915,8 @@ class Gates(Section):
     served: float = Field(0.95, ge=0, le=1)
     """Least share of the active users, those with an event, who have a list; of all where nobody has one."""
     full: float = Field(0.99, ge=0, le=1)
-    """Least share of the lists that have `k` entries, or all that the user may get where those are fewer."""
+    """Least share of the lists that have `k` entries, or all that the user may get where those are fewer. A
+    floor for the score (score.rules.least_score) and score.rules.at_most make lists shorter: set it lower."""
     coverage: float = Field(0.0, ge=0, le=1)
     """Least share of the items that may be listed on the date that are in a list."""
 
@@ -1342,7 +1343,7 @@ def asked(conf: str | Path | None, overrides: Sequence[str]) -> dict[str, Any]:
         try:
             # A lone | is YAML for an empty block of text, and here a separator.
             value = text if text in ("|", ">") else yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # a date that is none is a ValueError
             raise ConfigError(f"--set {override}: the value is not YAML: {error}") from None
         nested: Any = value
         for key in reversed(path.split(".")):
@@ -1379,7 +1380,7 @@ def _read(conf: str | Path) -> dict[str, Any]:
         raise ConfigError(f"The conf file {text} cannot be read: {error}. Give an existing --conf.") from None
     try:
         settings = yaml.safe_load(raw)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{text} is not YAML: {error}") from None
     if settings is None:
         return {}

@@ -94,6 +94,7 @@ def test_all_that_is_wrong_with_a_source_is_named_at_once():
         (["score.k"], "expected section.key=value"),
         (["score.k=ten"], "score.k"),
         (["score.k=[1"], "not YAML"),
+        (["score.date=2024-02-30"], "score.date=2024-02-30: the value is not YAML: day is out of range"),
         (["split.fractions=[0.5, 0.1, 0.1]"], "add up to 1"),
         (["fields=[{kind: time, name: user, part: hour}]"], "used twice or reserved: user"),
         (["fields=[{kind: history, name: a, lst: 3}]"], "nearest valid key: last"),

@@ -114,18 +114,20 @@ def state_before(examples: DataFrame, moments: DataFrame, schema: pa.Schema) -> 
         schema: `user`, and the fields of side user.
     """
     joined = examples.join(moments, "user")
-    first = joined.where((F.col("split") == "train") & (F.col("timestamp") == F.col("late_from")))
+    late = joined.where((F.col("split") == "train") & (F.col("timestamp") >= F.col("late_from")))
     names = [name for name in schema.names if name not in ("user", "latest_age")]
-    of_user = first.groupBy("user").agg(F.min_by(F.struct(*names), "item").alias("state"))
+    first_first = F.struct("timestamp", "item")
+    of_user = late.groupBy("user").agg(
+        F.min_by(F.struct(*names), first_first).alias("state"), F.min("timestamp").alias("_until")
+    )
     liked = joined.where((F.col("label") > 0) & (F.col("timestamp") < F.col("late_from")))
-    until, at = F.unix_micros(F.date_trunc("day", "late_from")), F.unix_micros("timestamp")
-    age = hours(F.greatest(until - at, F.lit(0)))
     latest_first = Window.partitionBy("user").orderBy(F.col("timestamp").desc())
-    latest = liked.select("user", age.alias("age"), F.row_number().over(latest_first).alias("place"))
-    ages = latest.where(F.col("place") <= LATEST).groupBy("user").agg(F.collect_list("age").alias("ages"))
-    nothing = F.array().cast("array<int>")
-    told = F.coalesce(F.sort_array("ages", asc=False), nothing).alias("latest_age")
-    return of_user.join(ages, "user", "left").select("user", "state.*", told)
+    latest = liked.withColumn("place", F.row_number().over(latest_first)).where(F.col("place") <= LATEST)
+    moments_of = latest.groupBy("user").agg(F.sort_array(F.collect_list("timestamp")).alias("_liked"))
+    known = F.coalesce("_liked", F.array().cast("array<timestamp>"))
+    until = F.unix_micros(F.date_trunc("day", "_until"))
+    age = F.transform(known, lambda moment: hours(F.greatest(until - F.unix_micros(moment), F.lit(0))))
+    return of_user.join(moments_of, "user", "left").select("user", "state.*", age.alias("latest_age"))
 
 
 def with_counts(pairs: DataFrame, counts: DataFrame, n_items: int, events: int) -> DataFrame:

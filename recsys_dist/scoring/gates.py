@@ -11,11 +11,22 @@ import pyarrow.compute as pc
 
 from recsys_dist import config
 from recsys_dist.errors import DataError
-from recsys_dist.workspace import Run
+from recsys_dist.workspace import STAGES, Run
+
+LONGEST = 200
+"""Characters of a setting that are shown."""
 
 
-def require_passed(evaluation: Run) -> None:
-    """Raise a DataError where the models did not pass their evaluation."""
+def require_passed(evaluation: Run, settings: config.Config) -> None:
+    """Raise a DataError where the models did not pass their evaluation, or it was one of other lists."""
+    measured = evaluation.manifest["key"].get("config", {})
+    for name in STAGES["evaluation"].sections:
+        if name in measured and measured[name] != settings.section(name):
+            raise DataError(
+                f"The evaluation {evaluation.run_id} was made with {name}={_short(measured[name])}, and "
+                f"{_short(settings.section(name))} is asked for, so it says nothing of these lists. Run "
+                f"jobs/evaluate.py with the same settings first. Nothing was published."
+            )
     verdict = evaluation.manifest["figures"]["verdict"]
     if not verdict["passed"]:
         raise DataError(
@@ -88,6 +99,11 @@ def check(figures: dict[str, Any], gates: config.Gates) -> None:
         raise DataError(
             "\n  ".join(["The lists are not fit to be published; the table still has what it had.", *wrong])
         )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _repeated(lists: pa.Table, columns: list[str]) -> int:

@@ -1,18 +1,21 @@
 """Scoring users in partitions, each a Ray task that reads its own users and writes its own file."""
 
 import datetime as dt
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util import ActorPool
 
 from recsys_dist.cluster import local_or_cluster
 from recsys_dist.config import Config
-from recsys_dist.errors import RecsysError
+from recsys_dist.errors import RecsysError, RetryableError
 from recsys_dist.scoring.lists import finished, remove_unfinished
 from recsys_dist.workspace import OpenRun
+
+if TYPE_CHECKING:
+    from recsys_dist.scoring.scored import PartitionScorer
 
 
 def score_partitions(config: Config, run: OpenRun, date: dt.date, users: np.ndarray) -> list[dict[str, Any]]:
@@ -51,6 +54,11 @@ def _scored(
     pool = ActorPool([actor.remote(config, run, date, device) for _ in range(workers)])
     try:
         return list(pool.map(lambda worker, part: worker.score.remote(*part), parts))
+    except RayActorError as error:
+        raise RetryableError(
+            f"A scoring worker died again and again: {error}. If it was for want of memory, lower "
+            f"score.partition_users. Run again: it goes on with what is there."
+        ) from None
     except RayTaskError as error:
         # Ray's own error has the cause's class, but not what it holds, such as errno.
         if isinstance(error.cause, RecsysError | OSError):
@@ -72,10 +80,13 @@ class ScoringWorker:
     """A process that scores. The driver needs no torch, whose import takes seconds."""
 
     def __init__(self, config: Config, run: OpenRun, date: dt.date, device: str) -> None:
-        from recsys_dist.scoring.scored import PartitionScorer
-
-        self.scorer = PartitionScorer(config, run, date, device)
+        self.arguments = config, run, date, device
+        self.scorer: PartitionScorer | None = None
 
     def score(self, part: int, users: np.ndarray) -> dict[str, Any]:
         """As the PartitionScorer's."""
+        from recsys_dist.scoring.scored import PartitionScorer
+
+        # Not at the start: what fails there Ray tells as a worker's death, without the cause.
+        self.scorer = self.scorer or PartitionScorer(*self.arguments)
         return self.scorer.score(part, users)

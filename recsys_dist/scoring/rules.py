@@ -7,6 +7,7 @@ of an item's vector, N values of a field.
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,8 @@ class Rules:
         self.settings, self.seed = settings, seed
         self.allowed_I = torch.ones(len(items) + 1, dtype=torch.bool)
         """May the item be listed at all?"""
-        self.files: list[dict[str, str]] = []
-        """Path and sha256 of each file of ids."""
+        self.files: list[dict[str, Any]] = []
+        """Path and sha256 of each file of ids, and how many of these are no item's, with a few of them."""
         for key, path in (("allow", settings.allow), ("deny", settings.deny)):
             if path is not None:
                 named_I, file = _indices(items, key, path)
@@ -189,16 +190,19 @@ def _between_0_and_1(scores_BC: Tensor) -> Tensor:
     return ((scores_BC - low) / (high - low).clamp(min=1e-12)).masked_fill(~known, 0.0)
 
 
-def _indices(items: Items, key: str, path: str) -> tuple[Tensor, dict[str, str]]:
+def _indices(items: Items, key: str, path: str) -> tuple[Tensor, dict[str, Any]]:
     """[I] bool: which items a file of raw ids names; and what tells whether it has changed."""
     found, sha256 = read_ids(f"score.rules.{key}", path)
     wanted = set(found)
     ids = items.table["item_id"].to_pylist()
     named = np.array([False, *(item in wanted for item in ids)])
-    if wanted and not named.any():
-        some = ", ".join(sorted(wanted)[:SHOWN])
+    unknown = sorted(wanted - set(ids))
+    some = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
+    if (wanted or key == "allow") and not named.any():
         raise DataError(
             f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those "
             f"of the raw log, one a line."
         )
-    return torch.as_tensor(named), {"path": path, "sha256": sha256}
+    return torch.as_tensor(named), {
+        "path": path, "sha256": sha256, "unknown": len(unknown), "such_as": some,
+    }  # fmt: skip

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.fs
 
 from recsys_dist.config import Config
+from recsys_dist.errors import RetryableError
 from recsys_dist.schema import TOPK
 from recsys_dist.scoring import gates
 from recsys_dist.scoring.chosen import choose, told
@@ -40,7 +41,7 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
             published. The published table is untouched.
         RetryableError: another run published first.
     """
-    gates.require_passed(run.inputs["evaluation"])
+    gates.require_passed(run.inputs["evaluation"], config)
     run.inputs["deepfm"].require_intact("model")
     features = run.inputs["features"]
     date = dt.date.fromisoformat(features.spec().date)
@@ -52,11 +53,23 @@ def score(config: Config, run: OpenRun) -> dict[str, Any]:
     table = f"{run.workspace.uri}/topk"
     since = version(table)
     partitions = score_partitions(config, run, date, users["user"].to_numpy())
+    rules = partitions[0]["files"]
+    if any(part["files"] != rules for part in partitions):
+        raise RetryableError(
+            "A file of score.rules was changed while the lists were made, so that not all obey the same ids. "
+            "Nothing was published; run again."
+        )
+    for file in rules:
+        if file["unknown"]:
+            print(
+                f"score: {file['unknown']:,} ids of {file['path']} are no item's: {file['such_as']}",
+                flush=True,
+            )
     lists = pa.dataset.dataset(f"{run.path}/{LISTS}", filesystem=run.filesystem, schema=TOPK)
     figures = {
         "date": date.isoformat(),
         **({"chosen": chosen.figures()} if chosen else {}),
-        "files": partitions[0]["files"],
+        "files": rules,
         **{name: sum(part[name] for part in partitions) for name in SUMMED},
         "listed": _distinct_items(lists),
         **{name: max(part[name] for part in partitions) for name in ("listable", "untrained_items")},

@@ -1,7 +1,6 @@
 """A user's published list beside the history it was made from, for people."""
 
 import datetime as dt
-import textwrap
 from typing import Any
 
 import pyarrow as pa
@@ -40,12 +39,10 @@ def show_user(workspace: Workspace, user_id: str, date: dt.date | None = None) -
             f"The list was made from the features run {wanted}, which is gone from {workspace.uri}."
         )
     titles, history = _titles(features), _history(features, user_id)
-    left = [f"Liked last, before {rows[0]['date']}", ""] + [
-        textwrap.shorten(titles[item], WIDTH - 2, placeholder="…") for item in history
-    ]
+    left = [f"Liked last, before {rows[0]['date']}", ""] + [_cut(titles[item], WIDTH - 2) for item in history]
     right = ["Recommended", ""]
     for row in rows:
-        title = textwrap.shorten(titles[row["item_id"]], WIDTH, placeholder="…")
+        title = _cut(titles[row["item_id"]], WIDTH)
         right += [f"{row['rank']:>2}. {title}", f"    {_reason(row, titles)}"]
     height = max(len(left), len(right))
     left += [""] * (height - len(left))
@@ -70,8 +67,14 @@ def _reason(row: dict[str, Any], titles: dict[str, str]) -> str:
         return f"drawn with probability {row['propensity']:.3f}; {found}"
     if row["reason"]["kind"] != "history":
         return f"{row['reason']['kind']}; {found}"
-    because = [textwrap.shorten(titles[item], 24, placeholder="…") for item in row["reason"]["item_ids"][:2]]
+    because = [_cut(titles[item], 24) for item in row["reason"]["item_ids"][:2]]
     return f"because of {' and '.join(because)}; {found}"
+
+
+def _cut(text: str, width: int) -> str:
+    """Of so many characters at most: also a text without spaces, as an id is, keeps its beginning."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else f"{text[: width - 1].rstrip()}…"
 
 
 def _titles(features: Run) -> dict[str, str]:

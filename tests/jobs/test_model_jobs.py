@@ -142,7 +142,7 @@ def test_gates_users_and_commands(night):
     version, everyone = table.version(), table.to_pyarrow_table().to_pylist()
 
     # All gates that fail are told at once, and the table is as it was.
-    few = ["--set", "score.candidates={popularity: 3}", "--set", "score.gates.coverage=0.9"]
+    few = ["--set", "score.rules.at_most={genres: 1}", "--set", "score.gates.coverage=0.99"]
     refused = run_job("score.py", root, *few, code=65)
     assert "full: " in refused
     assert "coverage: " in refused
@@ -150,6 +150,14 @@ def test_gates_users_and_commands(night):
     error = json.loads(max(root.glob("score/*/error.json")).read_text())
     assert error["exit_code"] == 65
     assert "coverage: " in error["error"]
+
+    # What a worker finds wrong when it begins is told as it is, with its exit code.
+    refused = run_job("score.py", root, "--set", f"score.rules.deny={root}/none", code=64)
+    assert f"score.rules.deny={root}/none: there is no such file" in refused
+    # Lists of another kind need an evaluation of theirs.
+    refused = run_job("score.py", root, "--set", "score.candidates={popularity: 9}", code=65)
+    assert "Run jobs/evaluate.py with the same settings first" in refused
+    assert DeltaTable(root / "topk").version() == version
 
     # Some users get other lists; everybody else's stay.
     (root / "users.txt").write_text("u5\nnobody\nu7\n")

@@ -380,9 +380,19 @@ def test_the_state_before_late_events_tells_how_old_what_was_liked_is(related, m
 
 def test_with_a_split_by_time_all_events_of_the_last_days_are_late(related):
     rows = [(user, item, 24 * item + user, 1, "train") for user in range(1, 4) for item in range(10)]
-    run = related(rows, PLAIN | {"late": 0.2}, split_kind="global_time")
-    assert late_from(run) == dict.fromkeys(range(1, 4), 24 * 8)
-    assert run.manifest["figures"]["late"]["known"] == 24
+    rows = [row for row in rows if row[:2] not in ((2, 8), (3, 8), (3, 9))]
+    rows += [(user, 30 + user, 24 * 2 + user, 1, "train") for user in range(4, 7)]
+    run = related(rows, PLAIN | {"late": 0.09}, split_kind="global_time")
+    assert late_from(run) == dict.fromkeys(range(1, 7), 24 * 8)
+    assert run.manifest["figures"]["late"]["known"] == 24 + 3
+    # Each as of the first event from then on, on whichever day; who has none is not there.
+    state = {
+        row["user"]: (row["recent"], row["latest_age"]) for row in run.table(f"{LATE}/users").to_pylist()
+    }
+    assert state == {
+        1: ([8, 24 * 8 + 1], [24 * (8 - day) - 1 for day in range(8)]),
+        2: ([9, 24 * 9 + 2], [24 * (9 - day) - 2 for day in range(8)]),
+    }
 
 
 @pytest.mark.parametrize("seed", [3, 4])

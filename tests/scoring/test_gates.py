@@ -4,10 +4,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from recsys_dist.config import Gates
+from recsys_dist.config import Gates, load
 from recsys_dist.errors import DataError
 from recsys_dist.schema import TOPK
-from recsys_dist.scoring.gates import check, counts
+from recsys_dist.scoring.gates import check, counts, require_passed
+from recsys_dist.workspace import Workspace
 
 USERS = pa.chunked_array([["u1", "u2"], ["u3"]])
 
@@ -65,6 +66,22 @@ def test_each_gate_fails_by_name(entries, asked, told):
     with pytest.raises(DataError, match=told) as caught:
         check(figures(entries), Gates(**asked))
     assert len(str(caught.value).splitlines()) == 2
+
+
+def test_an_evaluation_of_other_lists_says_nothing_of_these(tmp_path):
+    config = load(None, [f"storage.root={tmp_path}", "score.mode=two_stage"])
+    workspace = Workspace(config)
+    run = workspace.new("evaluation", workspace.key("evaluation", config, {}) | {"inputs": {}}, {})
+    made = run.commit(config, {"verdict": {"passed": True, "text": ""}})
+    require_passed(made, config)
+    require_passed(made, load(None, [f"storage.root={tmp_path}", "score.k=7", "score.rules.explore=1"]))
+    for other, told in (
+        ("score.mode=exhaustive", "score.mode=two_stage, and exhaustive is asked for"),
+        ("score.candidates={fm: 9}", r"score.candidates=.* is asked for"),
+        ("evaluation.must_beat=null", "evaluation=.* is asked for"),
+    ):
+        with pytest.raises(DataError, match=f"{told}.* jobs/evaluate.py with the same settings"):
+            require_passed(made, load(None, [f"storage.root={tmp_path}", other]))
 
 
 def test_who_has_no_event_does_not_count_as_active():
