@@ -19,12 +19,14 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     On a processor, where no gradient is asked for, by oneDNN, which adds the bias to what is still in the
     cache: torch's own way writes it into every row of the result first, and reads it again.
     """
-    plain = x.device.type != "cpu" or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
-    if plain or not torch.backends.mkldnn.is_available():
-        return F.linear(x, layer.weight, layer.bias)
+    derived = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+    there = torch.backends.mkldnn.is_available() and x.device.type == "cpu" and x.dtype == torch.float32
+    if derived or not there:
+        plain: Tensor = layer(x)
+        return plain
     # What torch.compile makes of a linear layer; there is no public name for it. Its own ReLU makes 0 of NaN.
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
-    return product
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "none", [], "")
+    return found
 
 
 class Dropout(nn.Dropout):
@@ -44,7 +46,8 @@ class Dropout(nn.Dropout):
         drawn = torch.empty(-(-x.numel() // size), dtype=torch.int64)
         drawn.random_(torch.iinfo(torch.int64).min, None)  # of all there are
         bits = drawn.view(torch.int16)[: x.numel()].view(x.shape)
-        return x.masked_fill(bits >= kept - self.STEPS // 2, 0.0) * (self.STEPS / kept)
+        # A product, in which NaN stays.
+        return x * (bits < kept - self.STEPS // 2).to(x.dtype).mul_(self.STEPS / kept)
 
 
 class BatchNorm(nn.Module):

@@ -226,7 +226,9 @@ class _Log:
         self.seconds = now - self.start
         if self.active and now - self.told > EVERY_SECONDS:
             self.told = now
-            self.write(NOW, {"step": step, "loss": self.losses / self.steps, **self._speed(step)})
+            epoch = 1 + (step - 1) // self.epoch_steps
+            loss = self.losses / self.steps
+            self.write(NOW, {"epoch": epoch, "step": step, "loss": loss, **self._speed(step)})
 
     def evaluation(self, epoch: int, progress: Progress, figures: Mapping[str, Any]) -> dict[str, Any]:
         """Append an epoch's line, and return it."""

@@ -126,6 +126,11 @@ class Pairs:
             factors_BR, _ = self.factors.of(users["user"].to_numpy())
         days_BH = torch.empty(len(users), 0)
         if self._in_days:
+            if "latest_age" not in users.column_names:
+                raise ConfigError(
+                    "Pair fields of measure days_since need the column latest_age of users/, which runs of "
+                    "older versions lack. Run jobs/featurize.py and jobs/recall.py again."
+                )
             days_BH = _days(users["latest_age"], age_BH)
         number = self.n + 1 if items_BC is None else items_BC.shape[1]
         found = torch.zeros(len(history_BH), number, len(self.fields))

@@ -7,7 +7,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -440,14 +440,22 @@ def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> 
                 printed = line["step"]
         for line in lines(folder / NOW):
             if line["step"] > printed:
-                print(
-                    f"             step {line['step']:>7,}  loss {line['loss']:.4f}  "
-                    f"{line['examples_per_s']:>7,} examples/s  left {_duration(line['seconds_left'])}",
-                    flush=True,
-                )
+                print(_now_text(line, lines(folder / HISTORY)), flush=True)
                 printed = line["step"]
         if last:
             return
+
+
+def _now_text(line: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
+    """A line between two of the history, with what was measured last."""
+    measured = [
+        f"{title} {of[name]:.4f}" for of in history[-1:] for name, title in MEASURED.items() if name in of
+    ]
+    before = f"  ({measured[0]} before)" if measured else ""
+    return (
+        f"     in {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
+        f"{line['examples_per_s']:>7,} examples/s{before}  left {_duration(line['seconds_left'])}"
+    )
 
 
 def _evaluation_text(line: Mapping[str, Any]) -> str:

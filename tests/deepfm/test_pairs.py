@@ -86,6 +86,8 @@ def test_days_since_an_item_after_which_this_one_comes(night, items):
     fields = pair_specs(Settings(pair=[{"name": "days", "measure": "days_since"}]))
     pairs = Pairs(fields, items, {"recall": small_recall(config, features)})
     assert pairs.columns == ["user", "recent", "latest_age"]
+    with pytest.raises(ConfigError, match=r"latest_age of users/, .* jobs/featurize\.py"):
+        pairs.of(users_with([1]), torch.tensor([[3]]))
     # The last: fewer ages than items, of which the first two are as old as the third.
     ages = pa.array([[48, 12], [72, 24], [], [36], [6]], pa.list_(pa.int32()))
     users = users_with([1, 2], [2, 1], [], [1], [2, 1, 7]).append_column("latest_age", ages)

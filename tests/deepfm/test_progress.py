@@ -12,7 +12,7 @@ import pytest
 from recsys_dist.deepfm.examples import Examples
 from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.reports import best, lines, write_json
-from recsys_dist.deepfm.train import _evaluation_text, _Fitted, _print_progress, _publish
+from recsys_dist.deepfm.train import _evaluation_text, _Fitted, _now_text, _print_progress, _publish
 from recsys_dist.deepfm.validation import validation
 from recsys_dist.errors import DataError
 from recsys_dist.workspace import Workspace
@@ -79,7 +79,7 @@ def test_a_training_opens_with_its_data_and_its_plan(printed):
 
 def test_a_driver_that_goes_on_does_not_print_what_was_printed(tmp_path, printed):
     (tmp_path / "history.jsonl").write_text(lines_of(30, 60))
-    write_json(tmp_path / "now.json", LINE | {"step": 75})
+    write_json(tmp_path / "now.json", LINE | {"epoch": 3, "step": 75})
     write_json(tmp_path / "resumed.json", resumed(0, 0))
     # It goes on from before the second evaluation, which comes again.
     found, told = printed(lines_of(30, 60), resumed=resumed(1, 40, "checkpoint step_60-0 is refused"))
@@ -175,3 +175,11 @@ def test_a_best_epoch_without_a_checkpoint_is_named(tmp_path):
     (run.training / "history.jsonl").write_text(lines_of(30))
     with pytest.raises(DataError, match=r"no checkpoint of step 30, the best one by history\.jsonl"):
         _publish(config, run, _Fitted(lines(run.training / "history.jsonl"), run.training))
+
+
+def test_a_line_between_two_epochs_has_all_that_is_known():
+    now = LINE | {"epoch": 2, "step": 45}
+    rates = "step      45  loss 0.5000    1,000 examples/s"
+    assert _now_text(now, []) == f"     in   2  {rates}  left 3 s"
+    history = [LINE | NDCG | {"epoch": 1, "step": 30}]
+    assert _now_text(now, history) == f"     in   2  {rates}  (NDCG@10 0.2500 before)  left 3 s"

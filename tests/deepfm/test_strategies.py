@@ -159,6 +159,7 @@ def test_dropout_leaves_out_a_share_and_keeps_the_mean(p):
     assert Dropout(1.0)(x).eq(0).all()
     assert layer.train()(torch.empty(0, 3)).shape == (0, 3)
     assert layer(x.bfloat16()).dtype == torch.bfloat16
+    assert layer(torch.full((9, 9), torch.nan)).isnan().all(), "what is not finite must be seen"
 
 
 @pytest.mark.parametrize(("rows", "inputs", "outputs"), [((0,), 3, 2), ((1,), 33, 1), ((3, 700), 256, 128)])
@@ -178,6 +179,7 @@ def test_a_linear_layer_for_which_nothing_is_derived(rows, inputs, outputs):
             assert not found[1:].isnan().any()
         with torch.autocast("cpu", torch.bfloat16):
             assert linear(layer, x).dtype == torch.bfloat16
+        assert linear(layer.double(), x.double()).dtype == torch.float64
 
 
 def test_batch_norm_is_that_of_torch_over_the_rows_that_count():
@@ -393,6 +395,9 @@ def test_bfloat16_is_used_in_the_mlp_alone(config, features):
     with torch.autocast("cpu", torch.bfloat16):
         loss, logits = model(batch)
     assert set(kinds.values()) == {torch.bfloat16}
+    assert {
+        f"layers.{place}" for place, of in enumerate(model.layers) if isinstance(of, nn.Linear)
+    } < kinds.keys()
     expected_loss, expected = model(batch)
     assert (loss.dtype, logits.dtype) == (torch.float32, torch.float32)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=0.02)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessRaisedException
 
 from recsys_dist.config import DeepFM as DeepFMSettings
+from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.batches import side_batch
 from recsys_dist.deepfm.checkpoint import complete, load_weights, newest
 from recsys_dist.deepfm.examples import Ahead, Examples
@@ -23,7 +24,16 @@ from recsys_dist.deepfm.train import _Fitted, _publish
 from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
-from tests.deepfm.workers import one_step, planned, restored, run_workers, stepped, train_in, validated
+from tests.deepfm.workers import (
+    one_step,
+    planned,
+    restored,
+    run_workers,
+    stepped,
+    train_in,
+    train_telling_factors,
+    validated,
+)
 from tests.synthetic import (
     items_as_of,
     listable,
@@ -171,6 +181,12 @@ OPTIMIZERS = {
     },
     "sgd, adagrad": {"table_optimizer": "sgd", "dense_optimizer": "adagrad", "clip_norm": 1e-3},
     "adagrad, adamw": {"table_optimizer": "adagrad", "dense_optimizer": "adamw", "weight_decay": 5.0},
+    "sgd, adam in the second epoch": {
+        "table_optimizer": "sgd",
+        "dense_optimizer": "adam",
+        "weight_decay": (5.0, 0.01),
+        "l1": (1.0, 0.003),
+    },
 }
 
 
@@ -186,7 +202,9 @@ def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_pa
     }
     settings = plain.deepfm.model_copy(update={**OPTIMIZERS[kind], "sharding": sharding})
     config = plain.model_copy(update={"deepfm": settings})
-    answers = run_workers(2, one_step, tmp_path, config, features)
+    epoch = int("second epoch" in kind)
+    answers = run_workers(2, one_step, tmp_path, config, features, epoch)
+    l1, weight_decay = in_epoch(settings.l1, epoch), in_epoch(settings.weight_decay, epoch)
     found = {row["table"].removeprefix("table_"): row["sharding"] for row in answers[0]["plan"]}
     assert sharding.items() <= found.items()
     model, start, *_ = unsharded
@@ -200,13 +218,13 @@ def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_pa
             step = gradient / (gradient.abs() + 1e-8) if settings.table_optimizer == "adagrad" else gradient
         else:
             rate = factor * settings.learning_rate
-            gradient = gradient + settings.l1 * start[name].sign()
+            gradient = gradient + l1 * start[name].sign()
             if settings.clip_norm:
                 gradient = gradient * settings.clip_norm / norm
             if settings.dense_optimizer == "adamw":  # decoupled: Loshchilov, Hutter 2019
-                before = before * (1 - rate * settings.weight_decay)
+                before = before * (1 - rate * weight_decay)
             else:
-                gradient = gradient + settings.weight_decay * start[name]
+                gradient = gradient + weight_decay * start[name]
             step = gradient / (gradient.abs() + (1e-10 if settings.dense_optimizer == "adagrad" else 1e-8))
         moved = before - rate * step
         assert (moved != start[name]).any()
@@ -225,6 +243,28 @@ def test_steps_in_the_pipeline_are_those_of_a_plain_loop(config, features, tmp_p
     assert piped["metric"] == plain["metric"] > 0
     for name, weights in plain["weights"].items():
         assert torch.equal(piped["weights"][name], weights), name
+
+
+def test_rates_are_reduced_where_the_metric_does_not_rise(config, features, tmp_path):
+    """Each time by plateau_factor, also where a training goes on from a checkpoint."""
+    still = {
+        "schedule": "plateau",
+        "plateau_factor": 0.5,
+        "patience": 9,
+        "learning_rate": 1e-12,
+        "embedding_learning_rate": 1e-12,
+    }
+
+    def trained(epochs):
+        settings = config.deepfm.model_copy(update=still | {"epochs": epochs})
+        changed = config.model_copy(update={"deepfm": settings})
+        return run_workers(1, train_telling_factors, tmp_path, changed, features, tmp_path)[0]
+
+    two, four = trained(2), trained(4)
+    steps = two["step"] // 2
+    assert two["factors"] == [1.0] * 2 * steps  # the first epoch's is better than none
+    assert four["factors"] == [0.5] * steps + [0.25] * steps
+    assert (two["reductions"], four["reductions"]) == (1, 3)
 
 
 def test_rates_over_time():

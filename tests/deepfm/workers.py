@@ -53,15 +53,19 @@ def device_of_group() -> torch.device:
     return torch.device("cuda", dist.get_rank()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def one_step(config: Any, features: Any) -> dict[str, Any]:
-    """Shard, take the first step, and return what changed. Tables come whole from rank 0, None elsewhere."""
+def one_step(config: Any, features: Any, epoch: int = 0) -> dict[str, Any]:
+    """Shard, take the first step, and return what changed. Tables come whole from rank 0, None elsewhere.
+
+    Args:
+        epoch: whose penalties it has.
+    """
     from recsys_dist.deepfm.examples import Examples
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.optimizer import rate_factor
 
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model, sharded, optimizers, plan = _sharded(config, features)
-    optimizers.begin(rate_factor(config.deepfm, 0, 100, 0))
+    optimizers.begin(rate_factor(config.deepfm, 0, 100, 0), epoch)
     answer: dict[str, Any] = {"plan": plan, "start": _whole(sharded.state_dict()), "shards": {}}
     for name, tensor in sharded.state_dict().items():
         if isinstance(tensor, ShardedTensor):
@@ -203,6 +207,21 @@ def train_in(config: Any, features: Any, folder: Path, more: dict[str, Any] | No
 
     folder.mkdir(exist_ok=True)
     return asdict(train(Task(config, features, folder, **(more or {})), device_of_group()))
+
+
+def train_telling_factors(config: Any, features: Any, folder: Path) -> dict[str, Any]:
+    """The whole loop, and what each step's rates were multiplied with."""
+    from recsys_dist.deepfm import loop
+
+    factors: list[float] = []
+
+    class Kept(loop.Steps):
+        def step(self, batches: Any, factor: float = 1.0, epoch: int = 0) -> Any:
+            factors.append(factor)
+            return super().step(batches, factor, epoch)
+
+    loop.Steps = Kept
+    return train_in(config, features, folder) | {"factors": factors}
 
 
 def train_until_error(config: Any, features: Any, folder: Path) -> dict[str, Any]:
