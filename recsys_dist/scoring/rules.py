@@ -109,7 +109,8 @@ class Rules:
         A place goes to the candidate with the greatest (1 - d) score - d similarity among those that the
         rules still allow: the score between 0 and 1 from the user's last candidate to his first, the
         similarity the greatest cosine with an item that is listed already, and 0 at least (maximal marginal
-        relevance: Carbonell, Goldstein 1998). The last `explore` places are drawn, without replacement, from
+        relevance: Carbonell, Goldstein 1998). The last `explore` places (where there are fewer candidates
+        than places, of so many) are drawn, without replacement, from
         the candidates that are left, with probability proportional to exp(score / temperature).
 
         Args:
@@ -131,7 +132,10 @@ class Rules:
         counts_BN = {
             name: torch.zeros(len(items_BC), int(values.max()) + 1) for name, values in self.values_IV.items()
         }
+        first_B = torch.full((len(items_BC),), k)
         if rules.explore:
+            # A list with few candidates ends early.
+            first_B = left_BC.sum(1).clamp(max=k) - rules.explore
             gumbel_BC = self._gumbel(users_B, items_BC)
             weight_BC = scores_BC / rules.temperature if rules.temperature else torch.zeros_like(scores_BC)
         places, odds, explored = [], [], []
@@ -142,18 +146,18 @@ class Rules:
                 full_BN[:, UNKNOWN] = False
                 flat = full_BN.gather(1, values_BCV[name].flatten(1))
                 open_BC &= ~flat.view(values_BCV[name].shape).any(2)
-            draws = place >= k - rules.explore
-            if draws:
+            draws_B = place >= first_B
+            worth_BC = (1 - rules.diversity) * unit_BC - rules.diversity * likeness_BC
+            odds_BC = torch.ones_like(worth_BC)
+            if draws_B.any():
                 logits_BC = weight_BC.masked_fill(~open_BC, -torch.inf)
-                worth_BC = logits_BC + gumbel_BC
-                odds_BC = logits_BC.softmax(1)
-            else:
-                worth_BC = (1 - rules.diversity) * unit_BC - rules.diversity * likeness_BC
+                worth_BC = torch.where(draws_B[:, None], logits_BC + gumbel_BC, worth_BC)
+                odds_BC = torch.where(draws_B[:, None], logits_BC.softmax(1), odds_BC)
             best_B = worth_BC.masked_fill(~open_BC, -torch.inf).argmax(1)
             found_B = open_BC[rows, best_B]
             places.append(torch.where(found_B, best_B, -1))
-            odds.append(torch.where(found_B, odds_BC[rows, best_B] if draws else 1.0, 0.0))
-            explored.append(found_B & draws)
+            odds.append(torch.where(found_B, odds_BC[rows, best_B], 0.0))
+            explored.append(found_B & draws_B)
             left_BC[rows, best_B] = False
             for name, counts in counts_BN.items():
                 values_BV = values_BCV[name][rows, best_B]

@@ -15,10 +15,13 @@ from pyspark.sql import functions as F
 from recsys_dist.config import load
 from recsys_dist.features.session import start
 
+ALL_CORES = 1 << 30
+"""Bytes, of which every core gets a part."""
+
 
 def main(users: int, items: int, rank: int, k: int) -> float:
     """The seconds of one run over all users."""
-    with start("bench", load(None, []), 1) as spark:
+    with start("bench", load(None, []), ALL_CORES) as spark:
         each = spark.range(max(users, items)).select(
             (F.col("id") % users).cast("int").alias("user"), (F.col("id") % items).cast("int").alias("item")
         )

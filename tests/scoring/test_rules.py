@@ -122,6 +122,26 @@ def test_what_chance_chooses_has_the_odds_that_are_told(items, candidates, vecto
     assert (second > 0).sum() > 5
 
 
+def test_a_list_that_ends_early_explores_too(items, candidates, vectors):
+    """User 3 has five candidates, user 4 none; of two that remain above a floor both are drawn."""
+    found = chosen(items, candidates, vectors, explore=2, temperature=1)
+    assert found.explored[3].tolist() == [False] * 3 + [True] * 2 + [False] * (K - 5)
+    assert found.places[3, :3].tolist() == [0, 1, 2]
+    assert set(found.places[3, 3:5].tolist()) == {3, 4}
+    assert found.places[3, 5:].eq(-1).all()
+    first, second = found.propensity[3, 3:5].tolist()
+    weights = candidates.scores[3, 3:5].exp()
+    assert first == pytest.approx(float(weights[found.places[3, 3] - 3] / weights.sum()), rel=1e-5)
+    assert second == 1
+    assert found.places[4].eq(-1).all()
+    assert not found.explored[4].any()
+    floor = float(candidates.scores[3, 1])
+    few = chosen(items, candidates, vectors, explore=3, least_score=floor)
+    n = int((candidates.scores[3] >= floor).sum())
+    assert few.explored[3].tolist() == [place < n for place in range(K)]
+    assert n <= 3
+
+
 def test_a_draw_depends_on_seed_and_user_alone(items, candidates, vectors):
     together = chosen(items, candidates, vectors, seed=5, explore=3)
     for user in (0, 11, 39):
