@@ -918,7 +918,7 @@ class Gates(Section):
     """Least share of the lists that have `k` entries, or all that the user may get where those are fewer. A
     floor for the score (score.rules.least_score) and score.rules.at_most make lists shorter: set it lower."""
     coverage: float = Field(0.0, ge=0, le=1)
-    """Least share of the items that may be listed on the date that are in a list."""
+    """Least share of the items that may be listed on the date that are in a list; not of score.users."""
 
 
 class Proposals(Section):

@@ -79,10 +79,11 @@ def read_ids(key: str, path: str) -> tuple[list[str], str]:
     if content is None:
         raise ConfigError(f"{key}={path}: there is no such file. It has an id a line.")
     try:
-        lines = content.decode("utf-8-sig").splitlines()
+        # As featurize: other white space may be part of an id.
+        lines = [line.strip(" \r") for line in content.decode("utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise DataError(f"{key}={path} is not text in UTF-8: {error}") from None
-    return list(dict.fromkeys(filter(None, map(str.strip, lines)))), hashlib.sha256(content).hexdigest()
+    return list(dict.fromkeys(filter(None, lines))), hashlib.sha256(content).hexdigest()
 
 
 def told(chosen: Chosen) -> str:

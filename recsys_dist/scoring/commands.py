@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from recsys_dist.config import load
+from recsys_dist.errors import DataError
 from recsys_dist.scoring import show, table
 from recsys_dist.workspace import Workspace
 
@@ -53,6 +54,16 @@ def answer(arguments: argparse.Namespace) -> str:
     """Do what is asked for and return what is to be printed."""
     workspace = Workspace(load(arguments.conf, arguments.overrides))
     lists = f"{workspace.uri}/topk"
+    try:
+        return _answer(arguments, workspace, lists)
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{lists} is damaged, a file that it names is missing: {str(error).splitlines()[0]}. Make the lists again with "
+            f"jobs/score.py --force, or take an earlier version with --rollback (--versions has them)."
+        ) from None
+
+
+def _answer(arguments: argparse.Namespace, workspace: Workspace, lists: str) -> str:
     if arguments.user is not None:
         return show.show_user(workspace, arguments.user)
     if arguments.rollback is not None:

@@ -108,6 +108,8 @@ def export(table: str, date: str, path: str) -> str:
     try:
         n = write(unfinished, rows)
         os.replace(unfinished, to)  # noqa: PTH105
+    except FileNotFoundError:  # of the table
+        raise
     except OSError as error:
         raise RetryableError(f"--export {path}: {error}; what was there before is as it was") from error
     finally:

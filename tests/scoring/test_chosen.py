@@ -26,6 +26,13 @@ def test_known_users_are_found_and_the_others_told(tmp_path):
     ]
 
 
+def test_white_space_that_the_log_keeps_is_part_of_an_id(tmp_path):
+    users = pa.table({"user": pa.array([1, 2, 3], pa.int32()), "user_id": ["a\u2028b", "c\t", "\u00a0d"]})
+    chosen = choose(written(tmp_path, "a\u2028b\nc\t\r\n \u00a0d \n"), users)
+    assert chosen.users["user"].to_pylist() == [1, 2, 3]
+    assert not chosen.unknown
+
+
 def test_nobody_known_is_refused(tmp_path):
     with pytest.raises(DataError, match="not one of its 2 ids is a user's, such as x, y"):
         choose(written(tmp_path, "x\ny\n"), USERS)

@@ -1,5 +1,6 @@
 """Versions, rollback, export and vacuum of a small table."""
 
+import argparse
 import csv
 import datetime as dt
 import hashlib
@@ -18,6 +19,7 @@ import pytest
 from recsys_dist.config import REPOSITORY
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import TOPK
+from recsys_dist.scoring.commands import add_arguments, answer
 from recsys_dist.scoring.publish import is_published, publish
 from recsys_dist.scoring.table import export, rollback, vacuum, versions
 from recsys_dist.workspace import Run
@@ -205,3 +207,16 @@ def test_a_table_that_is_not_there_is_named(tmp_path):
         with pytest.raises(DataError, match=r"Run jobs/score\.py first"):
             command()
     assert not Path(table).exists()
+
+
+@pytest.mark.parametrize("words", [["--export", str(TUESDAY), "x.csv"], ["--user", "u1"]])
+def test_a_file_that_is_missing_is_named(table, tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    for file in Path(table).glob(f"date={TUESDAY}/*.parquet"):
+        file.unlink()
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    parser.set_defaults(conf=None, overrides=[f"storage.root={tmp_path}"])
+    with pytest.raises(DataError, match=r"topk is damaged, .*\.parquet.* --rollback"):
+        answer(parser.parse_args(words))
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["topk"]
