@@ -57,8 +57,9 @@ def answer(arguments: argparse.Namespace) -> str:
     try:
         return _answer(arguments, workspace, lists)
     except FileNotFoundError as error:
+        gone = str(error).splitlines()[0]
         raise DataError(
-            f"{lists} is damaged, a file that it names is missing: {str(error).splitlines()[0]}. Make the lists again with "
+            f"{lists} is damaged, a file that it names is missing: {gone}. Make the lists again with "
             f"jobs/score.py --force, or take an earlier version with --rollback (--versions has them)."
         ) from None
 
