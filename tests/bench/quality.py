@@ -43,12 +43,15 @@ def main() -> int:
             model = workspace.runs("deepfm")[-1]
             group = Path(scratch) / f"group-{seed}"
             found["recsys_dist"].append(run_workers(1, tested, group, config, features, model)[0])
-            theirs = peer.fuxictr(config, folder, quality=True, **THEIRS)["test"]
-            found["FuxiCTR"].append({"auc": theirs["AUC"], "logloss": theirs["logloss"]})
+            peers = peer.fuxictr(config, folder, quality=True, **THEIRS)["test"]
+            found["FuxiCTR"].append({"auc": peers["AUC"], "logloss": peers["logloss"]})
             print(json.dumps({name: of[-1] for name, of in found.items()}), flush=True)
     print(f"\n{'':<12}" + "".join(f"{name:<25}" for name in FIGURES))
     for name, of in found.items():
         print(f"{name:<12}" + "".join(f"{_range([one[figure] for one in of]):<25}" for figure in FIGURES))
+    for figure, sign in (("auc", 1), ("logloss", -1)):
+        ours, theirs = (sign * statistics.mean(one[figure] for one in of) for of in found.values())
+        print(f"{figure}: ours is {'at least as good' if ours >= theirs else 'worse: missed'}")
     (REPOSITORY / "bench-quality.json").write_text(json.dumps(found, indent=1) + "\n")
     return 0
 
