@@ -253,8 +253,8 @@ def catalogue(
 ) -> list[Plot]:
     """How much of the catalogue the lists show, and how much of it is popular."""
     k = max(config.evaluation.k)
-    every = [ours, *(name for name in metrics["models"] if name != ours)]
     drawn = [name for name in dict.fromkeys([ours, *CURVES]) if name in metrics["models"]][:3]
+    every = list(dict.fromkeys([*drawn, *metrics["models"]]))
     labels = tuple(model_label(name) for name in drawn)
     by_length = {name: coverage_by_length(of_model(lists, name, k), items.present, k) for name in every}
     covered = Plot(

@@ -11,17 +11,23 @@ import pyarrow.compute as pc
 
 from recsys_dist import config
 from recsys_dist.errors import DataError
-from recsys_dist.workspace import STAGES, Run
+from recsys_dist.workspace import Run
 
+LISTED = ("score.mode", "score.candidates", "score.most", "score.filter_seen")
+"""Settings that decide which lists an evaluation measures."""
+JUDGED = ("metric", "must_beat", "may_fall")
+"""Settings of the section evaluation that its verdict goes by."""
 LONGEST = 200
 """Characters of a setting that are shown."""
 
 
 def require_passed(evaluation: Run, settings: config.Config) -> None:
     """Raise a DataError where the models did not pass their evaluation, or it was one of other lists."""
-    measured = evaluation.manifest["key"].get("config", {})
-    for name in STAGES["evaluation"].sections:
-        if name in measured and measured[name] != settings.section(name):
+    made = evaluation.manifest["key"].get("config", {})
+    measured = {name: made[name] for name in LISTED if name in made}
+    measured |= {f"evaluation.{key}": made["evaluation"][key] for key in JUDGED if "evaluation" in made}
+    for name in measured:
+        if measured[name] != settings.section(name):
             raise DataError(
                 f"The evaluation {evaluation.run_id} was made with {name}={_short(measured[name])}, and "
                 f"{_short(settings.section(name))} is asked for, so it says nothing of these lists. Run "

@@ -74,11 +74,12 @@ def test_an_evaluation_of_other_lists_says_nothing_of_these(tmp_path):
     run = workspace.new("evaluation", workspace.key("evaluation", config, {}) | {"inputs": {}}, {})
     made = run.commit(config, {"verdict": {"passed": True, "text": ""}})
     require_passed(made, config)
-    require_passed(made, load(None, [f"storage.root={tmp_path}", "score.k=7", "score.rules.explore=1"]))
+    others = ["score.k=7", "score.rules.explore=1", "evaluation.bootstrap=700"]
+    require_passed(made, load(None, [f"storage.root={tmp_path}", *others]))
     for other, told in (
         ("score.mode=exhaustive", "score.mode=two_stage, and exhaustive is asked for"),
         ("score.candidates={fm: 9}", r"score.candidates=.* is asked for"),
-        ("evaluation.must_beat=null", "evaluation=.* is asked for"),
+        ("evaluation.must_beat=null", "evaluation.must_beat=popularity, and None is asked for"),
     ):
         with pytest.raises(DataError, match=f"{told}.* jobs/evaluate.py with the same settings"):
             require_passed(made, load(None, [f"storage.root={tmp_path}", other]))
