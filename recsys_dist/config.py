@@ -523,13 +523,16 @@ class Pair(Section):
 
     name: Name
     """Of the model's field."""
-    measure: Literal["next_items", "neighbors", "ease", "transitions", "als", "since", "days_since", "share"]
+    measure: Literal[
+        "next_items", "neighbors", "ease", "transitions", "als", "content", "since", "days_since", "share"
+    ]
     """next_items, neighbors: log(1 + the source's score / the mean weight of its table). ease, transitions
     (where recall.linear has them): the source's score / the mean size of a weight. als (with als.earlier):
-    the inner product of the user's and the item's factors, 0 where one has none. since: how recent
-    the last item is that next_items has the item after, 1 / (1 + number of later ones), 0 where there is
-    none; days_since: the same in time, 1 / (1 + days from it to the start of the list's day). share: the
-    share of the history's items that have the item's value of `attribute`, of several values the mean."""
+    the inner product of the user's and the item's factors, 0 where one has none. content: the source's
+    score, by the items' fields that the model has. since: how recent the last item is that next_items has
+    the item after, 1 / (1 + number of later ones), 0 where there is none; days_since: the same in time,
+    1 / (1 + days from it to the start of the list's day). share: the share of the history's items that have
+    the item's value of `attribute`, of several values the mean."""
     recency: float | None = Field(None, gt=0)
     """Not of als, since, days_since and share: an item of the history counts exp(-age / recency). Default:
     as in recall."""
@@ -1240,6 +1243,11 @@ class Config(Section):
                 f"{self.deepfm.fit_on} as deepfm.fit_on is, found {str(self.als.earlier).lower()} and "
                 f"{self.als.fit_on}"
             )
+        wrong += [
+            f"deepfm.pair {pair.name}: measure content needs a categorical field of side item"
+            for pair in pairs
+            if pair.measure == "content" and not attributes
+        ]
         if pairs and not self.recall.late:
             wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")
         kept = [field for field in self.fields if field.name not in self.deepfm.leave_out]

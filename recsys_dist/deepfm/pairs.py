@@ -1,4 +1,5 @@
-"""Pair fields: what a user's history says of an item, by the tables of a recall run, or ALS's factors.
+"""Pair fields: what a user's history says of an item, by the tables of a recall run, by ALS's factors, or by
+what the items are.
 
 Legend: B users, C items of each, I items (index 0 is unknown), H history positions, P pair fields, V values
 of an item, G values of an attribute, R rank.
@@ -14,6 +15,7 @@ from torch import Tensor
 from recsys_dist.config import LINEAR, SINCE, DeepFM, Recall
 from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError
+from recsys_dist.recall.content import ItemVectors
 from recsys_dist.recall.factors import FactorTables
 from recsys_dist.recall.related import RelatedItems, latest_of, recent_share
 from recsys_dist.schema import BEFORE_VALID, FACTORS_OF, LATE, UNKNOWN, FieldSpec
@@ -92,6 +94,12 @@ class Pairs:
         self.factors = None
         if any(field.of == "als" for field in fields):
             self.factors = factors or _factors(inputs["als"], knows, items, most)
+        self.vectors = None
+        if any(field.of == "content" for field in fields):
+            names = items.spec.attributes(self.settings.content, "recall.content")
+            if not names:
+                raise ConfigError("deepfm.pair: measure content needs a categorical field of side item")
+            self.vectors = ItemVectors([items.values(name) for name in names])
         self.values_IV = {
             field.attribute: items.values(field.attribute) for field in fields if field.attribute
         }
@@ -179,7 +187,7 @@ class Pairs:
                 return _log_ranks(scores_BC, scores_BI[:, 1:]).masked_fill_(
                     (torch.arange(self.n + 1) if items_BC is None else items_BC) == UNKNOWN, 0
                 )
-        if field.of in ("als", *SINCE):
+        if field.of in ("als", "content", *SINCE):
             return scores_BC
         scores_BC = scores_BC / self.tables[field.of].mean_weight
         # Scores of linear models are below 0 too.
@@ -190,6 +198,8 @@ class Pairs:
         number = items_BC.shape[1]
         if of == "als":
             return number * FEW < self.n
+        if of == "content":
+            return False
         return self.tables["next_items" if of in SINCE else of].few(number)
 
     def _scores(self, of: str, recency: float, users: _Asked, items_BC: Tensor | None) -> Tensor:
@@ -203,6 +213,9 @@ class Pairs:
             of_some = zip(users.factors.split(size), items_BC.split(size), strict=True)
             return torch.cat([(items_IR[items] @ own.unsqueeze(-1)).squeeze(-1) for own, items in of_some])
         history_BH, age_BH = users.history, users.age
+        if of == "content":
+            assert self.vectors is not None
+            return self.vectors.scores(history_BH, recent_share(age_BH, recency))
         since = of in SINCE
         table = self.tables["next_items" if since else of]
         if since:

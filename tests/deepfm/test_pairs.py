@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -96,6 +97,43 @@ def test_days_since_an_item_after_which_this_one_comes(night, items):
     zero = [0.0] * 5
     torch.testing.assert_close(found.T, torch.tensor([three, four, zero, zero]))
     torch.testing.assert_close(pairs.of_all(users)[:, 3:6, 0].T, torch.tensor([three, four, zero]))
+
+
+def test_content_is_the_cosine_with_what_was_liked(night, items):
+    config, features, _ = night
+    asked = [{"name": n, "measure": "content", "recency": 2, "rank": n == "place"} for n in ("like", "place")]
+    pairs = Pairs(pair_specs(Settings(pair=asked)), items, {"recall": small_recall(config, features)})
+    users = users_with([1, 2], [], [6])
+    every = pairs.of_all(users)
+    # Each item has its group as genre, every third one more; and its other categorical fields.
+    names = items.spec.attributes(None, "recall.content")
+    assert "genres" in names
+    having = Counter()
+    own = []
+    for item in range(len(items) + 1):
+        found = {
+            (name, int(value)) for name in names for value in items.values(name)[item].flatten() if value
+        }
+        own.append(found)
+        having.update(found)
+    weight = {value: math.log((1 + len(items)) / (1 + n)) for value, n in having.items()}
+    norm = [math.sqrt(sum(weight[value] ** 2 for value in of)) or 1.0 for of in own]
+    for row, history in enumerate(users["recent"].to_pylist()):
+        expected = [
+            sum(
+                math.exp(-(len(history) - 1 - place) / 2)
+                * sum(weight[value] ** 2 for value in own[item] & own[liked])
+                / (norm[item] * norm[liked])
+                for place, liked in enumerate(history)
+            )
+            for item in range(len(items) + 1)
+        ]
+        expected[0] = 0.0
+        torch.testing.assert_close(every[row, :, 0], torch.tensor(expected), rtol=1e-5, atol=1e-6)
+    assert every[2, 6, 0].item() == pytest.approx(1)
+    assert every[2, 6, 1] == 0, "log of the first place"
+    some = torch.tensor([[3, 0, 9]]).expand(3, -1)
+    assert torch.equal(pairs.of(users, some), every[:, [3, 0, 9]])
 
 
 def test_scores_of_linear_models_keep_their_sign(night, items):
