@@ -448,9 +448,7 @@ def _print_progress(folder: Path, stop: threading.Event, tracking: Tracking) -> 
 
 def _now_text(line: Mapping[str, Any], history: Sequence[Mapping[str, Any]]) -> str:
     """A line between two of the history, with what was measured last."""
-    measured = [
-        f"{title} {of[name]:.4f}" for of in history[-1:] for name, title in MEASURED.items() if name in of
-    ]
+    measured = _measured(history[-1]) if history else []
     before = f"  ({measured[0]} before)" if measured else ""
     return (
         f"     in {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
@@ -463,13 +461,18 @@ def _evaluation_text(line: Mapping[str, Any]) -> str:
     rates = f"{line['examples_per_s']:>7,} examples/s"
     if line["pairs_per_s"] > line["examples_per_s"]:
         rates += f"  {line['pairs_per_s']:>9,} pairs/s"
-    measured = [f"{title} {line[name]:.4f}" for name, title in MEASURED.items() if name in line]
+    measured = _measured(line)
     if measured:
         measured[0] = f"  valid {measured[0]}{' *' if line['best'] else ''}"
     return (
         f"  epoch {line['epoch']:>3}  step {line['step']:>7,}  loss {line['loss']:.4f}  "
         f"{rates}{'  '.join(measured)}  left {_duration(line['seconds_left'])}"
     )
+
+
+def _measured(line: Mapping[str, Any]) -> list[str]:
+    """What a line of the history has of the valid part."""
+    return [f"{title} {line[name]:.4f}" for name, title in MEASURED.items() if name in line]
 
 
 def _duration(seconds: int) -> str:

@@ -171,8 +171,8 @@ class State:
         """
         told = {}
         for when, of in self._told():
-            of_item = "index" if of == "item" else f"`attribute:{of}`"
-            value = F.when(matches(when), F.col("micros" if of == MOMENT else of_item))
+            column = {"item": "index", MOMENT: "micros"}.get(of, f"`attribute:{of}`")
+            value = F.when(matches(when), F.col(column))
             told[_array(when, of)] = value
             if not self.in_time:
                 told |= {

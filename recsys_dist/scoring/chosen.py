@@ -3,6 +3,7 @@ items of its rules.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,9 +92,12 @@ def told(chosen: Chosen) -> str:
     line = f"score: {chosen.users.num_rows} users of {chosen.path}; the others' lists stay as they are"
     if not chosen.unknown:
         return line
-    more = ", ..." if len(chosen.unknown) > SHOWN else ""
-    shown = ", ".join(chosen.unknown[:SHOWN])
-    return f"{line}\nscore: {len(chosen.unknown)} ids of {chosen.path} are not known: {shown}{more}"
+    return f"{line}\nscore: {len(chosen.unknown)} ids of {chosen.path} are not known: {few(chosen.unknown)}"
+
+
+def few(ids: Sequence[str]) -> str:
+    """The first of some ids, for people."""
+    return ", ".join(ids[:SHOWN]) + (", ..." if len(ids) > SHOWN else "")
 
 
 def unchanged(figures: dict[str, Any]) -> bool:

@@ -18,12 +18,9 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.recall.inner_product import Lists
 from recsys_dist.schema import UNKNOWN
-from recsys_dist.scoring.chosen import read_ids
+from recsys_dist.scoring.chosen import few, read_ids
 from recsys_dist.scoring.scorers import TwoStage, taken
 from recsys_dist.scoring.users import Users
-
-SHOWN = 3
-"""Ids that are named where many are wrong."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +145,7 @@ class Rules:
                 open_BC &= ~flat.view(values_BCV[name].shape).any(2)
             draws_B = place >= first_B
             worth_BC = (1 - rules.diversity) * unit_BC - rules.diversity * likeness_BC
-            odds_BC = torch.ones_like(worth_BC)
+            odds_BC = torch.ones(()).expand_as(worth_BC)
             if draws_B.any():
                 logits_BC = weight_BC.masked_fill(~open_BC, -torch.inf)
                 worth_BC = torch.where(draws_B[:, None], logits_BC + gumbel_BC, worth_BC)
@@ -201,7 +198,7 @@ def _indices(items: Items, key: str, path: str) -> tuple[Tensor, dict[str, Any]]
     ids = items.table["item_id"].to_pylist()
     named = np.array([False, *(item in wanted for item in ids)])
     unknown = sorted(wanted - set(ids))
-    some = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")
+    some = few(unknown)
     if (wanted or key == "allow") and not named.any():
         raise DataError(
             f"score.rules.{key}={path}: none of its {len(wanted)} ids ({some}) is an item's. Ids are those "
