@@ -37,7 +37,7 @@ from recsys_dist.deepfm.reports import (
     write_text,
 )
 from recsys_dist.deepfm.sharding import shard
-from recsys_dist.deepfm.start_from import take_over
+from recsys_dist.deepfm.start_from import take_over, told
 from recsys_dist.deepfm.steps import Steps, has_bfloat16
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
@@ -101,13 +101,15 @@ def train(task: Task, device: torch.device) -> Progress:
     optimizers = Optimizers(sharded, settings)
     checkpoints = Checkpoints(task.folder, attempt, settings.checkpoints_kept, device)
     progress = checkpoints.load(sharded, optimizers, whole) if whole else Progress()
+    remarks = [*refused]
     if task.start_from and not whole:
-        take_over(sharded.state_dict(), spec, task.start_from, optimizers.of_tables())
+        state = sharded.state_dict()
+        taken = take_over(state, spec, task.start_from, optimizers.of_tables())
+        remarks.append(told(taken, state, task.start_from))
     last = (task.epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples, last)
     log.write(DATA, {"told": [examples.told(), *([valid.told] if valid else [])]})
     log.write(PLAN, plan)
-    remarks = [*refused]
     if settings.precision == "bfloat16" and not has_bfloat16(device):
         remarks.append("deepfm.precision=bfloat16 is not to be had on this processor: float32 instead")
     log.write(RESUMED, {"attempt": attempt, "step": progress.step, "workers": world_size, "remarks": remarks})

@@ -6,7 +6,7 @@ optimizer starts anew.
 """
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -128,6 +128,25 @@ def take_over(
             for key, found in tensors.items():
                 _copy_rows(found, len(found), wanted[name][key])
     return taken
+
+
+def told(taken: Sequence[str], state: Mapping[str, Any], run: Run) -> str:
+    """What of a model begins with another's values, and what as the seed says, in a line.
+
+    Args:
+        taken: of `take_over`.
+        state: likewise.
+        run: likewise.
+    """
+    anew = dict.fromkeys(_part(name) for name in state if name not in taken)
+    rest = f"as the seed says: {', '.join(anew)}" if anew else "all of it"
+    return f"starts from {run.uri}: {len(taken)} of {len(state)} tensors; {rest}"
+
+
+def _part(name: str) -> str:
+    """The table, or the part of the model, that a tensor of a state_dict is of."""
+    module, *others = name.split(".")
+    return others[-2] if "embedding_bags" in others else module
 
 
 def _copy_rows(theirs: Any, rows: int, mine: Any) -> None:

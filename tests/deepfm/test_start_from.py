@@ -12,7 +12,7 @@ from recsys_dist.deepfm import train
 from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, initial_rows, used_fields
 from recsys_dist.deepfm.published import publish
-from recsys_dist.deepfm.start_from import earlier_head, earlier_run, take_over
+from recsys_dist.deepfm.start_from import earlier_head, earlier_run, take_over, told
 from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import run_workers, started_from, train_in
@@ -93,6 +93,9 @@ def test_deepfm_takes_over_a_trained_fm(config, features, trained_fm):
         expected = theirs[name] if name in theirs else start[name]
         assert torch.equal(tensor, expected), name
         assert name in theirs or "hidden" in name or "layers" in name
+    line = told(taken, model.state_dict(), run)
+    assert line.startswith(f"starts from {run.uri}: {len(taken)} of {len(start)} tensors; as the seed says: ")
+    assert set(line.partition("says: ")[2].split(", ")) == {"user_hidden", "item_hidden", "layers"}
 
 
 def test_last_nights_model_with_a_grown_vocabulary(config, features):
