@@ -682,8 +682,9 @@ class DeepFM(Section):
     """Field to how its table is split, where TorchRec's planner is not to decide: by rows over all workers,
     whole on one, whole on every one; with GPUs also by rows over those of one node."""
     num_workers: int | tuple[int, int] = 2
-    """Ray Train workers: processes on CPU, one a GPU where there are GPUs. A pair [least, most]: as many as
-    the cluster has room for, fewer after it has lost a node, more after it has got one."""
+    """Ray Train workers: processes on CPU; where there are GPUs one each, and no more than there are. A pair
+    [least, most]: as many as the cluster has room for, fewer after it has lost a node, more after it has got
+    one."""
     resize_seconds: float = Field(60.0, ge=0)
     """Between two looks for room for more workers, where num_workers is a pair; to take them up costs the
     steps since the last checkpoint."""

@@ -23,6 +23,7 @@ from recsys_dist.workspace import (
     OpenRun,
     Run,
     Workspace,
+    differences,
     here,
     tidy,
 )
@@ -101,6 +102,9 @@ def run_module(module: str, task: str) -> "subprocess.CompletedProcess[bytes]":
     return subprocess.run(line, check=False, env=environment, input=task.encode(), stdout=subprocess.PIPE)
 
 
+NAMED = 5
+"""Differences that a line names."""
+
 Make = Callable[[Config, OpenRun], dict[str, Any]]
 
 
@@ -176,10 +180,10 @@ def _run_stage(
     check(config, inputs)
     begun = None
     if left_behind and not arguments.force:
-        begun = workspace.unfinished(stage, key, inputs)
+        begun = _begun(workspace, stage, key, inputs, left_behind)
     with contextlib.ExitStack() as held:
         run = None
-        if begun and left_behind and left_behind(begun):
+        if begun:
             with contextlib.suppress(RetryableError):  # another process makes it: this one makes its own
                 held.enter_context(own(begun))
                 run = begun
@@ -191,6 +195,30 @@ def _run_stage(
             if left_behind:
                 held.enter_context(own(run))
         _commit(stage, config, run, make)
+
+
+def _begun(
+    workspace: Workspace,
+    stage: str,
+    key: dict[str, Any],
+    inputs: dict[str, Run],
+    left_behind: Callable[[OpenRun], bool],
+) -> OpenRun | None:
+    """The run to go on with, if any; of one that cannot be gone on with it is said why."""
+    others = []
+    for run in workspace.unfinished(stage, inputs):
+        changed = differences(run.key, key)
+        if not changed and left_behind(run):
+            return run
+        if changed and left_behind(run):
+            others.append((run, changed))
+    for run, changed in others[:1]:
+        print(
+            f"{stage}: begins anew: {run.uri}, which was not finished, was made with other "
+            f"{', '.join(changed[:NAMED])}{', ...' if len(changed) > NAMED else ''}",
+            flush=True,
+        )
+    return None
 
 
 def _commit(stage: str, config: Config, run: OpenRun, make: Make) -> None:

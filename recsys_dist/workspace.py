@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +49,17 @@ class Stage:
     """Stages that it reads as well where the model has pair fields (deepfm.pair)."""
     factors_read: tuple[str, ...] = ()
     """And where some of these are of measure als."""
+    indifferent: tuple[str, ...] = ()
+    """Keys of its sections that decide how a run is made, not what it holds, but for rounding and dropout."""
 
+
+_HOW_TRAINED = tuple(
+    f"deepfm.{key}"
+    for key in (
+        *("num_workers", "sharding", "resize_seconds", "max_failures", "cache_megabytes"),
+        *("checkpoint_every_steps", "checkpoint_every_minutes", "checkpoints_kept"),
+    )
+)
 
 STAGES = {
     "features": Stage("featurize.py", (), ("seed", "data", "label", "split", "fields", "score.date")),
@@ -64,6 +75,7 @@ STAGES = {
         ("seed", "deepfm", "score.filter_seen"),
         pairs_read=("recall",),
         factors_read=("als",),
+        indifferent=_HOW_TRAINED,
     ),
     "evaluation": Stage(
         "evaluate.py",
@@ -81,6 +93,7 @@ EXPERIMENTS = {
             *("seed", "deepfm", "score.filter_seen"),
             *("tune.space", "tune.trials", "tune.grace_epochs", "tune.reduction_factor"),
         ),
+        indifferent=_HOW_TRAINED,
     )
 }
 """No part of a night. Their runs live under `tune.root`, and none is read by a later stage."""
@@ -377,9 +390,14 @@ class Workspace:
 
     def key(self, stage: str, config: Config, inputs: dict[str, Run]) -> dict[str, Any]:
         """All that a run's content depends on. Two runs with equal keys are interchangeable."""
+        made = (STAGES | EXPERIMENTS)[stage]
+        settings = {path: config.section(path) for path in made.sections}
+        for path in made.indifferent:
+            section, _, name = path.rpartition(".")
+            del settings[section][name]
         return {
             "inputs": {name: run.run_id for name, run in inputs.items()} if inputs else _raw_files(config),
-            "config": {path: config.section(path) for path in (STAGES | EXPERIMENTS)[stage].sections},
+            "config": settings,
             "code": code_version(),
         }
 
@@ -388,28 +406,31 @@ class Workspace:
         key = json.loads(json.dumps(key))
         return next((run for run in reversed(self.runs(stage)) if run.manifest["key"] == key), None)
 
-    def unfinished(self, stage: str, key: dict[str, Any], inputs: dict[str, Run]) -> OpenRun | None:
-        """The newest run of this key that was begun and not committed, to be gone on with.
+    def unfinished(self, stage: str, inputs: dict[str, Run]) -> Iterator[OpenRun]:
+        """The runs that were begun and not committed, of any key, newest first.
 
-        None where what it ended with would happen again, or where a committed run is newer, unless those are
-        experiments.
+        Without those for which what they ended with would happen again, and without those that are older than
+        a committed run, which the next stage would read, unless these are experiments.
+
+        Args:
+            stage: whose runs they are.
+            inputs: what a run of the right key would go on with.
         """
-        key = json.loads(json.dumps(key))
         selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
         folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
         for folder in reversed(folders):
             if self._json(f"{folder}/{MANIFEST}") is not None:
                 if stage in EXPERIMENTS:
                     continue
-                return None  # the next stage would read this newer one
+                return
             error = self._json(f"{folder}/error.json") or {}
             again = error.get("exit_code") in (ConfigError.exit_code, DataError.exit_code)
-            if again or self._json(f"{folder}/key.json") != key:
+            key = self._json(f"{folder}/key.json")
+            if again or not key:
                 continue
             run_id = folder.rpartition("/")[2]
             started = dt.datetime.strptime(run_id.rpartition("-")[0], RUN_ID).replace(tzinfo=dt.UTC)
-            return OpenRun(self, stage, run_id, inputs, key, started)
-        return None
+            yield OpenRun(self, stage, run_id, inputs, key, started)
 
     def read_json(self, name: str) -> Any:
         """A JSON file in the root folder; None where there is none."""
@@ -444,6 +465,22 @@ class Workspace:
                 f"--set {self.setting}=PATH"
             ) from None
         return run
+
+
+def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of what two keys of a stage's runs do not have in common, such as `deepfm.epochs`."""
+
+    def leaves(value: Any, name: str = "") -> dict[str, Any]:
+        if not isinstance(value, dict):
+            return {name: value}
+        found = {"": value} if not value else {}
+        for key, inner in value.items():
+            found |= leaves(inner, f"{name}.{key}" if name else key)
+        return found
+
+    first, second = (leaves(json.loads(json.dumps(key))) for key in (one, other))
+    names = [name for name in first | second if first.get(name) != second.get(name)]
+    return [name.removeprefix("config.") for name in names]
 
 
 @functools.cache

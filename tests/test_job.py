@@ -29,9 +29,10 @@ def make(config, run):
     return {"times": len((run.training / "begun").read_text())}
 
 
-def start(workspace, **how):
+def start(workspace, settings=(), **how):
     """Make a run of the stage; the exit code."""
-    arguments = argparse.Namespace(conf=None, overrides=[f"storage.root={workspace.uri}"], force=False)
+    overrides = [f"storage.root={workspace.uri}", *settings]
+    arguments = argparse.Namespace(conf=None, overrides=overrides, force=False)
     return job.run_stage("deepfm", arguments, make, left_behind=lambda run: run.training.exists(), **how)
 
 
@@ -67,6 +68,27 @@ def test_what_a_run_is_gone_on_from_stays_until_the_commit_and_no_longer(workspa
     assert start(workspace) == 0
     assert capsys.readouterr().out == f"deepfm: done before, {run.uri}\n"
     assert {path.name for path in Path(run.path).iterdir()} == {"key.json", "model.json", "manifest.json"}
+
+
+def test_what_cannot_be_gone_on_with_is_told_and_why(workspace, capsys):
+    """Of settings that decide only how it is made, any value goes on."""
+    killed_at(OpenRun, "commit", workspace)
+    (left,) = Path(workspace.uri, "deepfm").iterdir()
+    same = [
+        "deepfm.num_workers=[1, 3]",
+        "deepfm.checkpoint_every_minutes=2",
+        "deepfm.sharding={item: row_wise}",
+    ]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(OpenRun, "commit", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            start(workspace, same)
+    assert f"deepfm: goes on with {left}\n" in capsys.readouterr().out
+    assert start(workspace, ["deepfm.epochs=3", "seed=7"]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"deepfm: begins anew: {left}, which was not finished, was made with other seed, deepfm.epochs\n"
+    )
+    assert len(workspace.runs("deepfm")) == 1
 
 
 def test_a_run_is_made_by_one_process_at_a_time(workspace, capsys):

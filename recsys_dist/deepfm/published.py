@@ -62,14 +62,24 @@ class Description(NamedTuple):
 
 
 def description(run: Run) -> Description:
-    """The description of the published model of a deepfm run."""
-    found: dict[str, Any] = run.json("model/model.json")
-    return Description(
-        run.uri,
-        config.DeepFM.model_validate(found["settings"]),
-        tuple(FieldSpec.model_validate(field) for field in found["fields"]),
-        {name: VocabularySpec.model_validate(of) for name, of in found["vocabularies"].items()},
-    )
+    """The description of the published model of a deepfm run.
+
+    Raises:
+        DataError: the file is not there, or not such a one.
+    """
+    try:
+        found: dict[str, Any] = run.json("model/model.json")
+        return Description(
+            run.uri,
+            config.DeepFM.model_validate(found["settings"]),
+            tuple(FieldSpec.model_validate(field) for field in found["fields"]),
+            {name: VocabularySpec.model_validate(of) for name, of in found["vocabularies"].items()},
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{run.uri}/model/model.json cannot be read, or is of another version: {error}. Restore it or "
+            f"train again with --force."
+        ) from None
 
 
 class Weights:

@@ -4,12 +4,13 @@ Worker 0 writes `data.json`, what is learned from and measured with; `plan.json`
 `history.jsonl`, a line an evaluation; `now.json`, where it stands between evaluations; `workers.json`, host
 and process of each; `attempt`, the number of this start of the workers; `resumed.json`, from which step it
 goes on, on how many workers, and remarks, such as which checkpoints were refused. Any worker writes
-`refused.json`, what it found wrong with settings or data. Nothing here needs torch.
+`refused.jsonl`, what it found wrong with settings or data. Nothing here needs torch.
 """
 
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ from typing import Any
 from recsys_dist.errors import DataError, RecsysError, named
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
-DATA, RESUMED, REFUSED = "data.json", "resumed.json", "refused.json"
+DATA, RESUMED, REFUSED = "data.json", "resumed.json", "refused.jsonl"
+AGREED_SECONDS = 3
+"""In which all workers find what all can."""
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -66,12 +69,31 @@ def best(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def refusing(folder: Path) -> Iterator[None]:
-    """Write down what is found wrong with settings or data: that is no failure, and no second try helps."""
+def refusing(folder: Path, worker: int = 0, workers: int = 1) -> Iterator[None]:
+    """Write down what is found wrong with settings or data: that is no failure, and no second try helps.
+
+    Workers that have not found it wait in vain for one that has. So where not all do, it fails after all,
+    which ends the others; those that are started in their place see what is written (`refused`).
+
+    Args:
+        folder: of the training.
+        worker: which of them this is, from 0.
+        workers: how many there are.
+
+    Raises:
+        RecsysError: what was found, where others have not found it.
+    """
     try:
         yield
     except RecsysError as error:
-        write_json(folder / REFUSED, {"class": type(error).__name__, "error": str(error)})
+        told = {"worker": worker, "class": type(error).__name__, "error": str(error)}
+        with (folder / REFUSED).open("a") as file:
+            file.write(f"{json.dumps(told)}\n")
+        until = time.monotonic() + AGREED_SECONDS
+        while len({line["worker"] for line in lines(folder / REFUSED)}) < workers:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
 
 
 def refused(folder: Path) -> RecsysError | None:

@@ -42,6 +42,13 @@ def make_plan(
         ConfigError: the tables do not fit into the memory.
     """
     settings, world_size = model.settings, process_group.size()
+    offered = Sharder().sharding_types(device.type)
+    strange = {name: kind for name, kind in settings.sharding.items() if kind not in offered}
+    if strange:
+        raise ConfigError(
+            f"deepfm.sharding={strange} is for GPUs, and the workers compute on processors: "
+            f"{', '.join(OFFERED)} are for these."
+        )
     constraints = {}
     beside = settings.negatives / (settings.batch_size if settings.negatives_shared else 1)
     for name, field in ((field.name, field) for field in model.spec.fields if field.type in INDEXED):

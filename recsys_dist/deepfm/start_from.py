@@ -28,6 +28,8 @@ from recsys_dist.schema import FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run, Workspace
 
 CHECKPOINT = "checkpoint"
+BAGS = ".embedding_bags."
+"""In the name of every table."""
 
 
 def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec) -> Run | None:
@@ -103,30 +105,36 @@ def take_over(
     # Tensors over all fields of a side mean the same only where the fields do.
     own, others = ([field for field in of if field.side != "pair"] for of in (spec.fields, fields.values()))
     same_fields = [field.name for field in own] == [field.name for field in others]
-    numbers, their_numbers = (
-        [(f.name, f.type, f.cardinality) for f in of if f.type not in INDEXED] for of in (own, others)
-    )
-    taken = []
+    taken, tables = [], {}
     with _local(run) as folder, safetensors.safe_open(f"{folder}/{WEIGHTS}", "pt") as weights:
-        for name in sorted(set(state) & set(weights.keys())):
-            mine, theirs = state[name], weights.get_slice(name)
+        # Which collection has a table depends on how its field is pooled.
+        known = {_part(name) if BAGS in name else name: name for name in set(weights.keys())}
+        for name in sorted(state):
+            found = known.get(_part(name) if BAGS in name else name)
+            if found is None:
+                continue
+            mine, theirs = state[name], weights.get_slice(found)
             shape = tuple(theirs.get_shape())
-            if ".embedding_bags." in name:
-                field = name.split(".")[-2].removeprefix("table_")
+            if BAGS in name:
+                field = _part(name).removeprefix("table_")
                 if not _means_the_same(spec.field(field), fields[field]):
                     continue
                 _copy_rows(theirs, shape[0], mine)
-            elif tuple(mine.shape) == shape and (
-                numbers == their_numbers if name.endswith("_values") else same_fields
-            ):
-                mine.copy_(theirs[...] if shape else weights.get_tensor(name))
+                tables[name] = found
+            elif name.endswith("_values"):
+                side = ("user", "context") if name.startswith("user") else ("item",)
+                before, after = ([field for field in of if field.side in side] for of in (others, own))
+                if not _copy_numbers(theirs[...], before, mine, after):
+                    continue
+            elif same_fields and tuple(mine.shape) == shape:
+                mine.copy_(theirs[...] if shape else weights.get_tensor(found))
             else:
                 continue
             taken.append(name)
-        wanted = {name: fused[name] for name in taken if fused and name in fused}
+        wanted = {tables[name]: fused[name] for name in tables if fused and name in fused}
         for name, tensors in _optimizer_state(f"{folder}/{CHECKPOINT}", wanted).items():
-            for key, found in tensors.items():
-                _copy_rows(found, len(found), wanted[name][key])
+            for key, found_state in tensors.items():
+                _copy_rows(found_state, len(found_state), wanted[name][key])
     return taken
 
 
@@ -145,8 +153,28 @@ def told(taken: Sequence[str], state: Mapping[str, Any], run: Run) -> str:
 
 def _part(name: str) -> str:
     """The table, or the part of the model, that a tensor of a state_dict is of."""
-    module, *others = name.split(".")
-    return others[-2] if "embedding_bags" in others else module
+    return name.split(".")[-2 if BAGS in name else 0]
+
+
+def _copy_numbers(
+    theirs: torch.Tensor, before: Sequence[FieldSpec], mine: torch.Tensor, after: Sequence[FieldSpec]
+) -> bool:
+    """Copy what value and vector fields of a side have in common; is there any?"""
+    places, start = {}, 0
+    for field in before:
+        if field.type not in INDEXED:
+            places[field.name] = field, start
+            start += field.cardinality
+    start, some = 0, False
+    for field in after:
+        if field.type in INDEXED:
+            continue
+        if field.name in places and _means_the_same(field, places[field.name][0]):
+            known, place = places[field.name]
+            mine[start : start + known.cardinality].copy_(theirs[place : place + known.cardinality])
+            some = True
+        start += field.cardinality
+    return some
 
 
 def _copy_rows(theirs: Any, rows: int, mine: Any) -> None:
@@ -175,9 +203,15 @@ def _optimizer_state(
 
 
 def _means_the_same(own: FieldSpec, theirs: FieldSpec) -> bool:
-    """Is an index of `theirs` the same thing in `own`? A vocabulary may have grown; nothing else may."""
+    """Is an index, or a number, of `theirs` the same thing in `own`? A vocabulary may have grown, and what is
+    fitted each night may be another; nothing else may.
+    """
+    kinds = [
+        (f.kind, f.type, f.vocab, f.hashed, f.part, f.wave, f.log, f.indicator_of) for f in (own, theirs)
+    ]
+    made = [None if f.kind == "history" else (f.of, f.when, f.days) for f in (own, theirs)]
     grown = own.vocab is not None and own.cardinality > theirs.cardinality
-    return own.vocab == theirs.vocab and (grown or own.cardinality == theirs.cardinality)
+    return kinds[0] == kinds[1] and made[0] == made[1] and (grown or own.cardinality == theirs.cardinality)
 
 
 @contextmanager

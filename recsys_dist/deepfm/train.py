@@ -253,7 +253,7 @@ def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -
 def _learn_head(config: Config, task: dict[str, Any], folder: Path) -> None:
     """Write HEAD and LEARNED into a folder, in one Ray worker."""
     worker = ray.remote(_head_worker).options(
-        num_gpus=int(_on_gpus(config)), max_retries=config.deepfm.max_failures
+        num_gpus=min(1, gpus_of_cluster()), max_retries=config.deepfm.max_failures
     )
     try:
         ray.get(worker.remote(task, folder))
@@ -287,12 +287,12 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     # Of a driver that died.
     shutil.rmtree(folder / RAY, ignore_errors=True)
     (folder / REFUSED).unlink(missing_ok=True)
-    gpus, found = _on_gpus(config), int(ray.cluster_resources().get("GPU", 0))
-    least = config.deepfm.workers[0]
-    if found and not gpus:
+    gpus = gpus_of_cluster()
+    workers = on_gpus(config.deepfm.num_workers, gpus) if gpus else config.deepfm.num_workers
+    if workers != config.deepfm.num_workers:
         print(
-            f"  the cluster has {found} of the {least} GPUs that deepfm.num_workers asks for: training on "
-            f"processors. To train on GPUs: --set deepfm.num_workers={found}",
+            f"  {workers} of the {config.deepfm.workers[0]} workers of deepfm.num_workers: each has a GPU, "
+            f"and the cluster no more",
             flush=True,
         )
     stop = threading.Event()
@@ -302,8 +302,8 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
         train_loop_config=task | {"folder": folder},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.deepfm.num_workers,
-            use_gpu=gpus,
+            num_workers=workers,
+            use_gpu=bool(gpus),
             elastic_resize_monitor_interval_s=config.deepfm.resize_seconds,
         ),
         run_config=RunConfig(
@@ -329,9 +329,21 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     _require_accepted(folder)
 
 
-def _on_gpus(config: Config) -> bool:
-    """Has the cluster a GPU for each worker?"""
-    return int(ray.cluster_resources().get("GPU", 0)) >= config.deepfm.workers[0]
+def gpus_of_cluster() -> int:
+    """How many GPUs Ray has."""
+    return int(ray.cluster_resources().get("GPU", 0))
+
+
+def on_gpus(workers: int | tuple[int, int], gpus: int) -> int | tuple[int, int]:
+    """How many workers there are where each has one of so many GPUs.
+
+    Args:
+        workers: as in `deepfm.num_workers`.
+        gpus: of the cluster, 1 or more.
+    """
+    if isinstance(workers, int):
+        return min(workers, gpus)
+    return gpus if gpus < workers[0] else workers
 
 
 def _require_accepted(folder: Path) -> None:
@@ -357,10 +369,13 @@ def _worker(task: dict[str, Any]) -> None:
     from recsys_dist.deepfm.loop import Task, train
 
     device = ray.train.torch.get_device()
-    on_this_node = ray.train.get_context().get_local_world_size()
+    context, folder = ray.train.get_context(), task["folder"]
+    on_this_node = context.get_local_world_size()
     if device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // on_this_node))
-    with refusing(task["folder"]):
+    if refused(folder):
+        return  # those before have found it
+    with refusing(folder, context.get_world_rank(), context.get_world_size()):
         train(Task(**task), device)
 
 

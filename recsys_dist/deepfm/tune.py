@@ -260,9 +260,11 @@ def _run(search: _Search, config: Config) -> None:
         for line in lines(search.place(number) / HISTORY):
             scheduler.on_trial_result(None, trial, line)
         scheduler.on_trial_remove(None, trial)
-    together = min(settings.concurrent, len(search.points))
-    gpus = ray.cluster_resources().get("GPU", 0) >= together
-    resources = {"cpu": _cores(together), "gpu": int(gpus)}
+    together, gpus = min(settings.concurrent, len(search.points)), train.gpus_of_cluster()
+    if 0 < gpus < together:
+        together = gpus
+        print(f"  {gpus} at a time: each trial has a GPU, and the cluster no more", flush=True)
+    resources = {"cpu": _cores(together), "gpu": min(1, gpus)}
     trainable = tune.with_parameters(_trial, tasks=search.tasks, resources=resources)
     tune.Tuner(
         tune.with_resources(trainable, resources),

@@ -27,15 +27,20 @@ def with_settings(config, **settings):
     return config.model_copy(update={"deepfm": config.deepfm.model_copy(update=settings)})
 
 
-@pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "data_parallel"])
+@pytest.mark.parametrize("sharding", ["row_wise", "table_wise", "data_parallel", "table_row_wise"])
 @pytest.mark.parametrize("optimizer", ["rowwise_adagrad", "adagrad"])
 def test_a_step_equals_the_processors(config, features, sharding, optimizer):
-    chosen = dict.fromkeys(("user", "item", "recent", "genres"), sharding)
-    config = with_settings(config, sharding=chosen, table_optimizer=optimizer)
-    cpu, gpu = (alone(backend, one_step, config, features) for backend in ("gloo", "nccl"))
-    assert {row["table"]: row["sharding"] for row in gpu["plan"]} == {
-        row["table"]: row["sharding"] for row in cpu["plan"]
-    }
+    def at(kind):
+        kinds = dict.fromkeys(("user", "item", "recent", "genres"), kind)
+        return with_settings(config, sharding=kinds, table_optimizer=optimizer)
+
+    on_processors = "row_wise" if sharding == "table_row_wise" else sharding
+    cpu = alone("gloo", one_step, at(on_processors), features)
+    gpu = alone("nccl", one_step, at(sharding), features)
+    plans = [{row["table"]: row["sharding"] for row in of["plan"]} for of in (cpu, gpu)]
+    assert plans[0]["table_user"] == on_processors
+    assert plans[1]["table_user"] == sharding
+    assert plans[0].keys() == plans[1].keys()
     for part in ("start", "gradients", "after", "buffers"):
         torch.testing.assert_close(gpu[part], cpu[part], rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(gpu["logits"], cpu["logits"], rtol=1e-4, atol=1e-5)

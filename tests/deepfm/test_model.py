@@ -282,3 +282,8 @@ def test_a_damaged_model_is_refused(published, features, tmp_path):
         (tmp_path / "model" / path.name).write_bytes(kept)
     with pytest.raises(DataError, match="cannot be read"):
         load(damaged, features.spec())
+    told = tmp_path / "model/model.json"
+    for text in ("{", "{}", None):
+        told.write_text(text) if text else told.unlink()
+        with pytest.raises(DataError, match=r"model/model\.json cannot be read, or is of another version"):
+            load(damaged, features.spec())

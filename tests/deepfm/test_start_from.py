@@ -98,6 +98,53 @@ def test_deepfm_takes_over_a_trained_fm(config, features, trained_fm):
     assert set(line.partition("says: ")[2].split(", ")) == {"user_hidden", "item_hidden", "layers"}
 
 
+@pytest.mark.parametrize("kind", [{"recency": {"recent": 3.0}}, {"attention": {"recent": 3.0}}])
+def test_a_history_that_is_weighted_from_now_on_keeps_its_rows(config, features, trained_fm, kind, tmp_path):
+    """Its table is of another collection then; what its optimizer has added up comes along."""
+    run, theirs = trained_fm
+    config = with_settings(config, **kind)
+    own = "user_sequences.embedding_bags.table_recent.weight"
+    old = "user_tables.embedding_bags.table_recent.weight"
+    (answer,) = run_workers(1, started_from, tmp_path, config, features, run)
+    assert old in theirs
+    assert torch.equal(answer["weights"][own], theirs[old])
+    state = {"fused": {"state": {old: {"table_recent.momentum1": torch.empty(len(theirs[old]))}}}}
+    read_into(state, f"{run.path}/checkpoint")
+    ((start, found),) = answer["fused"][own]
+    assert start == 0
+    assert found.any()
+    assert torch.equal(found, state["fused"]["state"][old]["table_recent.momentum1"])
+
+
+def test_numbers_keep_what_they_mean_and_nothing_else(config, features):
+    """A vector's vocabulary has grown, and another number is made in another way."""
+    run, theirs = published(config, features)
+    spec = features.spec()
+    vector, value = (next(f for f in spec.side("user") if f.type == kind) for kind in ("vector", "value"))
+    changes = {vector.name: {"cardinality": vector.cardinality + NEW}, value.name: {"log": not value.log}}
+    fields = tuple(field.model_copy(update=changes.get(field.name, {})) for field in spec.fields)
+    spec = spec.model_copy(update={"fields": fields})
+    model = DeepFM(spec, config.deepfm, seed=1)
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    taken = take_over(model.state_dict(), spec, run)
+    assert "user_values" in taken
+    places, before = {}, {}
+    for of, found in ((spec.fields, places), (features.spec().fields, before)):
+        begin = 0
+        for field in of:
+            if field.side in ("user", "context") and field.type in ("value", "vector"):
+                found[field.name] = begin, begin + field.cardinality
+                begin += field.cardinality
+    for name, (first, last) in places.items():
+        old, mine = theirs["user_values"][slice(*before[name])], model.user_values[first:last]
+        anew = start["user_values"][first:last]
+        if name == value.name:
+            assert torch.equal(mine, anew)
+        else:
+            assert torch.equal(mine[: len(old)], old)
+            assert torch.equal(mine[len(old) :], anew[len(old) :])
+
+
 def test_last_nights_model_with_a_grown_vocabulary(config, features):
     run, theirs = published(config, features)
     spec = grown(features.spec())

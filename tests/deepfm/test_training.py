@@ -20,7 +20,7 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.optimizer import rate_factor
 from recsys_dist.deepfm.reports import best, lines
-from recsys_dist.deepfm.train import _Fitted, _publish
+from recsys_dist.deepfm.train import _Fitted, _publish, on_gpus
 from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
@@ -287,6 +287,21 @@ def test_a_field_without_a_table_cannot_be_sharded(plain, features):
 def test_tables_that_do_not_fit_are_refused(plain, features, tmp_path):
     with pytest.raises(ProcessRaisedException, match="TorchRec finds no plan for the tables on 1 workers"):
         run_workers(1, planned, tmp_path, plain, features, 10**12)
+
+
+def test_what_only_gpus_have_is_refused(plain, features, tmp_path):
+    kinds = plain.deepfm.model_copy(update={"sharding": {"user": "table_row_wise"}})
+    config = plain.model_copy(update={"deepfm": kinds})
+    with pytest.raises(ProcessRaisedException, match=r"'user': 'table_row_wise'.* is for GPUs"):
+        run_workers(1, planned, tmp_path, config, features, 10)
+
+
+@pytest.mark.parametrize(
+    ("workers", "gpus", "expected"),
+    [(2, 1, 1), (2, 8, 2), ((1, 4), 2, (1, 4)), ((2, 4), 1, 1), ((2, 4), 2, (2, 4))],
+)
+def test_where_there_are_gpus_each_worker_has_one(workers, gpus, expected):
+    assert on_gpus(workers, gpus) == expected
 
 
 def test_the_planner_decides_where_the_settings_do_not(plain, features, tmp_path):

@@ -183,6 +183,21 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(tmp_path, undistur
     require_equal(resumed(config, output), features, undisturbed)
 
 
+def test_what_a_dead_driver_left_goes_on_with_fewer_workers_and_another_plan(tmp_path):
+    """And with other checkpoints: what decides how a training is made is no other training."""
+    config, output = synthetic_config(tmp_path), tmp_path / "output"
+    features = synthetic_features(config)
+    with training(tmp_path, output) as process:
+        under_way(tmp_path, process, output)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    changed = {"num_workers": 1, "sharding": "{item: data_parallel}", "checkpoint_every_steps": 30}
+    with training(tmp_path, output, changed.items()) as process:
+        assert process.wait(timeout=DEADLINE_SECONDS) == 0, output.read_text()
+    assert "deepfm: goes on with" in output.read_text()
+    load(resumed(config, output, workers=1), features.spec())
+
+
 def test_a_driver_killed_before_or_after_the_commit_costs_no_step(tmp_path):
     config, output = synthetic_config(tmp_path), tmp_path / "output"
     features = synthetic_features(config)

@@ -13,6 +13,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from mlflow import MlflowClient
@@ -23,6 +26,7 @@ from recsys_dist.deepfm.checkpoint import load_weights, read_into
 from recsys_dist.deepfm.published import load
 from recsys_dist.errors import RetryableError
 from recsys_dist.workspace import Workspace
+from tests.processes import DEADLINE_SECONDS
 from tests.synthetic import synthetic_config, synthetic_features
 
 pytestmark = pytest.mark.long
@@ -252,6 +256,29 @@ def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(head, tmp_pa
     assert "Lower deepfm.learning_rate=1e+30 or " in done.stderr
     (folder,) = tmp_path.glob("deepfm/*")
     assert (folder / "training" / "attempt").read_text() == "0"
+
+
+def test_what_one_of_two_workers_finds_wrong_ends_both_at_once(tmp_path):
+    """The other one waits for it, in an exchange that would last for half an hour."""
+    features = synthetic_features(synthetic_config(tmp_path))
+    train = [Path(path) for path in features.dataset("examples").files if "split=train" in path]
+    table = pq.read_table(train[0], partitioning=None)
+    indices = table["user"].to_numpy().copy()
+    positive = np.flatnonzero(table["label"].to_numpy() == 1)[0]
+    indices[positive] = 10**6
+    place = table.schema.get_field_index("user")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(indices)), train[0])
+    words = [sys.executable, str(REPOSITORY / "jobs/train_deepfm.py"), "--set", f"storage.root={tmp_path}"]
+    words += [*FEW_STEPS, "--set", "deepfm.num_workers=2"]
+    done = subprocess.run(
+        words, env=environment(), capture_output=True, text=True, check=False, timeout=DEADLINE_SECONDS
+    )
+    assert done.returncode == 65, done.stdout + done.stderr
+    assert "error: user has indices from " in done.stderr
+    (folder,) = tmp_path.glob("deepfm/*/training")
+    told = (folder / "refused.jsonl").read_text().splitlines()
+    assert len(told) == 1
+    assert (folder / "attempt").read_text() == "0"
 
 
 def test_a_model_to_start_from_that_is_not_there_is_told_before_anything_is_begun(tmp_path):
