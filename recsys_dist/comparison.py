@@ -12,15 +12,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import psutil  # type: ignore[import-untyped]
-import pyarrow.compute as pc
 
 from recsys_dist import nightly
 from recsys_dist.config import FIT_ON, LINEAR, Config, load
 from recsys_dist.deepfm.items import Items
 from recsys_dist.errors import ConfigError
-from recsys_dist.evaluation.evaluate import hold_out
+from recsys_dist.evaluation.evaluate import hold_out, positives
 from recsys_dist.evaluation.labels import model_label
 from recsys_dist.evaluation.report import write_comparison
 from recsys_dist.evaluation.significance import may_be_chance
@@ -229,13 +227,13 @@ def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str
         names,
         lambda name: scorer(name, trained, items),
         "two_stage" if "two_stage" in names else names[-1],
-        " and ".join(FIT_ON[PARTS]),
+        dict.fromkeys(("als", "recall", "deepfm"), PARTS),
     )
     metrics["costs"] = {name: vars(cost) for name in names if (cost := trained.cost(name))}
     run.write_json("metrics.json", metrics)
     models = _two_stage(trained, config) if "two_stage" in names else None
     write_comparison(config, run, items, models, metrics, lists, users, truth)
-    return {key: metrics[key] for key in ("users", "models", "compared", "costs")}
+    return {key: metrics[key] for key in ("users", "models", "compared", "ahead", "costs")}
 
 
 def scorer(name: str, trained: Trained, items: Items) -> Scorer:
@@ -243,7 +241,7 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
     runs, config, spec = trained.runs, trained.config, items.spec
     recall = runs["recall"]
     made: dict[str, Callable[[], Scorer]] = {
-        "popularity": lambda: Popularity(items, _counts(runs["features"], len(items))),
+        "popularity": lambda: Popularity(items, positives(runs["features"], items, FIT_ON[PARTS])),
         "next_items": lambda: NextItems(spec, recall),
         **dict.fromkeys(LINEAR, lambda: Linear(spec, recall, name)),
         "two_stage": lambda: _two_stage(trained, config).two_stage,
@@ -268,13 +266,6 @@ def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:
 
 def _factors(run: Run, items: Items) -> Scorer:
     return Factors(FactorTables.read(items.spec, run))
-
-
-def _counts(features: Run, n: int) -> np.ndarray:
-    """[I] positive events of the parts that models are fitted on."""
-    kept = pc.field("split").isin(FIT_ON[PARTS]) & (pc.field("label") > 0)
-    events = features.table("examples", columns=["item"], filter=kept)
-    return np.bincount(events["item"].to_numpy(), minlength=n + 1)[1:]
 
 
 def table(figures: dict[str, Any]) -> list[str]:

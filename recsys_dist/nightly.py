@@ -11,7 +11,7 @@ from typing import Any
 from recsys_dist import job
 from recsys_dist.config import REPOSITORY, Config, load
 from recsys_dist.errors import DataError, RecsysError, RetryableError
-from recsys_dist.evaluation.labels import LABELS, summary_columns
+from recsys_dist.evaluation.labels import LABELS, figure, metric_label, summary_columns
 from recsys_dist.schema import FUTURE
 from recsys_dist.scoring.publish import is_published
 from recsys_dist.scoring.show import sample_users, show_user
@@ -158,4 +158,9 @@ def _summary(done: dict[str, Run], seconds: dict[str, float]) -> str:
     for model, values in models.items():
         cells = [f"{v['value']:.4f} ({v['low']:.4f}-{v['high']:.4f})" for v in map(values.get, columns)]
         lines += [f"{LABELS[model]:<18}" + "".join(f"{cell:<23}" for cell in cells).rstrip()]
+    if found := figures.get("predictions"):
+        numbers = ", ".join(
+            f"{metric_label(name)} {figure(name, of)}" for name, of in found["figures"].items()
+        )
+        lines += ["", f"Predictions of {found['told']}: {numbers}"]
     return "\n".join([*lines, "", f"Report: {evaluation.uri}/report.html"])

@@ -31,6 +31,8 @@ from recsys_dist.schema import FeatureSpec, read_spec
 MANIFEST = "manifest.json"
 RUN_ID = "%Y%m%dT%H%M%S.%f"
 """How a run id begins: when the run was started, so that ids sort by it."""
+SOURCES = (".py", ".j2", ".css", ".js")
+"""What the code consists of."""
 TRAINING, LOCK = "training", "driver.lock"
 """Beside a run's files until it is committed: OpenRun.training, and the lock of the process that makes it."""
 
@@ -488,7 +490,7 @@ def code_version() -> str:
     """The package's version and a hash of its source, so that changed code makes new runs."""
     digest = hashlib.sha256()
     for folder in (PACKAGE, REPOSITORY / "jobs"):
-        for file in sorted(folder.rglob("*.py")):
+        for file in sorted(file for file in folder.rglob("*") if file.suffix in SOURCES):
             digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 

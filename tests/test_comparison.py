@@ -50,7 +50,13 @@ def test_every_model_is_measured_and_held_against_the_two_stage_one(compared):
     assert set(figures["compared"]["models"]) == set(MODELS) - {"two_stage"}
     with open(f"{compared.run.path}/metrics.json") as file:  # noqa: PTH123
         metrics = json.load(file)
-    assert metrics["protocol"]["fitted_on"] == "train and valid"
+    assert metrics["protocol"]["fitted_on"] == dict.fromkeys(("als", "recall", "deepfm"), "train and valid")
+    values = {name: of["ndcg@10"]["value"] for name, of in metrics["models"].items()}
+    best, second = sorted(values, key=lambda name: -values[name])[:2]
+    ahead = metrics["ahead"]
+    assert (ahead["model"], ahead["second"]) == (best, second)
+    assert ahead["value"] == pytest.approx(values[best] - values[second])
+    assert ahead["low"] <= ahead["value"] <= ahead["high"]
     assert metrics["models"] == figures["models"]
     assert metrics["costs"] == {"fm": {"seconds": 12.6, "peak_gib": 0.5}}
 

@@ -9,15 +9,13 @@ later event among all items.
 Legend: U users, I items (index 0 is unknown), C entries of a list, P pair fields.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys_dist.config import SINCE, Config
@@ -29,7 +27,7 @@ from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import diverged
 from recsys_dist.deepfm.pairs import Pairs
-from recsys_dist.deepfm.validation import CHUNK, Ranking, users_of_part
+from recsys_dist.deepfm.validation import CHUNK, Ranking, alone, users_of_part
 from recsys_dist.errors import DataError
 from recsys_dist.workspace import STAGES, Run
 
@@ -291,7 +289,7 @@ def learn(
     state = model.state_dict()
     load_weights(whole, {name: tensor for name, tensor in state.items() if not name.startswith(PAIR_HEAD)})
     valid = Ranking(features, items, config, paired=known, only=only)
-    with _alone(device):
+    with alone(device):
         without = valid.ndcg(model.to(device), device)  # at first the head adds nothing
         found = fit(made, model.pair_head.to("cpu"), config.seed)
         measured = valid.ndcg(model.to(device), device)
@@ -306,14 +304,3 @@ def learn(
         "loss_without": found.before,
     }
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PAIR_HEAD)}, told
-
-
-@contextmanager
-def _alone(device: torch.device) -> Iterator[None]:
-    """A process group of this process."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

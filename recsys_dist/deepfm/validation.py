@@ -4,6 +4,8 @@ or, where the model learns labels or values, how well it predicts those.
 Legend: U users of a chunk, I items, H numbers of a pair, N examples.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -184,7 +186,14 @@ class Predicting:
         table = read_examples(run, items.spec, [split], config.deepfm)
         self.metric = config.deepfm.metric
         self.targets = targets(table, config.deepfm)
-        if self.metric == "auc" and len(set(self.targets.tolist())) < 2:
+        equal = (self.targets == self.targets[0]).all()
+        if equal and self.metric == "rmse":
+            raise DataError(
+                f"{run.uri}: all {len(self.targets)} examples in split={split} have the value "
+                f"{self.targets[0]:g}, so there is nothing to predict. Name the log's column in "
+                f"data.events.columns.value, or learn something else than objective=squared."
+            )
+        if equal:
             raise DataError(
                 f"{run.uri}: all {len(self.targets)} examples in split={split} have the label "
                 f"{self.targets[0]:g}, and AUC needs both. With positives alone, draw other items beside "
@@ -198,20 +207,21 @@ class Predicting:
         self.catalogue = items
 
     def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
-        """See Validation: auc, gauc (within users), logloss and calibration of labels, rmse and mse of
-        values.
+        """See Validation: auc, gauc (within users; not where no user has both labels), logloss and
+        calibration of labels, rmse and mse of values.
         """
         logits = self.logits(model, device)
         if not np.isfinite(logits).all():
             return {self.metric: np.nan}
         if self.metric == "rmse":
             return {"rmse": rmse(self.targets, logits), "mse": mse(self.targets, logits)}
-        return {
+        figures = {
             "auc": auc(self.targets, logits),
             "gauc": grouped_auc(self.targets, logits, self.users),
             "logloss": logloss(self.targets, logits),
             "calibration": calibration(self.targets, logits),
         }
+        return {name: of for name, of in figures.items() if not np.isnan(of)}
 
     @torch.no_grad()
     def logits(self, model: DeepFM, device: torch.device) -> np.ndarray:
@@ -232,6 +242,17 @@ class Predicting:
             logits = whole
         model.train(training)
         return logits[: len(self.targets)].float().cpu().numpy()
+
+
+@contextmanager
+def alone(device: torch.device) -> Iterator[None]:
+    """A process group of this process, for what is measured without other workers."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def _share(number: int) -> Tensor:

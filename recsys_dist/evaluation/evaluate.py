@@ -14,25 +14,30 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from recsys_dist.config import Config
+from recsys_dist.config import FIT_ON, Config
 from recsys_dist.deepfm.items import Items, days_of
+from recsys_dist.deepfm.validation import Predicting, alone
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluation.large import measured_by_spark
 from recsys_dist.evaluation.measured import BySegment, Catalogue, figures, measure
 from recsys_dist.evaluation.metrics import METRICS, Values
-from recsys_dist.evaluation.nights import interval, published_last
+from recsys_dist.evaluation.nights import interval, measured_alike, published_last
 from recsys_dist.evaluation.report import write_report
 from recsys_dist.evaluation.segments import known_events, told, user_segments
 from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
 from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.scorers import Scorer, TwoStage, scored_by
+from recsys_dist.scoring.scorers import Popularity, Ranker, Scorer, TwoStage, scored_by
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import OpenRun, Run
 
 USERS_AT_ONCE = 4096
+SCORES_AT_ONCE = 1 << 28
+"""Of a batch of users for all items, at most: 1 GiB."""
 BESIDE_HITS = ("serendipity", "diversity", "popularity", "coverage", "novelty", "gini")
 """Metrics beside METRICS: of each user, or of all lists together."""
+NOT_BETTER = ("popularity", "gini")
+"""Of which more is not better, so that nothing can be held against them."""
 
 
 def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
@@ -42,25 +47,37 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
         ConfigError: evaluation.metric, or one of evaluation.may_fall, is none that is computed.
         DataError: no user has a positive event in the test part, or the model is damaged.
     """
-    names = [f"{name}@{k}" for name in (*METRICS, *BESIDE_HITS) for k in config.evaluation.k]
+    computed = [name for name in (*METRICS, *BESIDE_HITS) if name not in NOT_BETTER]
+    if not run.inputs["features"].spec().attributes(None, "recall.content"):
+        computed.remove("diversity")  # of attributes that there are none of
+    names = [f"{name}@{k}" for name in computed for k in config.evaluation.k]
     asked = {"metric": [config.evaluation.metric], "may_fall": list(config.evaluation.may_fall)}
     for key, wanted in asked.items():
         wrong = [name for name in wanted if name not in names]
         if wrong:
             raise ConfigError(
-                f"evaluation.{key}: {', '.join(wrong)} is not computed, expected are {', '.join(names)}"
+                f"evaluation.{key}: {', '.join(wrong)} is not computed, or more of it is not better; "
+                f"expected are {', '.join(names)}"
             )
     run.inputs["deepfm"].require_intact("model")
     models = load_models(run.inputs, config.score)
     scorers = models.all()
+    parts = FIT_ON[run.inputs["deepfm"].manifest["config"]["deepfm"]["fit_on"]]
+    # Who is to be beaten knows as much.
+    scorers["popularity"] = Popularity(models.items, positives(run.inputs["features"], models.items, parts))
+    fitted_on = {
+        stage: run.inputs[stage].manifest["config"][stage]["fit_on"] for stage in ("als", "recall", "deepfm")
+    }
     metrics, lists, users, truth = hold_out(
-        config, run, models.items, list(scorers), scorers.__getitem__, config.score.published, "train"
+        config, run, models.items, list(scorers), scorers.__getitem__, config.score.published, fitted_on
     )
+    metrics["predictions"] = predictions(config, run.inputs["features"], models.ranker)
     run.write_json("metrics.json", metrics)
     results = metrics["models"]
     verdict = _verdict(config, metrics, published_last(run.workspace))
     write_report(config, run, models, metrics, verdict, lists, users, truth)
-    return {"users": metrics["users"], "verdict": verdict, "models": results}
+    told = {"predictions": metrics["predictions"]} if metrics["predictions"] else {}
+    return {"users": metrics["users"], "verdict": verdict, "models": results, **told}
 
 
 def hold_out(
@@ -70,7 +87,7 @@ def hold_out(
     names: Sequence[str],
     scorer_of: Callable[[str], Scorer],
     reference: str,
-    fitted_on: str,
+    fitted_on: dict[str, str],
 ) -> tuple[dict[str, Any], pa.Table, pa.Table, np.ndarray]:
     """Measure models on the test part, write lists/ and relevant/, and return what metrics.json has, the
     lists, and the users and truth of `held_out`.
@@ -82,7 +99,7 @@ def hold_out(
         names: of the models.
         scorer_of: makes or gives one of them; none is needed for longer than it ranks.
         reference: which of them the others are held against.
-        fitted_on: told as the models' parts of the log.
+        fitted_on: stage to the parts of the log that its models know, a key of FIT_ON.
 
     Raises:
         DataError: no user has a positive event in the test part.
@@ -117,13 +134,14 @@ def hold_out(
             "relevant": "items of the user's positive events of the test part, but those left out as seen",
             "candidates": f"all items active on the day of the user's first relevant event, but the user's "
             f"own before the test part (filter_seen: {config.score.filter_seen})",
-            "fitted_on": fitted_on,
+            "fitted_on": {stage: " and ".join(FIT_ON[parts]) for stage, parts in fitted_on.items()},
             "intervals": f"95%, over users, {settings.bootstrap} resamplings",
             "segments": told(settings.head_share),
         },
         "users": len(users),
         "models": results,
         "compared": _compared(config, values, reference),
+        "ahead": _ahead(config, values),
         "segments": by_segment.found(),
     }
     return metrics, lists, users, truth
@@ -161,6 +179,41 @@ def held_out(
     return users, np.unique(truth, axis=0)
 
 
+def predictions(config: Config, features: Run, ranker: Ranker) -> dict[str, Any] | None:
+    """What a model that has learned labels or values predicts of the test part's examples, about which lists
+    say nothing; None where it has learned to rank, or where all labels are equal.
+
+    Args:
+        config: seed, and which items are seen.
+        features: of the model.
+        ranker: the model.
+    """
+    settings = ranker.model.settings
+    if settings.negatives:
+        return None
+    own = config.model_copy(update={"deepfm": settings})
+    try:
+        found = Predicting(features, ranker.items, own, "test")
+    except DataError as error:
+        print(f"  predictions are not measured: {error}", flush=True)
+        return None
+    device = next(ranker.model.parameters()).device
+    with alone(device):
+        figures = found.figures(ranker.model, device)
+    return {"metric": found.metric, "told": found.told, "figures": figures}
+
+
+def positives(features: Run, items: Items, parts: Sequence[str]) -> np.ndarray:
+    """[I] positive events of the items from 1 on in some parts of the log."""
+    if tuple(parts) == ("train",):
+        return items.counts
+    kept = pc.field("split").isin(list(parts)) & (pc.field("label") > 0)
+    counts = np.zeros(len(items) + 1, np.int64)
+    for batch in features.dataset("examples").to_batches(columns=["item"], filter=kept):
+        counts += np.bincount(batch["item"].to_numpy(), minlength=len(counts))
+    return counts[1:]
+
+
 @torch.inference_mode()
 def rank(
     config: Config, catalogue: Items, name: str, scorer: Scorer, users: pa.Table
@@ -169,11 +222,11 @@ def rank(
     S where the model has none.
 
     Raises:
-        DataError: a score of the model, which has this name, is NaN.
+        DataError: a score of the model, which has this name, is NaN or infinite.
     """
     k = max(config.evaluation.k)
     items, scores, sources = [], [], []
-    for rows in _batches(users, USERS_AT_ONCE):
+    for rows in _batches(users, max(1, min(USERS_AT_ONCE, SCORES_AT_ONCE // (len(catalogue) + 1)))):
         batch = with_context(catalogue, rows, rows["day"].to_numpy(), config.score.filter_seen)
         if isinstance(scorer, TwoStage):
             lists, proposed_BKS = scorer.rank(batch, k)
@@ -181,6 +234,11 @@ def rank(
             with scored_by(name, batch):
                 lists = scorer.top_k(batch, k)
             proposed_BKS = torch.empty(*lists.items.shape, 0)
+        if lists.scores.isposinf().any():
+            raise DataError(
+                f"{name}: a score is infinite. What it was fitted from has no such numbers, so its run is "
+                f"damaged or diverged: make it anew, with --force and smaller learning rates."
+            )
         items.append(lists.items.numpy())
         scores.append(lists.scores.numpy())
         sources.append(~torch.isneginf(proposed_BKS).numpy())
@@ -194,15 +252,31 @@ def _compared(config: Config, values: dict[str, dict[str, Values]], model: str) 
     metric = config.evaluation.metric
     if metric not in values[model]:
         return {"metric": metric, "with": model, "models": {}}
-    settings, found = config.evaluation, {}
-    for name, of in values.items():
-        if name != model:
-            difference_U = of[metric] - values[model][metric]
-            ((low, high),) = bootstrap(difference_U[:, None], settings.bootstrap, config.seed)
-            p = randomisation(difference_U, settings.bootstrap, config.seed)
-            mean = float(difference_U.mean())
-            found[name] = {"value": mean, "low": float(low), "high": float(high), "p": p}
+    found = {
+        name: _difference(config, of[metric] - values[model][metric])
+        for name, of in values.items()
+        if name != model
+    }
     return {"metric": metric, "with": model, "models": found}
+
+
+def _ahead(config: Config, values: dict[str, dict[str, Values]]) -> dict[str, Any] | None:
+    """By how much the best model's `evaluation.metric` is above the second's; None where no two have it."""
+    metric = config.evaluation.metric
+    means = {name: of[metric].mean() for name, of in values.items() if metric in of}
+    best, *others = sorted(means, key=lambda name: -means[name])[:2] or [""]
+    if not others:
+        return None
+    difference = _difference(config, values[best][metric] - values[others[0]][metric])
+    return {"model": best, "second": others[0], **difference}
+
+
+def _difference(config: Config, difference_U: Values) -> dict[str, float]:
+    """The mean of a difference of the same users, its interval, and p."""
+    settings = config.evaluation
+    ((low, high),) = bootstrap(difference_U[:, None], settings.bootstrap, config.seed)
+    p = randomisation(difference_U, settings.bootstrap, config.seed)
+    return {"value": float(difference_U.mean()), "low": float(low), "high": float(high), "p": p}
 
 
 def _lists(
@@ -247,13 +321,16 @@ def _verdict(config: Config, metrics: dict[str, Any], last: Run | None = None) -
     verdict = _against_rival(config, results)
     if last is None:
         return verdict
-    measured_last = last.json("metrics.json")
-    if measured_last.get("protocol") != metrics["protocol"]:
-        other = f"not held against {last.run_id}, published last, which measured in another way"
-        return verdict | {"text": f"{verdict['text']}; {other}"}
-    earlier = measured_last["models"].get(verdict["model"], {})
+    measured_last, may_fall = last.json("metrics.json"), config.evaluation.may_fall
+    alike = measured_alike(measured_last, metrics)
+    earlier = measured_last["models"].get(verdict["model"], {}) if alike else {}
     changes, wrong = {}, []
-    for metric, most in config.evaluation.may_fall.items():
+    unknown = [metric for metric in may_fall if metric not in earlier]
+    if unknown:
+        why = "did not measure it" if alike else "measured in another way"
+        untold = f"{', '.join(unknown)}: not held against {last.run_id}, published last, which {why}"
+        verdict |= {"not_compared": unknown, "text": f"{verdict['text']}; {untold}"}
+    for metric, most in may_fall.items():
         before, now = earlier.get(metric), results[verdict["model"]][metric]
         if before is not None:
             fell, chance = fallen(interval(before), interval(now))

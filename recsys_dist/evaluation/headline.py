@@ -23,8 +23,8 @@ class Headline:
     """Are they better than last night's? May that be chance?"""
     numbers: tuple[tuple[str, str, str], ...]
     """Four: what it is, the number, and how to take it."""
-    checks: tuple[tuple[bool, str], ...] = ()
-    """What must be so before the lists may be published: is it?"""
+    checks: tuple[tuple[bool | None, str], ...] = ()
+    """What must be so before the lists may be published: is it? None: that could not be found out."""
 
 
 def headline(
@@ -80,29 +80,30 @@ def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
         metrics: as in metrics.json.
     """
     metric, k = metrics["compared"]["metric"], config.evaluation.k[0]
-    reference, apart = metrics["compared"]["with"], metrics["compared"]["models"]
-    order = ranked(metrics["models"], metric)
-    best, second = order[0], order[min(1, len(order) - 1)]
-    other = second if best == reference else reference
-    found = apart.get(second if best == reference else best)
-    beyond = found is not None and not may_be_chance(found["p"])
-    better = "it is the only one."
-    if found is not None:
-        worse = f"{model_label(other)} is worse"
+    ahead, order = metrics["ahead"], ranked(metrics["models"], metric)
+    best, second = order[0], order[1] if ahead else None
+    beyond, better = False, "it is the only one."
+    if ahead:
+        best, second = ahead["model"], ahead["second"]
+        beyond = not may_be_chance(ahead["p"])
+        worse = f"{model_label(second)} is worse"
         better = f"{worse}, beyond chance." if beyond else f"that {worse} may be chance."
     value, low, high = interval(metrics["models"][best][metric])
-    theirs = metrics["models"][second][metric]["value"]
+    beside = ("Against others", "–", "there is none")
+    if second:
+        theirs = metrics["models"][second][metric]["value"]
+        beside = (
+            f"Against {model_label(second)}",
+            f"{value / theirs:.2f} ×" if theirs > 0 else "–",
+            f"the {metric_label(metric)} there is {figure(metric, theirs)}",
+        )
     numbers = (
         (
             f"{metric_label(metric)} of {model_label(best)}",
             figure(metric, value),
             f"95% interval {figure(metric, low)} to {figure(metric, high)}",
         ),
-        (
-            f"Against {model_label(second)}",
-            f"{value / theirs:.2f} ×" if theirs > 0 else "–",
-            f"the {metric_label(metric)} there is {figure(metric, theirs)}",
-        ),
+        beside,
         ("Users", f"{metrics['users']:,}", "who liked something in the test part"),
         (
             "Catalogue in the lists",
@@ -134,10 +135,12 @@ def _since(last: Night | None, tonight: Night, metric: str) -> tuple[str, tuple[
     return f"they are {way} last night’s.", ("Since last night", signed(found.difference), note)
 
 
-def _checks(config: Config, metrics: dict[str, Any], verdict: dict[str, Any]) -> list[tuple[bool, str]]:
+def _checks(
+    config: Config, metrics: dict[str, Any], verdict: dict[str, Any]
+) -> list[tuple[bool | None, str]]:
     """Each condition of publishing that the evaluation knows of, and whether it holds."""
     metric, rival, model = config.evaluation.metric, config.evaluation.must_beat, verdict["model"]
-    found = []
+    found: list[tuple[bool | None, str]] = []
     if rival:
         ours, theirs = (metrics["models"][name][metric]["value"] for name in (model, rival))
         above = "above" if ours > theirs else "not above"
@@ -152,4 +155,7 @@ def _checks(config: Config, metrics: dict[str, Any], verdict: dict[str, Any]) ->
             f"allowed"
         )
         found.append((before - now - chance <= most, text))
+    for name in verdict.get("not_compared", ()):
+        text = "is not held against the lists that were published last, which were measured in another way"
+        found.append((None, f"{metric_label(name)} {text}"))
     return found

@@ -50,6 +50,10 @@ METRIC_LABELS = {
     "mse": ("MSE", "the mean squared error of the predicted value"),
     "auc": ("AUC", "the share of pairs of a liked and another item that are put in the right order"),
     "gauc": ("GAUC", "the AUC of each user, averaged"),
+    "calibration": (
+        "Calibration",
+        "the mean predicted probability over the share of positive labels; 1 where neither is too high",
+    ),
     "logloss": ("Log loss", "how surprising the true labels are to the model, in nats; less is better"),
 }
 """Metric in metrics.json (before the @) to its name for people, and what it is."""

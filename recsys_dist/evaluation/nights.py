@@ -10,6 +10,8 @@ from recsys_dist.workspace import RUN_ID, OpenRun, Run, Workspace
 
 MOST = 30
 """Nights that are shown."""
+LIKE = ("users", "relevant", "candidates")
+"""What of a protocol decides, beside the split, whether two evaluations measure the same."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,26 @@ def published_last(workspace: Workspace) -> Run | None:
     return None
 
 
+def measured_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Do two metrics.json hold figures that can be compared? A later cut, more lengths, other intervals and
+    models that were fitted on more make no difference; another kind of split, or other items left out, does.
+    """
+
+    def of(metrics: dict[str, Any]) -> dict[str, Any]:
+        protocol = metrics.get("protocol", {})
+        split = {key: value for key, value in protocol.get("split", {}).items() if key != "dates"}
+        return {"split": split, **{key: protocol.get(key) for key in LIKE}}
+
+    return of(one) == of(other)
+
+
 def earlier_nights(run: OpenRun, metrics: dict[str, Any], model: str) -> tuple[list[Night], int]:
     """The latest evaluations before this one that measured the same way, oldest first, at most MOST; and how
     many there were that measured in another way.
 
     Args:
         run: tonight's evaluation.
-        metrics: its metrics.json; what has another `protocol` is not comparable.
+        metrics: its metrics.json; see `measured_alike`.
         model: whose figures are wanted.
     """
     before = [other for other in run.workspace.runs("evaluation") if other.run_id < run.run_id][-MOST:]
@@ -84,7 +99,7 @@ def earlier_nights(run: OpenRun, metrics: dict[str, Any], model: str) -> tuple[l
     nights = []
     for other in before:
         found = other.json("metrics.json")
-        if found.get("protocol") == metrics["protocol"] and model in found["models"]:
+        if measured_alike(found, metrics) and model in found["models"]:
             nights.append(Night(other.run_id, found["models"][model], other.run_id in published))
     return nights, len(before) - len(nights)
 

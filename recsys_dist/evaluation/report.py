@@ -148,6 +148,7 @@ def write_comparison(
 def _write(run: OpenRun, config: Config, metrics: dict[str, Any], **told: Any) -> None:
     """Fill the template with what both kinds of page have, and what is told of one."""
     script = (HERE / "report.js").read_text()
+    predicted = metrics.get("predictions")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -166,7 +167,10 @@ def _write(run: OpenRun, config: Config, metrics: dict[str, Any], **told: Any) -
         glossary={
             label: text
             for name, (label, text) in METRIC_LABELS.items()
-            if any(of.partition("@")[0] == name for of in metrics["models"][told["model"]])
+            if any(
+                of.partition("@")[0] == name
+                for of in (*metrics["models"][told["model"]], *(predicted or {"figures": ()})["figures"])
+            )
         },
         ranked=ranked(metrics["models"], told["metric"]),
         models_plot=sections.models(metrics, told["metric"], told["model"]),

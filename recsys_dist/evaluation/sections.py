@@ -333,7 +333,7 @@ def segments(metrics: dict[str, Any], metric: str, model: str, rival: str | None
     """The published model for kinds of users and of items, beside the one it must beat; those that
     have the metric.
     """
-    titles = {"users": "By how much users had liked before", "items": "By how popular the items are"}
+    titles = {"users": "By how many events users had before", "items": "By how popular the items are"}
     found = []
     for side, title in titles.items():
         rows, table = [], []

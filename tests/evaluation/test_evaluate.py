@@ -1,17 +1,27 @@
 """The evaluation of untrained models on synthetic features, against what the tables say."""
 
 import itertools
+import json
 import math
 import shutil
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
+import torch
 
 from recsys_dist.config import load
+from recsys_dist.deepfm.batches import side_batch
+from recsys_dist.deepfm.items import Items
+from recsys_dist.deepfm.published import load as load_model
+from recsys_dist.errors import ConfigError
 from recsys_dist.evaluation.evaluate import _verdict, evaluate
 from recsys_dist.evaluation.metrics import METRICS
-from recsys_dist.evaluation.nights import published_last
+from recsys_dist.evaluation.nights import measured_alike, published_last
 from recsys_dist.scoring.table import rollback
 from recsys_dist.workspace import Workspace
 from tests.models import published_night, untrained_night
@@ -183,10 +193,102 @@ def test_a_metric_that_fell_by_more_than_chance_and_what_is_allowed(most, passed
     assert found["passed"] == passed
     assert ("ndcg@10 fell from 0.3000 to 0.2000, by 0.1000, of which 0.0361" in found["text"]) != passed
     assert list(found["changes"]) == ["ndcg@10"]
+    assert found["not_compared"] == ["hit_rate@10"]
+    assert "hit_rate@10: not held against before, published last, which did not measure it" in found["text"]
     assert _verdict(config, metrics, None)["passed"]
-    other = _verdict(config, metrics | {"protocol": {"k": [20]}}, last)
+    longer = _verdict(config, metrics | {"protocol": {"k": [20], "intervals": "others"}}, last)
+    assert longer["changes"] == found["changes"]
+    other = _verdict(config, metrics | {"protocol": {"k": [10], "relevant": "others"}}, last)
     assert other["passed"]
-    assert "not held against before, published last, which measured in another way" in other["text"]
+    assert not other["changes"]
+    assert "ndcg@10, hit_rate@10: not held against before, published last, which measured in" in other["text"]
+
+
+@pytest.mark.parametrize(
+    ("change", "alike"),
+    [
+        ({"k": [5], "intervals": "other", "fitted_on": {"als": "train and valid"}}, True),
+        ({"split": {"kind": "global_time", "dates": ["2024-01-02", "2024-01-03"]}}, True),
+        ({"split": {"kind": "user_time", "dates": None}}, False),
+        ({"candidates": "others"}, False),
+        ({"relevant": "others"}, False),
+    ],
+)
+def test_what_makes_two_evaluations_comparable(change, alike):
+    split = {"kind": "global_time", "dates": ["2024-01-01", "2024-01-02"]}
+    protocol = {"split": split, "users": "all", "relevant": "some", "candidates": "some", "k": [10]}
+    assert measured_alike({"protocol": protocol}, {"protocol": protocol | change}) == alike
+
+
+@pytest.mark.parametrize("metric", ["gini@10", "popularity@10", "ndcg@7", "diversity@10"])
+def test_a_metric_that_nothing_can_be_held_against_is_refused_before_anything_is_ranked(metric, tmp_path):
+    """Diversity where items have no attributes; of a Gini coefficient more is not better."""
+    config = synthetic_config(tmp_path)
+    runs = untrained_night(config)
+    spec = runs["features"].spec()
+    if metric == "diversity@10":
+        kinds = {field.name: {"kind": "numeric"} for field in spec.fields if field.kind == "categorical"}
+        fields = tuple(field.model_copy(update=kinds.get(field.name, {})) for field in spec.fields)
+        runs["features"] = SimpleNamespace(spec=lambda: spec.model_copy(update={"fields": fields}))
+    for key, value in (("metric", metric), ("may_fall", {metric: 0.1})):
+        asked = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={key: value})})
+        with pytest.raises(
+            ConfigError, match=f"evaluation.{key}: {metric} is not computed, or more of it is"
+        ):
+            evaluate(asked, SimpleNamespace(inputs=runs))
+
+
+def test_the_rival_and_the_protocol_know_what_the_models_were_fitted_on(tmp_path):
+    config = synthetic_config(tmp_path, fit_on="train_valid")
+    runs = untrained_night(config)
+    run = Workspace(config).new("evaluation", {}, runs)
+    evaluate(config, run)
+    done = run.commit(config, {})
+    assert done.json("metrics.json")["protocol"]["fitted_on"] == {
+        "als": "train", "recall": "train", "deepfm": "train and valid"
+    }  # fmt: skip
+    examples = runs["features"].table("examples").to_pylist()
+    counts = Counter(
+        row["item"] for row in examples if row["split"] in ("train", "valid") and row["label"] > 0
+    )
+    train = Counter(row["item"] for row in examples if row["split"] == "train" and row["label"] > 0)
+    lists = [row for row in done.table("lists").to_pylist() if row["model"] == "popularity"]
+    assert lists
+    assert all(row["score"] == counts[row["item"]] for row in lists)
+    assert any(row["score"] != train[row["item"]] for row in lists)
+
+
+@pytest.mark.parametrize(
+    ("objective", "names"),
+    [("logistic", ["auc", "gauc", "logloss", "calibration"]), ("squared", ["rmse", "mse"])],
+)
+def test_what_a_model_predicts_is_measured_on_test(objective, names, tmp_path):
+    """In the examples' own order, without drawn items, by another way than the trainer's."""
+    config = synthetic_config(tmp_path, negatives=0, objective=objective)
+    runs = untrained_night(config)
+    run = Workspace(config).new("evaluation", {}, runs)
+    figures = evaluate(config, run)
+    found = json.loads(Path(run.path, "metrics.json").read_text())["predictions"]
+    assert figures["predictions"] == found
+    assert list(found["figures"]) == names
+    features = runs["features"]
+    model, items = load_model(runs["deepfm"], features.spec()), Items(features, features.spec())
+    test = features.table("examples", filter=pc.field("split") == "test")
+    assert found["told"].startswith(f"test: {len(test):,} examples of ")
+    days = torch.from_numpy(test["timestamp"].cast(pa.date32()).cast(pa.int32()).to_numpy().copy())
+    user = model.user_side(side_batch(test, features.spec().side("user", "context")))
+    item = model.item_side(items.at(torch.from_numpy(test["item"].to_numpy().astype("int64")), days))
+    said = model.logits(user, item).detach().double().numpy()
+    if objective == "squared":
+        expected = {"mse": ((said - test["value"].to_numpy()) ** 2).mean()}
+    else:
+        label, chance = test["label"].to_numpy(), 1 / (1 + np.exp(-said))
+        above = (said[label == 1][:, None] > said[label == 0]).mean()
+        expected = {"auc": above, "calibration": chance.mean() / label.mean()}
+        expected["logloss"] = -np.log(np.where(label == 1, chance, 1 - chance)).mean()
+    for name, value in expected.items():
+        assert found["figures"][name] == pytest.approx(value, rel=1e-5)
+    assert 'id="predictions"' in Path(run.path, "report.html").read_text()
 
 
 def test_the_lists_published_last_are_those_that_the_table_has_of_all_users(tmp_path):

@@ -20,7 +20,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from recsys_dist.config import REPOSITORY, load
 from recsys_dist.evaluation import sections, shown
 from recsys_dist.evaluation.evaluate import evaluate, held_out
-from recsys_dist.evaluation.headline import headline
+from recsys_dist.evaluation.headline import best_of, headline
 from recsys_dist.evaluation.nights import Night
 from recsys_dist.scoring.models import load_models
 from recsys_dist.workspace import Workspace
@@ -399,6 +399,37 @@ def test_the_first_sentence(before, passed, sentence):
     assert f"{found.may} {found.better}" == sentence
     assert [holds for holds, _ in found.checks] == [True, passed]
     assert [text for _, text, _ in found.numbers[2:]] == ["2.00 ×", "50.0%"]
+    unknown = headline(
+        config, metrics, {**verdict, "changes": {}, "not_compared": ["ndcg@10"]}, last, tonight
+    )
+    assert [holds for holds, _ in unknown.checks] == [True, None]
+    assert unknown.checks[1][1].startswith("NDCG@10 is not held against the lists that were published last")
+
+
+@pytest.mark.parametrize(
+    ("p", "may", "better"),
+    [
+        (0.001, "FM makes the best lists;", "Popularity is worse, beyond chance."),
+        (0.4, "FM makes the best lists;", "that Popularity is worse may be chance."),
+    ],
+)
+def test_the_first_sentence_of_a_comparison_is_of_the_best_two(p, may, better):
+    """Whatever the model is that all are held against."""
+    values = {"two_stage": 0.1, "popularity": 0.1999, "fm": 0.2}
+    metrics = {
+        "users": 5,
+        "models": {
+            name: {"ndcg@10": {"value": of, "low": of, "high": of}, "coverage@10": {"value": 0.5}}
+            for name, of in values.items()
+        },
+        "compared": {"metric": "ndcg@10", "with": "two_stage", "models": {}},
+        "ahead": {"model": "fm", "second": "popularity", "value": 0.0001, "low": 0, "high": 0.001, "p": p},
+    }
+    best, found = best_of(load(None), metrics)
+    assert (best, found.may, found.better) == ("fm", may, better)
+    assert found.passed == (p < 0.05)
+    alone = metrics | {"models": {"fm": metrics["models"]["fm"]}, "ahead": None}
+    assert best_of(load(None), alone)[1].better == "it is the only one."
 
 
 def test_a_model_without_sources_has_no_section_of_them(night):
