@@ -125,6 +125,10 @@ class Trained:
                 flush=True,
             )
         names = [name for name in names if name not in left_out]
+        if not names:
+            raise ConfigError(
+                "compare.models: nothing is left to compare. Name other models, or raise recall.linear_items."
+            )
         self.overrides.append(self._linear(names))
         self.runs["recall"] = self._run("recall", "recall", self.overrides)
         for name in self._trained(names):

@@ -14,7 +14,7 @@ from deltalake import DeltaTable
 from recsys_dist.config import REPOSITORY
 from recsys_dist.scoring.publish import is_published
 from recsys_dist.workspace import Workspace
-from tests.models import untrained_night
+from tests.models import published_night, untrained_night
 from tests.processes import ray_head, run_here
 from tests.synthetic import synthetic_config
 
@@ -131,6 +131,30 @@ def test_score_publishes_what_the_evaluation_passed(night):
     again = run_job("score.py", root, *SMALL)
     assert "done before" not in again
     assert DeltaTable(root / "topk").to_pyarrow_table().num_rows == figures["rows"]
+
+
+def test_a_night_that_is_worse_than_the_one_published_last_ends_with_65(tmp_path):
+    config = synthetic_config(tmp_path)
+    untrained_night(config)
+    settings = ("--set", "evaluation.must_beat=null", "--set", "evaluation.bootstrap=100")
+    run_job("evaluate.py", tmp_path, *settings)
+    (before,) = Workspace(config).runs("evaluation")
+    metrics = before.json("metrics.json")
+    metrics["models"]["two_stage"]["ndcg@10"] = {"value": 0.9, "low": 0.89, "high": 0.91}
+    with open(f"{before.path}/metrics.json", "w") as file:  # noqa: PTH123
+        json.dump(metrics, file)
+    published_night(config, before, dt.date(2024, 1, 1))
+    version = DeltaTable(tmp_path / "topk").version()
+    # Lengths, resamplings and the declared fall itself are no other way to measure.
+    settings = (
+        "--set",
+        "evaluation={must_beat: null, bootstrap: 150, k: [10, 15], may_fall: {ndcg@10: 0.01}}",
+    )
+    run_job("evaluate.py", tmp_path, *settings)
+    refused = run_job("score.py", tmp_path, *settings, code=65)
+    assert "did not pass: two_stage ndcg@10 is " in refused
+    assert "; ndcg@10 fell from 0.9000 to " in refused
+    assert DeltaTable(tmp_path / "topk").version() == version
 
 
 def test_gates_users_and_commands(night):
