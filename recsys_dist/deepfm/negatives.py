@@ -25,7 +25,10 @@ class Negatives:
     def __init__(self, counts: np.ndarray, present: np.ndarray, power: float, in_batch: bool = False) -> None:
         items = np.flatnonzero(present) + 1
         if len(items) < 2:
-            raise DataError(f"DeepFM draws other items beside each positive, and there is {len(items)} item.")
+            raise DataError(
+                f"DeepFM draws other items beside each positive, and of the log's items {len(items)} "
+                f"may be listed. Give it a longer log, or learn labels: deepfm.negatives=0."
+            )
         weights = (1.0 + counts) ** power * present
         self.catalogue = Distribution(items, weights[items - 1])
         # What is met in a batch is met as often as it is positive.

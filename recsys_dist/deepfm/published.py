@@ -1,14 +1,17 @@
 """model/ of a deepfm run: the weights as safetensors and a description, nothing pickled. Of a table of users
 that is larger than a process wants to hold the rows are read that it asks for.
+
+The format (https://github.com/huggingface/safetensors): the length of what follows in 8 bytes, least first; a
+JSON object with type, shape and place of each tensor; the numbers.
 """
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -23,27 +26,51 @@ GAP = 1 << 16
 """Bytes between two rows that are read in vain rather than begin to read anew."""
 
 
-def publish(run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: dict[str, Tensor]) -> None:
-    """Write model/ of a deepfm run: the weights as safetensors and a description, nothing pickled.
+def publish(
+    run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: Mapping[str, Tensor]
+) -> dict[str, list[int]]:
+    """Write model/ of a deepfm run: the weights as safetensors and a description, nothing pickled. One tensor
+    is asked for at a time, so that no more than the largest need be in memory.
 
     Args:
         run: the open run.
         spec: the fields that the model was made for, of `used_fields`.
         settings: its sizes.
-        state: the unsharded DeepFM's state_dict.
+        state: what the unsharded DeepFM's state_dict has, float32.
+
+    Returns:
+        the shape of each tensor by name.
     """
+    bare = DeepFM(spec, settings, tables="meta").state_dict()
+    shapes = {name: list(bare[name].shape) for name in sorted(bare)}
+    ends = np.cumsum([4 * math.prod(shape) for shape in shapes.values()]).tolist()
+    places = zip(shapes.items(), [0, *ends], ends, strict=False)
+    header = json.dumps(
+        {
+            name: {"dtype": "F32", "shape": of, "data_offsets": [begin, end]}
+            for (name, of), begin, end in places
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
     run.filesystem.create_dir(f"{run.path}/model", recursive=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with run.filesystem.open_output_stream(f"{run.path}/{WEIGHTS}") as stream:
-        stream.write(safetensors.torch.save(tensors))
+        stream.write(len(header).to_bytes(8, "little") + header)
+        for name, shape in shapes.items():
+            tensor = state[name].detach().cpu().contiguous()
+            if list(tensor.shape) != shape or tensor.dtype != torch.float32:
+                raise ValueError(
+                    f"{name} is {tensor.dtype} of {list(tensor.shape)}, expected float32, {shape}"
+                )
+            stream.write(tensor.numpy().reshape(-1).view(np.uint8))
     told = {
         "model": settings.model,
         "settings": settings.model_dump(mode="json"),
         "fields": [field.model_dump(mode="json") for field in spec.fields],
         "vocabularies": {name: found.model_dump(mode="json") for name, found in spec.vocabularies.items()},
-        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "shapes": shapes,
     }
     run.write_json("model/model.json", told)
+    return shapes
 
 
 class Description(NamedTuple):
@@ -84,9 +111,6 @@ def description(run: Run) -> Description:
 
 class Weights:
     """The numbers of a published model, of which parts can be read.
-
-    The format (https://github.com/huggingface/safetensors): the length of what follows in 8 bytes, least
-    first; a JSON object with type, shape and place of each tensor; the numbers.
 
     Args:
         run: the deepfm run.

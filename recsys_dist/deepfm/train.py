@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -144,7 +145,10 @@ def require_enough(features: Run, config: Config) -> None:
         return  # what reads the examples looks at their labels
     present = features.dataset("items").count_rows(filter=pyarrow.compute.field("present"))
     if present < 2:
-        raise DataError(f"{features.uri} has {present} items, and ranking needs at least 2")
+        raise DataError(
+            f"{features.uri} has {present} items, and ranking needs at least 2: it "
+            f"draws others beside each positive. Check data.events.columns.item, and give a longer log."
+        )
     for split in ("train", "valid"):
         if not spec.positives[split]:
             raise DataError(
@@ -381,7 +385,7 @@ def _worker(task: dict[str, Any]) -> None:
 
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
-    from recsys_dist.deepfm.checkpoint import load_weights
+    from recsys_dist.deepfm.checkpoint import CheckpointWeights
     from recsys_dist.deepfm.model import DeepFM, used_fields
     from recsys_dist.deepfm.not_finite import diverged
     from recsys_dist.deepfm.published import publish
@@ -389,16 +393,13 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     history, folder, line = fitted.history, fitted.folder, best(fitted.history)
     path = _best_checkpoint(folder)
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
-    model = DeepFM(spec, config.deepfm)
-    state = model.state_dict()
-    load_weights(path, {name: of for name, of in state.items() if name not in fitted.head})
-    for name, weights in fitted.head.items():
-        state[name].copy_(weights)
+    model = DeepFM(spec, config.deepfm, tables="meta")
+    weights = CheckpointWeights(path, model.state_dict(), fitted.head)
+    shapes = publish(run, spec, config.deepfm, weights)
     # Nothing has looked at the last step of a refit, which has no part to measure with.
-    wrong = [name for name, of in state.items() if of.is_floating_point() and not of.isfinite().all()]
-    if wrong:
-        raise diverged(f"{path.name} has numbers that are not finite in {', '.join(wrong[:3])}", model)
-    publish(run, spec, config.deepfm, state)
+    if weights.not_finite:
+        names = ", ".join(weights.not_finite[:3])
+        raise diverged(f"{path.name} has numbers that are not finite in {names}", model)
     run.remove("checkpoint")  # of a driver that was killed before the commit
     run.filesystem.create_dir(f"{run.path}/checkpoint")
     pyarrow.fs.copy_files(str(path), f"{run.path}/checkpoint", destination_filesystem=run.filesystem)
@@ -418,7 +419,7 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
         "attempts": history[-1]["attempt"] + 1,
         "examples_per_s": round(sum(line["examples_per_s"] for line in history) / len(history)),
         "pairs_per_s": round(sum(line["pairs_per_s"] for line in history) / len(history)),
-        "parameters": sum(tensor.numel() for tensor in state.values()),
+        "parameters": sum(map(math.prod, shapes.values())),
         "plan": plan,
     }
 

@@ -64,6 +64,7 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
         with tempfile.TemporaryDirectory(prefix="bench-") as folder:
             found[workers] = run_workers(workers, _steps, Path(folder), config, features)[0]
             peak[workers] = found[workers].pop("peak")[0]
+            (rows,) = found[workers].pop("rows")
             for name, seconds in found[workers].items():
                 print(
                     f"{workers} workers, {name:<11} {', '.join(f'{s * 1e3:6.1f}' for s in seconds)} ms a step"
@@ -80,7 +81,7 @@ def bench(config: Config, features: Run) -> tuple[list[Measure], dict[str, Any]]
         workers: {name: statistics.median(seconds) for name, seconds in of.items()}
         for workers, of in found.items()
     }
-    rate = {workers: config.deepfm.batch_size / of["end to end"] for workers, of in step.items()}
+    rate = {workers: rows / of["end to end"] for workers, of in step.items()}
     measures = [
         Measure("training, 1 worker, examples/s", rate[1]),
         Measure("training, 1 worker, end to end / floor", step[1]["end to end"] / step[1]["floor"], 1 / 0.9),
@@ -174,7 +175,7 @@ def _steps(config: Config, features: Run) -> dict[str, list[float]]:
         found["floor"].append(seconds(itertools.repeat(first, STEPS)))
         begin = repeat * ahead.examples.steps
         found["end to end"].append(seconds(ahead.from_step(begin, begin + STEPS)))
-    return found | {"peak": [_peak()]}
+    return found | {"peak": [_peak()], "rows": [float(ahead.examples.rows(0))]}
 
 
 def _where(config: Config, features: Run) -> dict[str, float]:

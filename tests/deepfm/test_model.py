@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -246,6 +247,13 @@ def test_a_published_model_gives_equal_logits(published, features, model, sides)
     expected = model.logits(model.user_side(sides[0]), model.item_side(sides[1]).rows(0, USERS))
     found = again.logits(again.user_side(sides[0]), again.item_side(sides[1]).rows(0, USERS))
     assert torch.equal(found, expected)
+
+
+def test_a_published_model_is_what_the_library_reads(published, model):
+    found = safetensors.torch.load_file(f"{published.path}/model/model.safetensors")
+    expected = model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_published_model_holds_no_pickle(published):

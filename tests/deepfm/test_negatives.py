@@ -38,7 +38,7 @@ def test_two_items_leave_no_choice():
 
 @pytest.mark.parametrize("present", [[True], [False, True, False]])
 def test_one_item_is_refused(present):
-    with pytest.raises(DataError, match="there is 1 item"):
+    with pytest.raises(DataError, match="items 1 may be listed"):
         Negatives(np.full(len(present), 3), np.array(present), 0.0)
 
 

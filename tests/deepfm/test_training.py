@@ -151,6 +151,29 @@ def test_forward_and_gradients_equal_the_unsharded_models(answers, unsharded):
             torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, msg=name)
 
 
+@pytest.mark.parametrize("kind", ["lr", "mf", "dnn"])
+def test_the_other_models_are_sharded_as_well(kind, plain, features, tmp_path):
+    """One loss, logits and gradients on two workers and unsharded; values, by mf: ratings factorised."""
+    chosen = {"model": kind} | ({"objective": "squared", "negatives": 0} if kind == "mf" else {})
+    chosen |= {"sharding": {"item": "row_wise"} | ({} if kind == "mf" else {"genres": "data_parallel"})}
+    config = plain.model_copy(update={"deepfm": plain.deepfm.model_copy(update=chosen)})
+    answers = run_workers(2, one_step, tmp_path, config, features)
+    spec = used_fields(features.spec(), config.deepfm)
+    examples = Examples(features, Items(features, spec), config)
+    model = DeepFM(spec, config.deepfm, seed=config.seed)
+    batch = examples.batch(0, 0, rank=0, world_size=1)
+    loss, logits = model(batch)
+    loss.backward()
+    assert sum(answer["loss"] for answer in answers) / 2 == pytest.approx(loss.item(), rel=1e-5)
+    found = torch.cat([answer["logits"][answer["weight"] > 0] for answer in answers])
+    torch.testing.assert_close(found, logits.detach()[batch.weight > 0])
+    dense = {name for name, _ in model.named_parameters() if ".embedding_bags." not in name}
+    for answer in answers:
+        assert answer["gradients"].keys() == dense
+        for name, gradient in answer["gradients"].items():
+            torch.testing.assert_close(gradient, dict(model.named_parameters())[name].grad, msg=name)
+
+
 def test_a_step_equals_the_unsharded_models(answers, unsharded, plain):
     """Row-wise Adagrad (one accumulator a row, of the mean squared gradient) and Adam, written out."""
     model, start, *_ = unsharded
@@ -500,6 +523,24 @@ def test_a_checkpoint_is_the_same_under_another_plan(whole_training, config, fea
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         assert any(found[name].any() for name in expected)
+
+
+def test_an_accumulator_a_weight_goes_to_any_number_of_workers(config, features, tmp_path):
+    """That of plain Adagrad, which is as large as its table."""
+    settings = config.deepfm.model_copy(update={"table_optimizer": "adagrad", "epochs": 1})
+    config = config.model_copy(update={"deepfm": settings})
+    folder = tmp_path / "training"
+    run_workers(2, train_in, folder, config, features, folder)
+    other = settings.model_copy(update={"sharding": {"item": "table_wise", "recent": "data_parallel"}})
+    changed = config.model_copy(update={"deepfm": other})
+    before = fused(run_workers(2, restored, tmp_path / "before", config, features, folder))
+    after = fused(run_workers(3, restored, tmp_path / "after", changed, features, folder))
+    assert before.keys() == after.keys()
+    rows = {f.name: f.cardinality for f in features.spec().fields}
+    for name, state in before.items():
+        assert torch.equal(after[name], state), name
+        assert state.shape == (rows[name.split(".")[-2].removeprefix("table_")], settings.embedding_dim + 4)
+    assert any(state.any() for state in before.values())
 
 
 def test_only_the_newest_two_and_the_best_checkpoint_are_kept(whole_training):
