@@ -12,6 +12,7 @@ import bisect
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset
 import torch.distributed as dist
+
+from recsys_dist.errors import DataError
 
 CHUNK = 1 << 16
 """Rows that are shuffled together, at least: row groups are not read in parts."""
@@ -44,6 +47,9 @@ class RowGroups:
         wanted: the filter.
         cache_bytes: row groups are kept in memory, those that were used last, up to so many bytes.
         keep: of the rows that the filter lets through; None: all.
+
+    Raises:
+        DataError: a file is missing, or damaged; also when it is read.
     """
 
     def __init__(
@@ -57,7 +63,10 @@ class RowGroups:
         self._schema, self._columns, self._wanted = dataset.schema, list(columns), wanted
         self._keep = keep
         files = sorted(dataset.get_fragments(filter=wanted), key=lambda file: file.path)
-        self._groups = [group for file in files for group in file.split_by_row_group()]
+        self._groups = []
+        for file in files:
+            with _readable(file.path):
+                self._groups += file.split_by_row_group()
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
         self._room = cache_bytes
         self.empty: pa.Table = pa.schema([self._schema.field(name) for name in columns]).empty_table()
@@ -106,7 +115,24 @@ class RowGroups:
         return table.filter(pa.array(self._keep(table))).select(list(columns))
 
     def _wanted_rows(self, number: int, columns: Sequence[str]) -> pa.Table:
-        return self._groups[number].to_table(schema=self._schema, columns=list(columns), filter=self._wanted)
+        group = self._groups[number]
+        with _readable(group.path):
+            return group.to_table(schema=self._schema, columns=list(columns), filter=self._wanted)
+
+
+@contextmanager
+def _readable(path: str) -> Iterator[None]:
+    """Raise a DataError where a file is not there, or not what was written."""
+    try:
+        yield
+    except (OSError, pa.ArrowInvalid) as error:
+        # Arrow's own complaints are OSErrors without a number.
+        if getattr(error, "errno", None) is not None and not isinstance(error, FileNotFoundError):
+            raise
+        why = " ".join(str(error).split())
+        raise DataError(
+            f"{path} cannot be read: {why} Restore it, or make the run again: jobs/featurize.py --force."
+        ) from None
 
 
 class Chunk(NamedTuple):

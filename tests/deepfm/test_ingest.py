@@ -1,4 +1,5 @@
 import itertools
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pytest
 
 from recsys_dist.deepfm import ingest
 from recsys_dist.deepfm.ingest import Order, RowGroups, Shuffled
+from recsys_dist.errors import DataError
 
 ROWS = 1000
 
@@ -127,3 +129,20 @@ def test_padding_is_made_of_any_row(folder):
     padded = rows.padded(parts, len(parts[0]) + 2)["id"].to_pylist()
     assert padded == parts[0]["id"].to_pylist() + parts[0]["id"].to_pylist()[:1] * 2
     assert len(rows.padded([rows.groups.empty], 3)) == 3
+
+
+@pytest.mark.parametrize("how", ["truncated", "overwritten", "missing"])
+def test_a_file_that_cannot_be_read_is_named(folder, tmp_path, how):
+    """Whether that shows in its footer, in its pages, or when it is opened."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "a.parquet"
+    content = file.read_bytes()
+    dataset = pa.dataset.dataset(copy)
+    if how == "truncated":
+        file.write_bytes(content[: len(content) // 2])
+    elif how == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    with pytest.raises(DataError, match=rf"{file} cannot be read: .*jobs/featurize\.py --force"):
+        RowGroups(dataset, ["id", "bag"], pc.field("wanted"), 1 << 20).each(len, ["id", "bag"])
