@@ -552,6 +552,8 @@ class Pair(Section):
         return self
 
 
+BY_COLUMNS = ("column_wise", "table_column_wise", "grid_shard")
+"""Values of `deepfm.sharding` that cut a table's columns."""
 FIT_ON = {"train": ("train",), "train_valid": ("train", "valid")}
 """Values of `fit_on` to parts of the examples."""
 
@@ -566,7 +568,7 @@ class DeepFM(Section):
     `deepfm`: `fm` and `dnn` over the same embeddings."""
     start_from: str | None = None
     """Run id of an earlier deepfm run, or `latest`, to start from: a trained `fm`, or last night's model.
-    What has the same name and width is taken over, rows of a vocabulary that has grown since are new."""
+    What means the same is taken over, rows of a vocabulary that has grown since are new."""
     leave_out: tuple[str, ...] = ()
     """Fields that the model does without. Without `user` it goes by what it knows of a user, and is the same
     for a new one."""
@@ -678,9 +680,22 @@ class DeepFM(Section):
     embedding_weight_decay: Scheduled = 0.0
     """Of the tables, decoupled: before every step each weight is multiplied by 1 - embedding learning rate *
     this, those that are not looked up as well. May change from epoch to epoch."""
-    sharding: dict[str, Literal["row_wise", "table_wise", "data_parallel", "table_row_wise"]] = {}
+    sharding: dict[
+        str,
+        Literal[
+            "row_wise",
+            "table_wise",
+            "data_parallel",
+            "column_wise",
+            "table_column_wise",
+            "table_row_wise",
+            "grid_shard",
+        ],
+    ] = {}
     """Field to how its table is split, where TorchRec's planner is not to decide: by rows over all workers,
-    whole on one, whole on every one; with GPUs also by rows over those of one node."""
+    whole on one, whole on every one; by columns over all workers, or over those of one node, which
+    table_optimizer rowwise_adagrad cannot; with GPUs also by rows over those of one node, and by both. Parts
+    of the columns are of equal width, a multiple of 4; there are embedding_dim + 4."""
     num_workers: int | tuple[int, int] = 2
     """Ray Train workers: processes on CPU; where there are GPUs one each, and no more than there are. A pair
     [least, most]: as many as the cluster has room for, fewer after it has lost a node, more after it has got
@@ -730,6 +745,12 @@ class DeepFM(Section):
             raise ValueError(
                 f"embedding_learning_rate * embedding_weight_decay must be below 1, found "
                 f"{self.embedding_learning_rate} * {greatest}"
+            )
+        cut = [name for name, kind in self.sharding.items() if kind in BY_COLUMNS]
+        if cut and self.table_optimizer == "rowwise_adagrad":
+            raise ValueError(
+                f"sharding: {', '.join(cut)} by columns needs table_optimizer adagrad or sgd: of the number "
+                f"a row that rowwise_adagrad keeps, each part of the columns would have another"
             )
         if self.convolution_reach % 2 == 0:
             raise ValueError(f"convolution_reach must be odd, found {self.convolution_reach}")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -180,7 +181,7 @@ def _run_stage(
     check(config, inputs)
     begun = None
     if left_behind and not arguments.force:
-        begun = _begun(workspace, stage, key, inputs, left_behind)
+        begun = _begun(workspace, stage, config, key, inputs, left_behind)
     with contextlib.ExitStack() as held:
         run = None
         if begun:
@@ -200,21 +201,22 @@ def _run_stage(
 def _begun(
     workspace: Workspace,
     stage: str,
+    config: Config,
     key: dict[str, Any],
     inputs: dict[str, Run],
     left_behind: Callable[[OpenRun], bool],
 ) -> OpenRun | None:
-    """The run to go on with, if any; of one that cannot be gone on with it is said why."""
-    others = []
-    for run in workspace.unfinished(stage, inputs):
-        changed = differences(run.key, key)
-        if not changed and left_behind(run):
-            return run
-        if changed and left_behind(run):
-            others.append((run, changed))
-    for run, changed in others[:1]:
+    """The run to go on with, if any; of the latest that cannot be gone on with it is said why."""
+    key, other = json.loads(json.dumps(key)), None
+    for run in workspace.unfinished(stage, inputs, workspace.runtime(stage, config)):
+        if left_behind(run):
+            if run.key == key:
+                return run
+            other = other or run
+    if other and stage not in EXPERIMENTS:
+        changed = differences(other.key, key)
         print(
-            f"{stage}: begins anew: {run.uri}, which was not finished, was made with other "
+            f"{stage}: begins anew: {other.uri}, which is not finished, was begun with other "
             f"{', '.join(changed[:NAMED])}{', ...' if len(changed) > NAMED else ''}",
             flush=True,
         )
@@ -231,7 +233,10 @@ def _commit(stage: str, config: Config, run: OpenRun, make: Make) -> None:
         kind = type(error).__name__
         text = str(error) if isinstance(error, RecsysError) else traceback.format_exc()
         try:
-            run.write_json("error.json", {"class": kind, "exit_code": code, "error": text})
+            runtime = run.workspace.runtime(stage, config)
+            run.write_json(
+                "error.json", {"class": kind, "exit_code": code, "error": text, "runtime": runtime}
+            )
         except OSError:
             print(f"{stage}: error.json could not be written to {run.uri}", file=sys.stderr)
         raise

@@ -162,5 +162,5 @@ def _summary(done: dict[str, Run], seconds: dict[str, float]) -> str:
         numbers = ", ".join(
             f"{metric_label(name)} {figure(name, of)}" for name, of in found["figures"].items()
         )
-        lines += ["", f"Predictions of {found['told']}: {numbers}"]
+        lines += ["", f"Predictions of {found['examples']:,} test events: {numbers}"]
     return "\n".join([*lines, "", f"Report: {evaluation.uri}/report.html"])

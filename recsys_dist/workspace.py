@@ -31,8 +31,6 @@ from recsys_dist.schema import FeatureSpec, read_spec
 MANIFEST = "manifest.json"
 RUN_ID = "%Y%m%dT%H%M%S.%f"
 """How a run id begins: when the run was started, so that ids sort by it."""
-SOURCES = (".py", ".j2", ".css", ".js")
-"""What the code consists of."""
 TRAINING, LOCK = "training", "driver.lock"
 """Beside a run's files until it is committed: OpenRun.training, and the lock of the process that makes it."""
 
@@ -51,7 +49,7 @@ class Stage:
     """Stages that it reads as well where the model has pair fields (deepfm.pair)."""
     factors_read: tuple[str, ...] = ()
     """And where some of these are of measure als."""
-    indifferent: tuple[str, ...] = ()
+    runtime_only: tuple[str, ...] = ()
     """Keys of its sections that decide how a run is made, not what it holds, but for rounding and dropout."""
 
 
@@ -77,7 +75,7 @@ STAGES = {
         ("seed", "deepfm", "score.filter_seen"),
         pairs_read=("recall",),
         factors_read=("als",),
-        indifferent=_HOW_TRAINED,
+        runtime_only=_HOW_TRAINED,
     ),
     "evaluation": Stage(
         "evaluate.py",
@@ -95,7 +93,7 @@ EXPERIMENTS = {
             *("seed", "deepfm", "score.filter_seen"),
             *("tune.space", "tune.trials", "tune.grace_epochs", "tune.reduction_factor"),
         ),
-        indifferent=_HOW_TRAINED,
+        runtime_only=_HOW_TRAINED,
     )
 }
 """No part of a night. Their runs live under `tune.root`, and none is read by a later stage."""
@@ -394,7 +392,7 @@ class Workspace:
         """All that a run's content depends on. Two runs with equal keys are interchangeable."""
         made = (STAGES | EXPERIMENTS)[stage]
         settings = {path: config.section(path) for path in made.sections}
-        for path in made.indifferent:
+        for path in made.runtime_only:
             section, _, name = path.rpartition(".")
             del settings[section][name]
         return {
@@ -408,7 +406,11 @@ class Workspace:
         key = json.loads(json.dumps(key))
         return next((run for run in reversed(self.runs(stage)) if run.manifest["key"] == key), None)
 
-    def unfinished(self, stage: str, inputs: dict[str, Run]) -> Iterator[OpenRun]:
+    def runtime(self, stage: str, config: Config) -> dict[str, Any]:
+        """The settings on which a run of a stage depends beside its key."""
+        return {path: config.section(path) for path in (STAGES | EXPERIMENTS)[stage].runtime_only}
+
+    def unfinished(self, stage: str, inputs: dict[str, Run], runtime: dict[str, Any]) -> Iterator[OpenRun]:
         """The runs that were begun and not committed, of any key, newest first.
 
         Without those for which what they ended with would happen again, and without those that are older than
@@ -417,6 +419,7 @@ class Workspace:
         Args:
             stage: whose runs they are.
             inputs: what a run of the right key would go on with.
+            runtime: of `runtime`: what was wrong with others may be right with these.
         """
         selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
         folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
@@ -427,6 +430,7 @@ class Workspace:
                 return
             error = self._json(f"{folder}/error.json") or {}
             again = error.get("exit_code") in (ConfigError.exit_code, DataError.exit_code)
+            again = again and error.get("runtime", runtime) == json.loads(json.dumps(runtime))
             key = self._json(f"{folder}/key.json")
             if again or not key:
                 continue
@@ -475,7 +479,7 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     def leaves(value: Any, name: str = "") -> dict[str, Any]:
         if not isinstance(value, dict):
             return {name: value}
-        found = {"": value} if not value else {}
+        found: dict[str, Any] = {} if value else {name: value}
         for key, inner in value.items():
             found |= leaves(inner, f"{name}.{key}" if name else key)
         return found
@@ -490,7 +494,7 @@ def code_version() -> str:
     """The package's version and a hash of its source, so that changed code makes new runs."""
     digest = hashlib.sha256()
     for folder in (PACKAGE, REPOSITORY / "jobs"):
-        for file in sorted(file for file in folder.rglob("*") if file.suffix in SOURCES):
+        for file in sorted(folder.rglob("*.py")):
             digest.update(f"{file.relative_to(folder)}\0".encode() + file.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 

@@ -29,11 +29,11 @@ def make(config, run):
     return {"times": len((run.training / "begun").read_text())}
 
 
-def start(workspace, settings=(), **how):
+def start(workspace, settings=(), made=make, **how):
     """Make a run of the stage; the exit code."""
     overrides = [f"storage.root={workspace.uri}", *settings]
     arguments = argparse.Namespace(conf=None, overrides=overrides, force=False)
-    return job.run_stage("deepfm", arguments, make, left_behind=lambda run: run.training.exists(), **how)
+    return job.run_stage("deepfm", arguments, made, left_behind=lambda run: run.training.exists(), **how)
 
 
 def killed_at(place, name, workspace):
@@ -86,9 +86,27 @@ def test_what_cannot_be_gone_on_with_is_told_and_why(workspace, capsys):
     assert f"deepfm: goes on with {left}\n" in capsys.readouterr().out
     assert start(workspace, ["deepfm.epochs=3", "seed=7"]) == 0
     assert capsys.readouterr().out.startswith(
-        f"deepfm: begins anew: {left}, which was not finished, was made with other seed, deepfm.epochs\n"
+        f"deepfm: begins anew: {left}, which is not finished, was begun with other seed, deepfm.epochs\n"
     )
     assert len(workspace.runs("deepfm")) == 1
+
+
+def test_what_was_wrong_with_how_it_is_made_is_no_end_of_a_run(workspace, capsys):
+    """A number of workers that the cluster does not have is mended by another one."""
+    killed_at(OpenRun, "commit", workspace)
+
+    def too_many(config, run):
+        raise ConfigError("too many")
+
+    wrong = ["deepfm.num_workers=9"]
+    assert start(workspace, wrong, made=too_many) == 64
+    (left,) = Path(workspace.uri, "deepfm").iterdir()
+    assert (left / "error.json").exists()
+    assert start(workspace, wrong, made=too_many) == 64  # would happen again: another run
+    assert len(list(Path(workspace.uri, "deepfm").iterdir())) == 2
+    capsys.readouterr()
+    assert start(workspace, ["deepfm.num_workers=3"]) == 0
+    assert f"deepfm: goes on with {left}\n" in capsys.readouterr().out
 
 
 def test_a_run_is_made_by_one_process_at_a_time(workspace, capsys):

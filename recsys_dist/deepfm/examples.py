@@ -67,6 +67,8 @@ class Counted(NamedTuple):
     rows: int
     targets: float
     """Sum of the targets."""
+    squares: float
+    """Sum of their squares."""
     values: float
     """Sum of the values."""
     bad: int
@@ -111,7 +113,9 @@ class Examples:
         room = settings.cache_megabytes << 20
         groups = RowGroups(run.dataset("examples"), columns, wanted(parts, settings), room, keep)
         counted = groups.each(functools.partial(_count, settings=settings), ["label", "value"])
-        self.total = Counted(*(sum(column) for column in zip(Counted(0, 0, 0, 0, 0), *counted, strict=True)))
+        self.total = Counted(
+            *(sum(column) for column in zip(Counted(0, 0, 0, 0, 0, 0), *counted, strict=True))
+        )
         if not self.total.rows:
             raise nothing(run, catalogue.spec, parts, settings)
         if settings.sample_weight and (self.total.bad or not self.total.values):
@@ -131,6 +135,13 @@ class Examples:
             raise DataError(
                 f"{self.total.unknown} of the {self.total.rows} examples have a label or value that is not "
                 f"finite, the first one {place}. Correct the log and run jobs/featurize.py."
+            )
+        mean = self.total.targets / self.total.rows
+        if settings.objective == "squared" and self.total.squares / self.total.rows <= mean**2 * (1 + 1e-12):
+            raise DataError(
+                f"{run.uri}: all {self.total.rows} examples in split={'+'.join(parts)} have the "
+                f"value {mean:g}, so there is nothing to learn. Name the log's column in "
+                f"data.events.columns.value, or learn something else than objective=squared."
             )
         self.negatives = None
         if settings.negatives:
@@ -285,7 +296,8 @@ def _count(table: pa.Table, settings: config.DeepFM) -> Counted:
     bad = ~(np.isfinite(values) & (values >= 0))
     of = targets(table, settings).astype(np.float64)
     unknown = int((~np.isfinite(of)).sum())
-    return Counted(len(table), float(of.sum()), float(values[~bad].sum()), int(bad.sum()), unknown)
+    sums = float(of.sum()), float(np.square(of).sum())
+    return Counted(len(table), *sums, float(values[~bad].sum()), int(bad.sum()), unknown)
 
 
 class Ahead:

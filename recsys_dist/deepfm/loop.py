@@ -37,7 +37,7 @@ from recsys_dist.deepfm.reports import (
     write_text,
 )
 from recsys_dist.deepfm.sharding import shard
-from recsys_dist.deepfm.start_from import take_over, told
+from recsys_dist.deepfm.start_from import summary, take_over
 from recsys_dist.deepfm.steps import Steps, has_bfloat16
 from recsys_dist.deepfm.validation import LOWER_IS_BETTER, validation
 from recsys_dist.workspace import Run
@@ -105,7 +105,7 @@ def train(task: Task, device: torch.device) -> Progress:
     if task.start_from and not whole:
         state = sharded.state_dict()
         taken = take_over(state, spec, task.start_from, optimizers.of_tables())
-        remarks.append(told(taken, state, task.start_from))
+        remarks.append(summary(taken, state, task.start_from))
     last = (task.epochs or settings.epochs) * examples.steps
     log = _Log(task, attempt, progress.step, examples, last)
     log.write(DATA, {"told": [examples.told(), *([valid.told] if valid else [])]})

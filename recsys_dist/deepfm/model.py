@@ -46,6 +46,8 @@ from recsys_dist.schema import UNKNOWN, FeatureSpec, FieldSpec
 
 PAIR_HEAD = "pair_head."
 """What begins with this in a state_dict says what pair fields are worth."""
+TABLES = ".embedding_bags."
+"""In the name of every table's weights."""
 PADDING = 4
 """Columns of a table beyond the factors: the first-order weight and three unused ones, since fused
 tables need a multiple of 4."""

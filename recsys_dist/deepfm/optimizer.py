@@ -15,10 +15,8 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 from recsys_dist import config
 from recsys_dist.config import in_epoch
 from recsys_dist.deepfm.decay import TableDecay
-from recsys_dist.deepfm.model import DeepFM
+from recsys_dist.deepfm.model import TABLES, DeepFM
 
-TABLES = ".embedding_bags."
-"""In the name of every table's weights."""
 OF_TABLES: dict[str, tuple[Any, dict[str, float]]] = {
     "rowwise_adagrad": (RowWiseAdagrad, {"eps": 1e-8}),
     "adagrad": (torch.optim.Adagrad, {"eps": 1e-8}),

@@ -30,7 +30,7 @@ def publish(
     run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: Mapping[str, Tensor]
 ) -> dict[str, list[int]]:
     """Write model/ of a deepfm run: the weights as safetensors and a description, nothing pickled. One tensor
-    is asked for at a time, so that no more than the largest need be in memory.
+    is asked for at a time, so that a driver need not have memory for the whole model.
 
     Args:
         run: the open run.
@@ -102,7 +102,7 @@ def description(run: Run) -> Description:
             tuple(FieldSpec.model_validate(field) for field in found["fields"]),
             {name: VocabularySpec.model_validate(of) for name, of in found["vocabularies"].items()},
         )
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise DataError(
             f"{run.uri}/model/model.json cannot be read, or is of another version: {error}. Restore it or "
             f"train again with --force."

@@ -4,7 +4,7 @@ Worker 0 writes `data.json`, what is learned from and measured with; `plan.json`
 `history.jsonl`, a line an evaluation; `now.json`, where it stands between evaluations; `workers.json`, host
 and process of each; `attempt`, the number of this start of the workers; `resumed.json`, from which step it
 goes on, on how many workers, and remarks, such as which checkpoints were refused. Any worker writes
-`refused.jsonl`, what it found wrong with settings or data. Nothing here needs torch.
+`refused-<number>.json`, what it found wrong with settings or data. Nothing here needs torch.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 from recsys_dist.errors import DataError, RecsysError, named
 
 HISTORY, PLAN, NOW, WORKERS, ATTEMPT = "history.jsonl", "plan.json", "now.json", "workers.json", "attempt"
-DATA, RESUMED, REFUSED = "data.json", "resumed.json", "refused.jsonl"
+DATA, RESUMED, REFUSED = "data.json", "resumed.json", "refused-{}.json"
 AGREED_SECONDS = 3
 """In which all workers find what all can."""
 
@@ -86,11 +86,10 @@ def refusing(folder: Path, worker: int = 0, workers: int = 1) -> Iterator[None]:
     try:
         yield
     except RecsysError as error:
-        told = {"worker": worker, "class": type(error).__name__, "error": str(error)}
-        with (folder / REFUSED).open("a") as file:
-            file.write(f"{json.dumps(told)}\n")
+        told = {"class": type(error).__name__, "error": str(error)}
+        write_json(folder / REFUSED.format(worker), told)
         until = time.monotonic() + AGREED_SECONDS
-        while len({line["worker"] for line in lines(folder / REFUSED)}) < workers:
+        while len(list(folder.glob(REFUSED.format("*")))) < workers:
             if time.monotonic() > until:
                 raise
             time.sleep(0.1)
@@ -98,6 +97,13 @@ def refusing(folder: Path, worker: int = 0, workers: int = 1) -> Iterator[None]:
 
 def refused(folder: Path) -> RecsysError | None:
     """What was written down by `refusing`."""
-    for found in lines(folder / REFUSED):
-        return named(found["class"], found["error"])
+    for file in sorted(folder.glob(REFUSED.format("*"))):
+        for found in lines(file):
+            return named(found["class"], found["error"])
     return None
+
+
+def forget_refused(folder: Path) -> None:
+    """Remove what an earlier start has written down: it is tried again."""
+    for file in folder.glob(REFUSED.format("*")):
+        file.unlink(missing_ok=True)

@@ -17,12 +17,14 @@ from torchrec.distributed.types import ShardingEnv, ShardingPlan
 from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.kernels import choose
-from recsys_dist.deepfm.model import DeepFM, initial_rows
+from recsys_dist.deepfm.model import PADDING, TABLES, DeepFM, initial_rows
 from recsys_dist.deepfm.optimizer import fuse
 from recsys_dist.errors import ConfigError
 
 OFFERED = ["row_wise", "table_wise", "data_parallel"]
-"""What the planner chooses from. Cut by columns the optimizer's state could not be resharded."""
+"""What the planner chooses from: what every optimizer can have."""
+ON_PROCESSORS = [*OFFERED, "column_wise", "table_column_wise"]
+ON_GPUS = [*ON_PROCESSORS, "table_row_wise", "grid_shard"]
 
 
 class Sharder(EmbeddingBagCollectionSharder):
@@ -30,7 +32,7 @@ class Sharder(EmbeddingBagCollectionSharder):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         """See torchrec."""
-        return [*OFFERED, "table_row_wise"] if compute_device_type == "cuda" else OFFERED
+        return ON_GPUS if compute_device_type == "cuda" else ON_PROCESSORS
 
 
 def make_plan(
@@ -47,7 +49,7 @@ def make_plan(
     if strange:
         raise ConfigError(
             f"deepfm.sharding={strange} is for GPUs, and the workers compute on processors: "
-            f"{', '.join(OFFERED)} are for these."
+            f"{', '.join(offered)} are for these."
         )
     constraints = {}
     beside = settings.negatives / (settings.batch_size if settings.negatives_shared else 1)
@@ -58,6 +60,7 @@ def make_plan(
             sharding_types=chosen if world_size > 1 or len(chosen) == 1 else ["table_wise"],
             pooling_factors=[float(field.last or 1)],
             num_poolings=[1.0 + beside if field.side == "item" else 1.0],
+            min_partition=_width(model.dim + PADDING, world_size),
         )
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     cuda = device.type == "cuda"
@@ -120,16 +123,31 @@ def shard(
 @torch.no_grad()
 def _initialise(model: DistributedModelParallel, dim: int, settings: config.DeepFM, seed: int) -> None:
     for name, tensor in model.state_dict().items():
-        if ".embedding_bags." in name:
+        if TABLES in name:
             table = name.split(".")[-2]
-            for start, rows in held_rows(tensor):
-                rows.copy_(initial_rows(seed, table, start, start + len(rows), dim, settings.init_scale))
+            for place, part in held_parts(tensor):
+                start, stop = place[0].start, place[0].stop
+                part.copy_(initial_rows(seed, table, start, stop, dim, settings.init_scale)[:, place[1]])
 
 
-def held_rows(tensor: torch.Tensor | ShardedTensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """The parts of a table that this worker holds: the first row's number, and the rows."""
+def held_parts(
+    tensor: torch.Tensor | ShardedTensor,
+) -> Iterator[tuple[tuple[slice, ...], torch.Tensor]]:
+    """The parts of a table, or of its optimizer's state, that this worker holds: where in the whole each is,
+    a slice a dimension, and its numbers.
+    """
     if not isinstance(tensor, ShardedTensor):
-        yield 0, tensor
+        yield tuple(slice(0, size) for size in tensor.shape), tensor
         return
     for part in tensor.local_shards():
-        yield part.metadata.shard_offsets[0], part.tensor
+        of = part.metadata
+        ends = zip(of.shard_offsets, of.shard_sizes, strict=True)
+        yield tuple(slice(start, start + size) for start, size in ends), part.tensor
+
+
+def _width(columns: int, workers: int) -> int:
+    """Of a part of a table that is cut by columns: the greatest that divides them, is a multiple of 4, which
+    the kernels need, and leaves every worker one; 4 where there is none.
+    """
+    fitting = [w for w in range(4, columns, 4) if columns % w == 0 and w * workers <= columns]
+    return max(fitting, default=4)

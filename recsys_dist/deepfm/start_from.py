@@ -19,17 +19,15 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from recsys_dist import config
 from recsys_dist.deepfm.batches import INDEXED
 from recsys_dist.deepfm.checkpoint import read_into
-from recsys_dist.deepfm.model import PAIR_HEAD
+from recsys_dist.deepfm.model import PAIR_HEAD, TABLES
 from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.deepfm.published import WEIGHTS, Weights, description
-from recsys_dist.deepfm.sharding import held_rows
+from recsys_dist.deepfm.sharding import held_parts
 from recsys_dist.errors import ConfigError
 from recsys_dist.schema import FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run, Workspace
 
 CHECKPOINT = "checkpoint"
-BAGS = ".embedding_bags."
-"""In the name of every table."""
 
 
 def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec) -> Run | None:
@@ -38,6 +36,7 @@ def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec
     Raises:
         ConfigError: there is no such run, its embeddings have another width, its indices may mean something
             else in `spec`, or it has not learned what these pair fields are worth.
+        DataError: its description is missing or damaged.
     """
     if settings.start_from is None:
         return None
@@ -90,7 +89,8 @@ def earlier_head(run: Run) -> dict[str, torch.Tensor]:
 def take_over(
     state: dict[str, Any], spec: FeatureSpec, run: Run, fused: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[str]:
-    """Copy into a model's state_dict what `run` has of the same name and meaning.
+    """Copy into a model's state_dict what `run` has of the same name and meaning; of a table that of its
+    field, however that is pooled.
 
     Args:
         state: of a DeepFM, sharded or not; a sharded table's rows are read for the own shards only.
@@ -108,14 +108,14 @@ def take_over(
     taken, tables = [], {}
     with _local(run) as folder, safetensors.safe_open(f"{folder}/{WEIGHTS}", "pt") as weights:
         # Which collection has a table depends on how its field is pooled.
-        known = {_part(name) if BAGS in name else name: name for name in set(weights.keys())}
+        known = {_part(name) if TABLES in name else name: name for name in set(weights.keys())}
         for name in sorted(state):
-            found = known.get(_part(name) if BAGS in name else name)
+            found = known.get(_part(name) if TABLES in name else name)
             if found is None:
                 continue
             mine, theirs = state[name], weights.get_slice(found)
             shape = tuple(theirs.get_shape())
-            if BAGS in name:
+            if TABLES in name:
                 field = _part(name).removeprefix("table_")
                 if not _means_the_same(spec.field(field), fields[field]):
                     continue
@@ -131,15 +131,16 @@ def take_over(
             else:
                 continue
             taken.append(name)
-        wanted = {tables[name]: fused[name] for name in tables if fused and name in fused}
+        wanted = {tables[name]: fused[name] for name in tables if fused and fused.get(name)}
         for name, tensors in _optimizer_state(f"{folder}/{CHECKPOINT}", wanted).items():
             for key, found_state in tensors.items():
                 _copy_rows(found_state, len(found_state), wanted[name][key])
     return taken
 
 
-def told(taken: Sequence[str], state: Mapping[str, Any], run: Run) -> str:
-    """What of a model begins with another's values, and what as the seed says, in a line.
+def summary(taken: Sequence[str], state: Mapping[str, Any], run: Run) -> str:
+    """Which tensors of a model begin with another's values, and which as the seed says, in a line; new rows
+    of a table, and new fields' numbers, always do.
 
     Args:
         taken: of `take_over`.
@@ -147,13 +148,13 @@ def told(taken: Sequence[str], state: Mapping[str, Any], run: Run) -> str:
         run: likewise.
     """
     anew = dict.fromkeys(_part(name) for name in state if name not in taken)
-    rest = f"as the seed says: {', '.join(anew)}" if anew else "all of it"
-    return f"starts from {run.uri}: {len(taken)} of {len(state)} tensors; {rest}"
+    rest = f"; as the seed says begin {', '.join(anew)}" if anew else ""
+    return f"takes over {len(taken)} of {len(state)} tensors of {run.uri}{rest}"
 
 
 def _part(name: str) -> str:
     """The table, or the part of the model, that a tensor of a state_dict is of."""
-    return name.split(".")[-2 if BAGS in name else 0]
+    return name.split(".")[-2 if TABLES in name else 0]
 
 
 def _copy_numbers(
@@ -178,17 +179,17 @@ def _copy_numbers(
 
 
 def _copy_rows(theirs: Any, rows: int, mine: Any) -> None:
-    """Copy the first `rows` rows, of them those that are held here."""
-    for start, part in held_rows(mine):
-        stop = min(start + len(part), rows)
-        if start < stop:
-            part[: stop - start].copy_(theirs[start:stop])
+    """Copy the first `rows` rows, of them what is held here."""
+    for (own, *others), part in held_parts(mine):
+        stop = min(own.stop, rows)
+        if own.start < stop:
+            part[: stop - own.start].copy_(theirs[(slice(own.start, stop), *others)])
 
 
 def _optimizer_state(
     checkpoint: str, wanted: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, torch.Tensor]]:
-    """Of a run's checkpoint the named tensors of the tables' optimizer: a number a row, so they are small."""
+    """Of a run's checkpoint the named tensors of the tables' optimizer, whole."""
     if not wanted:
         return {}
     known = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
@@ -209,7 +210,7 @@ def _means_the_same(own: FieldSpec, theirs: FieldSpec) -> bool:
     kinds = [
         (f.kind, f.type, f.vocab, f.hashed, f.part, f.wave, f.log, f.indicator_of) for f in (own, theirs)
     ]
-    made = [None if f.kind == "history" else (f.of, f.when, f.days) for f in (own, theirs)]
+    made = [(f.of, *(() if f.kind == "history" else (f.when, f.days))) for f in (own, theirs)]
     grown = own.vocab is not None and own.cardinality > theirs.cardinality
     return kinds[0] == kinds[1] and made[0] == made[1] and (grown or own.cardinality == theirs.cardinality)
 

@@ -31,9 +31,9 @@ from recsys_dist.deepfm.reports import (
     HISTORY,
     NOW,
     PLAN,
-    REFUSED,
     RESUMED,
     best,
+    forget_refused,
     lines,
     refused,
     refusing,
@@ -279,7 +279,7 @@ def _head_worker(task: dict[str, Any], folder: Path) -> None:
 
     gpu = torch.cuda.is_available() and bool(ray.get_gpu_ids())
     torch.set_num_threads(os.cpu_count() or 1)
-    (folder / REFUSED).unlink(missing_ok=True)  # of a driver that died
+    forget_refused(folder)  # of a driver that died
     with refusing(folder):
         head, told = learn(**task, device=torch.device("cuda" if gpu else "cpu"))
         write_json(folder / LEARNED, told)
@@ -290,7 +290,7 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     """Run the loop on Ray Train until it is done, with its files in `folder`."""
     # Of a driver that died.
     shutil.rmtree(folder / RAY, ignore_errors=True)
-    (folder / REFUSED).unlink(missing_ok=True)
+    forget_refused(folder)
     gpus = gpus_of_cluster()
     workers = on_gpus(config.deepfm.num_workers, gpus) if gpus else config.deepfm.num_workers
     if workers != config.deepfm.num_workers:
@@ -347,7 +347,7 @@ def on_gpus(workers: int | tuple[int, int], gpus: int) -> int | tuple[int, int]:
     """
     if isinstance(workers, int):
         return min(workers, gpus)
-    return gpus if gpus < workers[0] else workers
+    return min(workers[0], gpus), workers[1]
 
 
 def _require_accepted(folder: Path) -> None:

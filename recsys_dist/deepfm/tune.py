@@ -32,7 +32,7 @@ from ray.tune.schedulers import ASHAScheduler
 
 from recsys_dist.config import Config, merge
 from recsys_dist.deepfm import train
-from recsys_dist.deepfm.reports import HISTORY, best, lines, refused, refusing, write_json
+from recsys_dist.deepfm.reports import HISTORY, best, forget_refused, lines, refused, refusing, write_json
 from recsys_dist.errors import ConfigError, RecsysError, RetryableError, named
 from recsys_dist.workspace import OpenRun, Workspace
 
@@ -315,6 +315,7 @@ def _trial(trial: dict[str, int], tasks: dict[int, Any], resources: dict[str, in
 
     task = tasks[trial["trial"]]
     task.folder.mkdir(exist_ok=True)
+    forget_refused(task.folder)
     metric = task.config.deepfm.metric
 
     def report(line: dict[str, Any]) -> None:

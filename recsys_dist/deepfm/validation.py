@@ -186,14 +186,7 @@ class Predicting:
         table = read_examples(run, items.spec, [split], config.deepfm)
         self.metric = config.deepfm.metric
         self.targets = targets(table, config.deepfm)
-        equal = (self.targets == self.targets[0]).all()
-        if equal and self.metric == "rmse":
-            raise DataError(
-                f"{run.uri}: all {len(self.targets)} examples in split={split} have the value "
-                f"{self.targets[0]:g}, so there is nothing to predict. Name the log's column in "
-                f"data.events.columns.value, or learn something else than objective=squared."
-            )
-        if equal:
+        if self.metric == "auc" and len(set(self.targets.tolist())) < 2:
             raise DataError(
                 f"{run.uri}: all {len(self.targets)} examples in split={split} have the label "
                 f"{self.targets[0]:g}, and AUC needs both. With positives alone, draw other items beside "
@@ -207,21 +200,11 @@ class Predicting:
         self.catalogue = items
 
     def figures(self, model: DeepFM, device: torch.device) -> dict[str, float]:
-        """See Validation: auc, gauc (within users; not where no user has both labels), logloss and
-        calibration of labels, rmse and mse of values.
-        """
+        """See Validation and `predicted`."""
         logits = self.logits(model, device)
         if not np.isfinite(logits).all():
             return {self.metric: np.nan}
-        if self.metric == "rmse":
-            return {"rmse": rmse(self.targets, logits), "mse": mse(self.targets, logits)}
-        figures = {
-            "auc": auc(self.targets, logits),
-            "gauc": grouped_auc(self.targets, logits, self.users),
-            "logloss": logloss(self.targets, logits),
-            "calibration": calibration(self.targets, logits),
-        }
-        return {name: of for name, of in figures.items() if not np.isnan(of)}
+        return predicted(self.metric, self.targets, logits, self.users)
 
     @torch.no_grad()
     def logits(self, model: DeepFM, device: torch.device) -> np.ndarray:
@@ -242,6 +225,29 @@ class Predicting:
             logits = whole
         model.train(training)
         return logits[: len(self.targets)].float().cpu().numpy()
+
+
+def predicted(
+    metric: str, targets_N: np.ndarray, logits_N: np.ndarray, users_N: np.ndarray
+) -> dict[str, float]:
+    """How well examples are predicted: rmse and mse of values; auc, gauc (within users; none where no user
+    has both labels), logloss and calibration of labels.
+
+    Args:
+        metric: that decides, `rmse` or `auc`.
+        targets_N: [N] values or labels.
+        logits_N: [N] predicted.
+        users_N: [N] whose examples they are.
+    """
+    if metric == "rmse":
+        return {"rmse": rmse(targets_N, logits_N), "mse": mse(targets_N, logits_N)}
+    figures = {
+        "auc": auc(targets_N, logits_N),
+        "gauc": grouped_auc(targets_N, logits_N, users_N),
+        "logloss": logloss(targets_N, logits_N),
+        "calibration": calibration(targets_N, logits_N),
+    }
+    return {name: of for name, of in figures.items() if not np.isnan(of)}
 
 
 @contextmanager

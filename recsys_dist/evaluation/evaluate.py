@@ -16,18 +16,18 @@ import torch
 
 from recsys_dist.config import FIT_ON, Config
 from recsys_dist.deepfm.items import Items, days_of
-from recsys_dist.deepfm.validation import Predicting, alone
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.evaluation.large import measured_by_spark
 from recsys_dist.evaluation.measured import BySegment, Catalogue, figures, measure
 from recsys_dist.evaluation.metrics import METRICS, Values
 from recsys_dist.evaluation.nights import interval, measured_alike, published_last
+from recsys_dist.evaluation.predictions import predictions
 from recsys_dist.evaluation.report import write_report
 from recsys_dist.evaluation.segments import known_events, told, user_segments
 from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
 from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.scorers import Popularity, Ranker, Scorer, TwoStage, scored_by
+from recsys_dist.scoring.scorers import Popularity, Scorer, TwoStage, scored_by
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import OpenRun, Run
 
@@ -71,7 +71,7 @@ def evaluate(config: Config, run: OpenRun) -> dict[str, Any]:
     metrics, lists, users, truth = hold_out(
         config, run, models.items, list(scorers), scorers.__getitem__, config.score.published, fitted_on
     )
-    metrics["predictions"] = predictions(config, run.inputs["features"], models.ranker)
+    metrics["predictions"] = predictions(run.inputs["features"], models.ranker)
     run.write_json("metrics.json", metrics)
     results = metrics["models"]
     verdict = _verdict(config, metrics, published_last(run.workspace))
@@ -129,6 +129,7 @@ def hold_out(
     metrics = {
         "protocol": {
             "split": config.section("split"),
+            "label": config.section("label"),
             "k": list(settings.k),
             "users": "every user with a relevant item",
             "relevant": "items of the user's positive events of the test part, but those left out as seen",
@@ -177,30 +178,6 @@ def held_out(
     row_of[users["user"].to_numpy()] = np.arange(len(users))
     truth = np.stack([row_of[events["user"].to_numpy()], events["item"].to_numpy()], axis=1)
     return users, np.unique(truth, axis=0)
-
-
-def predictions(config: Config, features: Run, ranker: Ranker) -> dict[str, Any] | None:
-    """What a model that has learned labels or values predicts of the test part's examples, about which lists
-    say nothing; None where it has learned to rank, or where all labels are equal.
-
-    Args:
-        config: seed, and which items are seen.
-        features: of the model.
-        ranker: the model.
-    """
-    settings = ranker.model.settings
-    if settings.negatives:
-        return None
-    own = config.model_copy(update={"deepfm": settings})
-    try:
-        found = Predicting(features, ranker.items, own, "test")
-    except DataError as error:
-        print(f"  predictions are not measured: {error}", flush=True)
-        return None
-    device = next(ranker.model.parameters()).device
-    with alone(device):
-        figures = found.figures(ranker.model, device)
-    return {"metric": found.metric, "told": found.told, "figures": figures}
 
 
 def positives(features: Run, items: Items, parts: Sequence[str]) -> np.ndarray:
@@ -329,7 +306,7 @@ def _verdict(config: Config, metrics: dict[str, Any], last: Run | None = None) -
     if unknown:
         why = "did not measure it" if alike else "measured in another way"
         untold = f"{', '.join(unknown)}: not held against {last.run_id}, published last, which {why}"
-        verdict |= {"not_compared": unknown, "text": f"{verdict['text']}; {untold}"}
+        verdict |= {"not_compared": dict.fromkeys(unknown, why), "text": f"{verdict['text']}; {untold}"}
     for metric, most in may_fall.items():
         before, now = earlier.get(metric), results[verdict["model"]][metric]
         if before is not None:

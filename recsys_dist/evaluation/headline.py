@@ -155,7 +155,7 @@ def _checks(
             f"allowed"
         )
         found.append((before - now - chance <= most, text))
-    for name in verdict.get("not_compared", ()):
-        text = "is not held against the lists that were published last, which were measured in another way"
+    for name, why in verdict.get("not_compared", {}).items():
+        text = f"is not held against the lists that were published last, whose evaluation {why}"
         found.append((None, f"{metric_label(name)} {text}"))
     return found

@@ -10,7 +10,7 @@ from recsys_dist.workspace import RUN_ID, OpenRun, Run, Workspace
 
 MOST = 30
 """Nights that are shown."""
-LIKE = ("users", "relevant", "candidates")
+COMPARABLE = ("label", "users", "relevant", "candidates")
 """What of a protocol decides, beside the split, whether two evaluations measure the same."""
 
 
@@ -68,14 +68,18 @@ def published_last(workspace: Workspace) -> Run | None:
 
 
 def measured_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Do two metrics.json hold figures that can be compared? A later cut, more lengths, other intervals and
-    models that were fitted on more make no difference; another kind of split, or other items left out, does.
+    """Do two metrics.json hold figures that can be compared? Later dates, more lengths, other intervals and
+    models that were fitted on more make no difference; another kind of split, another label, or other items
+    left out, does.
     """
 
     def of(metrics: dict[str, Any]) -> dict[str, Any]:
         protocol = metrics.get("protocol", {})
-        split = {key: value for key, value in protocol.get("split", {}).items() if key != "dates"}
-        return {"split": split, **{key: protocol.get(key) for key in LIKE}}
+        split = dict(protocol.get("split", {}))
+        if dates := split.get("dates"):  # each night's are later; the days between them are the same
+            first, second = map(dt.date.fromisoformat, dates)
+            split["dates"] = (second - first).days
+        return {"split": split, **{key: protocol.get(key) for key in COMPARABLE}}
 
     return of(one) == of(other)
 

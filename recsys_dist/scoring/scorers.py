@@ -223,8 +223,12 @@ class Ranker:
 
     def users(self, users: Users) -> Side:
         """The user side of a batch."""
-        table = self.rows.put(users.table) if self.rows else users.table
-        return self.model.user_side(side_batch(table, self.spec.side("user", "context")))
+        return self.user_side(users.table)
+
+    def user_side(self, rows: pa.Table) -> Side:
+        """The user and context fields' part of rows that have them, and `user`."""
+        rows = self.rows.put(rows) if self.rows else rows
+        return self.model.user_side(side_batch(rows, self.spec.side("user", "context")))
 
     def by_day(self, users: Users) -> Iterator[tuple[Tensor, Side]]:
         """The batch in groups for which the items' fields are the same: rows of it and the catalogue."""

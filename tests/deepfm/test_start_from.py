@@ -12,10 +12,10 @@ from recsys_dist.deepfm import train
 from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, initial_rows, used_fields
 from recsys_dist.deepfm.published import publish
-from recsys_dist.deepfm.start_from import earlier_head, earlier_run, take_over, told
+from recsys_dist.deepfm.start_from import earlier_head, earlier_run, summary, take_over
 from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Workspace
-from tests.deepfm.workers import run_workers, started_from, train_in
+from tests.deepfm.workers import fused, run_workers, started_from, train_in
 from tests.synthetic import synthetic_config, synthetic_features
 
 NEW = 5
@@ -93,9 +93,10 @@ def test_deepfm_takes_over_a_trained_fm(config, features, trained_fm):
         expected = theirs[name] if name in theirs else start[name]
         assert torch.equal(tensor, expected), name
         assert name in theirs or "hidden" in name or "layers" in name
-    line = told(taken, model.state_dict(), run)
-    assert line.startswith(f"starts from {run.uri}: {len(taken)} of {len(start)} tensors; as the seed says: ")
-    assert set(line.partition("says: ")[2].split(", ")) == {"user_hidden", "item_hidden", "layers"}
+    line = summary(taken, model.state_dict(), run)
+    begin = f"takes over {len(taken)} of {len(start)} tensors of {run.uri}; as the seed says begin "
+    assert line.startswith(begin)
+    assert set(line.removeprefix(begin).split(", ")) == {"user_hidden", "item_hidden", "layers"}
 
 
 @pytest.mark.parametrize("kind", [{"recency": {"recent": 3.0}}, {"attention": {"recent": 3.0}}])
@@ -110,8 +111,7 @@ def test_a_history_that_is_weighted_from_now_on_keeps_its_rows(config, features,
     assert torch.equal(answer["weights"][own], theirs[old])
     state = {"fused": {"state": {old: {"table_recent.momentum1": torch.empty(len(theirs[old]))}}}}
     read_into(state, f"{run.path}/checkpoint")
-    ((start, found),) = answer["fused"][own]
-    assert start == 0
+    found = fused([answer])[own]
     assert found.any()
     assert torch.equal(found, state["fused"]["state"][old]["table_recent.momentum1"])
 
@@ -164,6 +164,15 @@ def test_last_nights_model_with_a_grown_vocabulary(config, features):
     assert larger >= 3
 
 
+def test_a_table_that_is_cut_by_columns_takes_over_its_own(config, features, tmp_path):
+    settings = {"table_optimizer": "sgd", "sharding": {"item": "column_wise", "user": "column_wise"}}
+    config = with_settings(config, **settings)
+    run, theirs = published(config, features)
+    answers = run_workers(2, started_from, tmp_path, config, features, run)
+    for name, old in theirs.items():
+        assert torch.equal(answers[0]["weights"][name], old), name
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("grows", [False, True])
 def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path, workers, grows):
@@ -187,11 +196,10 @@ def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path,
         }
     }
     read_into(state, f"{run.path}/checkpoint")
-    new = 0
+    new, state_of = 0, fused(answers)
     for name in tables:
         (expected,) = state["fused"]["state"][name].values()
-        parts = [part for answer in answers for part in answer["fused"].get(name, [])]
-        found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+        found = state_of[name]
         assert torch.equal(found[: len(expected)], expected), name
         assert expected.any()
         assert len(found) == len(fresh[name])

@@ -22,7 +22,7 @@ from recsys_dist.deepfm.layers import BatchNorm, Convolution, Dropout, Encoder, 
 from recsys_dist.deepfm.model import DeepFM, used_fields
 from recsys_dist.deepfm.steps import has_bfloat16
 from recsys_dist.errors import ConfigError, DataError
-from tests.deepfm.workers import decayed, one_step, run_workers
+from tests.deepfm.workers import decayed, fused, one_step, run_workers
 from tests.synthetic import synthetic_config, synthetic_features
 
 EVERYTHING = {
@@ -68,6 +68,7 @@ def test_all_of_it_on_several_workers_equals_the_unsharded_model(
     assert sum(answer["loss"] for answer in answers) / workers == pytest.approx(loss.item(), rel=1e-5)
     kinds = {row["table"].removeprefix("table_"): row["sharding"] for row in answers[0]["plan"]}
     assert config.deepfm.sharding.items() <= kinds.items()
+    state_of = fused(answers)
     for name, parameter in model.named_parameters():
         if ".embedding_bags." not in name:
             for answer in answers:
@@ -76,8 +77,7 @@ def test_all_of_it_on_several_workers_equals_the_unsharded_model(
                 )
             continue
         accumulated = parameter.grad.square().mean(1)
-        parts = [part for answer in answers for part in answer["fused"].get(name, [])]
-        found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+        found = state_of[name]
         torch.testing.assert_close(found, accumulated, rtol=1e-3, atol=1e-10, msg=name)
     for name, buffer in model.named_buffers():
         for answer in answers:
@@ -325,10 +325,14 @@ def test_an_epoch_in_runs_has_every_example_once(config, features):
     assert 0.5 < (np.diff(found) == 1).mean() < 0.95
 
 
-def test_lazy_decay_equals_that_of_the_whole_table_at_every_step(config, features, tmp_path):
+@pytest.mark.parametrize(
+    ("optimizer", "item"), [("rowwise_adagrad", "table_wise"), ("adagrad", "column_wise")]
+)
+def test_lazy_decay_equals_that_of_the_whole_table_at_every_step(config, features, tmp_path, optimizer, item):
     """Seven steps on two workers, with rates and decays that change; and it is lazy."""
     changes = {"embedding_weight_decay": (0.5, 0.1), "warmup_steps": 5, "attention": {"recent": 3.0}}
-    changes["sharding"] = {"user": "row_wise", "group": "data_parallel", "item": "table_wise"}
+    changes["sharding"] = {"user": "row_wise", "group": "data_parallel", "item": item}
+    changes["table_optimizer"] = optimizer
     answers = run_workers(2, decayed, tmp_path, changed(config, **changes), features)
     for name, found in answers[0]["lazy"].items():
         torch.testing.assert_close(found, answers[0]["whole"][name], rtol=1e-5, atol=1e-7, msg=name)

@@ -4,6 +4,7 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -25,6 +26,7 @@ from recsys_dist.deepfm.validation import Predicting, Ranking
 from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import (
+    fused,
     one_step,
     planned,
     restored,
@@ -177,13 +179,12 @@ def test_the_other_models_are_sharded_as_well(kind, plain, features, tmp_path):
 def test_a_step_equals_the_unsharded_models(answers, unsharded, plain):
     """Row-wise Adagrad (one accumulator a row, of the mean squared gradient) and Adam, written out."""
     model, start, *_ = unsharded
-    settings = plain.deepfm
+    settings, state_of = plain.deepfm, fused(answers)
     for name, parameter in model.named_parameters():
         gradient = parameter.grad
         if ".embedding_bags." in name:
             accumulated = gradient.square().mean(1)
-            parts = [part for answer in answers for part in answer["fused"].get(name, [])]
-            found = torch.cat([part for _, part in sorted(parts, key=lambda part: part[0])])
+            found = state_of[name]
             torch.testing.assert_close(found, accumulated, rtol=1e-4, atol=1e-12, msg=name)
             moved = start[name] - settings.embedding_learning_rate * gradient / (
                 accumulated.sqrt()[:, None] + 1e-8
@@ -213,16 +214,32 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_step_of_the_other_optimizers(kind, unsharded, plain, features, tmp_path):
-    """Written out, on two workers, with the tables split the other way round."""
-    sharding = {
-        "item": "table_wise",
-        "group": "row_wise",
-        "genres": "data_parallel",
-        "recent": "data_parallel",
-        "user": "row_wise",
-    }
+OTHER_WAY = {
+    "item": "table_wise",
+    "group": "row_wise",
+    "genres": "data_parallel",
+    "recent": "data_parallel",
+    "user": "row_wise",
+}
+BY_COLUMNS = {
+    "item": "column_wise",
+    "group": "table_column_wise",
+    "genres": "column_wise",
+    "recent": "column_wise",
+    "user": "row_wise",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "sharding"),
+    [
+        *((kind, OTHER_WAY) for kind in OPTIMIZERS),
+        ("adagrad, adam", BY_COLUMNS),
+        ("sgd, adagrad", BY_COLUMNS),
+    ],
+)
+def test_a_step_of_the_other_optimizers(kind, sharding, unsharded, plain, features, tmp_path):
+    """Written out, on two workers, with the tables split the other way round, or by columns."""
     settings = plain.deepfm.model_copy(update={**OPTIMIZERS[kind], "sharding": sharding})
     config = plain.model_copy(update={"deepfm": settings})
     epoch = int("second epoch" in kind)
@@ -321,7 +338,7 @@ def test_what_only_gpus_have_is_refused(plain, features, tmp_path):
 
 @pytest.mark.parametrize(
     ("workers", "gpus", "expected"),
-    [(2, 1, 1), (2, 8, 2), ((1, 4), 2, (1, 4)), ((2, 4), 1, 1), ((2, 4), 2, (2, 4))],
+    [(2, 1, 1), (2, 8, 2), ((1, 4), 2, (1, 4)), ((2, 4), 1, (1, 4)), ((2, 4), 2, (2, 4))],
 )
 def test_where_there_are_gpus_each_worker_has_one(workers, gpus, expected):
     assert on_gpus(workers, gpus) == expected
@@ -490,18 +507,6 @@ def test_a_resumed_training_goes_on_as_if_nothing_had_been(
         assert lines[-1]["ndcg@10"] == expected[-1]["ndcg@10"]
 
 
-def fused(answers):
-    """The tables' optimizer state, put together from the workers' parts."""
-    parts = {}
-    for answer in answers:
-        for name, held in answer["fused"].items():
-            parts[name] = parts.get(name, []) + held
-    return {
-        name: torch.cat([part for _, part in sorted(held, key=lambda part: part[0])])
-        for name, held in parts.items()
-    }
-
-
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_checkpoint_is_the_same_under_another_plan(whole_training, config, features, tmp_path, workers):
     """Weights and optimizer states bit for bit, of two workers' checkpoint."""
@@ -531,8 +536,8 @@ def test_an_accumulator_a_weight_goes_to_any_number_of_workers(config, features,
     config = config.model_copy(update={"deepfm": settings})
     folder = tmp_path / "training"
     run_workers(2, train_in, folder, config, features, folder)
-    other = settings.model_copy(update={"sharding": {"item": "table_wise", "recent": "data_parallel"}})
-    changed = config.model_copy(update={"deepfm": other})
+    kinds = {"item": "table_wise", "recent": "data_parallel", "user": "column_wise"}
+    changed = config.model_copy(update={"deepfm": settings.model_copy(update={"sharding": kinds})})
     before = fused(run_workers(2, restored, tmp_path / "before", config, features, folder))
     after = fused(run_workers(3, restored, tmp_path / "after", changed, features, folder))
     assert before.keys() == after.keys()
@@ -785,6 +790,23 @@ def test_predictions_are_measured_alike_by_any_number_of_workers(labelled, featu
         assert found["calibration"] == pytest.approx(1, abs=0.1)
     else:
         assert found["rmse"] < 0.8 * np.std([row["value"] for row in rows])
+
+
+def test_values_that_are_all_equal_are_refused(labelled, features, tmp_path):
+    """Such as those of a log without a column of values; 4.1 has no exact square."""
+    path = shutil.copytree(features.path, tmp_path / "features")
+    for file in (path / "examples").rglob("*.parquet"):
+        table = pq.read_table(file, partitioning=None)
+        values = pa.array(np.full(len(table), 4.1), table.schema.field("value").type)
+        place = table.schema.get_field_index("value")
+        pq.write_table(table.set_column(place, table.schema.field(place), values), file)
+    changed = dataclasses.replace(features, path=str(path))
+    squared = labelled.model_copy(
+        update={"deepfm": labelled.deepfm.model_copy(update={"objective": "squared"})}
+    )
+    Examples(features, Items(features, features.spec()), squared)
+    with pytest.raises(DataError, match=r"have the value 4\.1, so there is nothing to learn"):
+        Examples(changed, Items(changed, features.spec()), squared)
 
 
 def test_labels_that_are_all_equal_are_refused(labelled, features, tmp_path):

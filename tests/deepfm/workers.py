@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import multiprocessing
 import statistics
 import time
@@ -101,7 +102,7 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
     from recsys_dist.deepfm.items import Items
     from recsys_dist.deepfm.model import used_fields
     from recsys_dist.deepfm.optimizer import rate_factor
-    from recsys_dist.deepfm.sharding import held_rows
+    from recsys_dist.deepfm.sharding import held_parts
 
     spec = used_fields(features.spec(), config.deepfm)
     examples = Examples(features, Items(features, spec), config)
@@ -118,8 +119,8 @@ def decayed(config: Any, features: Any) -> dict[str, Any]:
                 rate = factor * settings.embedding_learning_rate
                 decay = in_epoch(config.deepfm.embedding_weight_decay, epoch)
                 for table in tables.values():
-                    for _, rows in held_rows(table):
-                        rows.detach().mul_(1 - rate * decay)
+                    for _, part in held_parts(table):
+                        part.detach().mul_(1 - rate * decay)
             optimizers.begin(factor, epoch)
             optimizers.zero_grad()
             batch = examples.batch(0, step, dist.get_rank(), dist.get_world_size())
@@ -341,17 +342,39 @@ def _sharded(config: Any, features: Any) -> tuple[Any, Any, Any, list[dict[str, 
 
 
 def _fused(optimizers: Any) -> dict[str, list[Any]]:
-    """The state of the tables' optimizer, first row and values: only of what this process holds, and of what
-    all hold the first one's.
+    """The state of the tables' optimizer, first row, first column and values: only of what this process
+    holds, and of what all hold the first one's.
     """
-    from recsys_dist.deepfm.sharding import held_rows
+    from recsys_dist.deepfm.sharding import held_parts
 
     return {
-        name: [[start, rows.clone()] for start, rows in held_rows(state)]
+        name: [
+            [place[0].start, place[1].start if len(place) > 1 else 0, part.clone()]
+            for place, part in held_parts(state)
+        ]
         for name, found in optimizers.of_tables().items()
         for state in found.values()
         if isinstance(state, ShardedTensor) or dist.get_rank() == 0
     }
+
+
+def fused(answers: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The tables' optimizer state, put together from what the workers answered."""
+    parts: dict[str, list[Any]] = {}
+    for answer in answers:
+        for name, held in answer["fused"].items():
+            parts[name] = parts.get(name, []) + held
+    found = {}
+    for name, held in parts.items():
+        shape = [max(row + len(part) for row, _, part in held)]
+        if held[0][2].dim() == 2:
+            shape.append(max(column + part.shape[1] for _, column, part in held))
+        assert sum(part.numel() for *_, part in held) == math.prod(shape)
+        found[name] = torch.empty(shape)
+        for row, column, part in held:
+            place = (slice(row, row + len(part)), slice(column, column + part.shape[-1]))
+            found[name][place[: part.dim()]] = part.cpu()
+    return found
 
 
 def _whole(state: dict[str, Any]) -> dict[str, torch.Tensor | None]:

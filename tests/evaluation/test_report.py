@@ -400,10 +400,16 @@ def test_the_first_sentence(before, passed, sentence):
     assert [holds for holds, _ in found.checks] == [True, passed]
     assert [text for _, text, _ in found.numbers[2:]] == ["2.00 ×", "50.0%"]
     unknown = headline(
-        config, metrics, {**verdict, "changes": {}, "not_compared": ["ndcg@10"]}, last, tonight
+        config,
+        metrics,
+        {**verdict, "changes": {}, "not_compared": {"ndcg@10": "did not measure it"}},
+        last,
+        tonight,
     )
     assert [holds for holds, _ in unknown.checks] == [True, None]
-    assert unknown.checks[1][1].startswith("NDCG@10 is not held against the lists that were published last")
+    assert unknown.checks[1][1] == (
+        "NDCG@10 is not held against the lists that were published last, whose evaluation did not measure it"
+    )
 
 
 @pytest.mark.parametrize(
