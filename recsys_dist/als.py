@@ -77,7 +77,7 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
             remove_checksums(run.filesystem, run.path)
     finally:
         session.__exit__(None, None, None)
-    chosen = settings.model_dump(include={"implicit", "rank", "reg", "alpha", "iterations"})
+    chosen = settings.model_dump(include={"implicit", "rank", "reg", "alpha", "iterations", "sample_weight"})
     told = {"ratings": ratings, **written, **chosen, "tried": tried}
     return {**told, "spark": pyspark.__version__, "seconds": steps.seconds}
 
@@ -164,7 +164,7 @@ def _events(
     if moments is not None:
         examples = earlier_events(examples, moments)
     if settings.implicit:
-        rating = F.lit(1.0).cast("float")
+        rating = F.col("value") if settings.sample_weight else F.lit(1.0).cast("float")
         examples = examples.where("label > 0")
     else:
         rating = F.col("value")

@@ -383,7 +383,10 @@ class Als(Section):
     reg: float = Field(0.1, ge=0)
     """Regularisation; MLlib multiplies it by the number of the row's events (ALS-WR)."""
     alpha: float = Field(1.0, gt=0)
-    """Confidence of an implicit event: 1 + alpha."""
+    """Confidence of an implicit event: 1 + alpha, with `sample_weight` 1 + alpha * its value."""
+    sample_weight: Literal["value"] | None = None
+    """value: an implicit event counts by its value, such as the weight of its type (label.weights); explicit
+    ones always do."""
     iterations: int = Field(15, ge=1)
     """Alternating sweeps."""
     fit_on: Literal["train", "train_valid"] = "train"

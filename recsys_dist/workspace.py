@@ -568,9 +568,8 @@ def _expression(glob: str) -> str:
 def _raw_files(config: Config) -> dict[str, list[int]]:
     """Path to bytes and time of change of every raw file: what a features run depends on."""
     sources = [source for source in (config.data.events, config.data.items, config.data.users) if source]
-    return {
-        info.path: [info.size, info.mtime_ns or 0] for source in sources for info in raw_files(source.path)
-    }
+    paths = [source.path for source in sources] + ([config.data.forget] if config.data.forget else [])
+    return {info.path: [info.size, info.mtime_ns or 0] for path in paths for info in raw_files(path)}
 
 
 def _sha256(filesystem: pyarrow.fs.FileSystem, path: str) -> str:

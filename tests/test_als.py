@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from pydantic import ValidationError
+from pyspark.sql import SparkSession
 
 from recsys_dist.config import Als
 from recsys_dist.errors import DataError
@@ -71,6 +72,24 @@ def test_settings_reach_the_fit(features):
     assert {len(vector) for vector in als.table("item_factors")["vector"].to_pylist()} == {3}
     assert als.manifest["figures"]["rank"] == 3
     json.dumps(als.manifest)
+
+
+def test_an_implicit_event_may_count_by_its_value(features):
+    """Of one block, whose result does not depend on anything else: the same events, counted five times."""
+    from recsys_dist.als import _events
+
+    config, run = features
+    spark = SparkSession.active()
+    settings = config.als.model_copy(update={"sample_weight": "value"})
+    ratings = [
+        {row["rating"] for row in _events(spark, run, of, ("train",)).collect()}
+        for of in (config.als, settings)
+    ]
+    assert ratings == [{1.0}, {5.0}]
+    als = [fitted(config.model_copy(update={"als": of}), run) for of in (config.als, settings)]
+    assert als[1].manifest["figures"]["sample_weight"] == "value"
+    plain, weighted = (of.table("item_factors").sort_by("index")["vector"].to_pylist() for of in als)
+    assert not np.allclose(plain, weighted)
 
 
 def test_nothing_to_fit_on(features, tmp_path):

@@ -172,6 +172,12 @@ def test_changed_raw_files_and_changed_code_make_new_keys(workspace, tmp_path, m
     monkeypatch.undo()
     log.write_text("u,i,t\n1,2,3\n")
     assert workspace.key("features", config, {}) != before
+    forget = tmp_path / "forget.txt"
+    forget.write_text("u1\n")
+    config = load(None, [f"storage.root={tmp_path}/root", events, f"data.forget={forget}"])
+    before = workspace.key("features", config, {})
+    forget.write_text("u1\nu2\n")
+    assert workspace.key("features", config, {}) != before
 
 
 def test_raw_files_of_file_folder_and_glob(tmp_path):

@@ -112,7 +112,10 @@ def check(config: Config, inputs: Mapping[str, Run]) -> Run | None:
 def _factors(als: Run) -> dict[str, Any]:
     """What an als run's inner products are like."""
     figures = als.manifest["figures"]
-    return {name: figures[name] for name in ("implicit", "rank", "reg", "alpha", "iterations")}
+    return {
+        name: figures.get(name)
+        for name in ("implicit", "rank", "reg", "alpha", "iterations", "sample_weight")
+    }
 
 
 def earlier(config: Config, inputs: Mapping[str, Run]) -> Run | None:

@@ -60,4 +60,5 @@ def require_same(name: str, opened: Opened, previous: dict[str, str]) -> list[st
 
 def _differ(found: str, previous: str) -> bool:
     kinds = {kind(found), kind(previous)}
-    return None not in kinds and len(kinds) == 2
+    # What had one type and now has several has changed; what always had is nothing new.
+    return (None not in kinds and len(kinds) == 2) or (found == MIXED and kind(previous) is not None)

@@ -68,6 +68,8 @@ GOING = ("SparkContext was shut down", "stopped SparkContext", "Shutting down")
 """What is told while it is going."""
 OUT_OF_MEMORY = 52
 """The exit code with which Spark's Java process then ends."""
+EARLY = dt.date(1990, 1, 1)
+"""No log is older: milliseconds that are read as seconds would be of 1970."""
 READING = "read, check, gather"
 """The step in which label.positive_when is evaluated."""
 
@@ -213,6 +215,12 @@ def _featurize(
         print(
             f"  warning: the last event is of {last}, and today is {today} (UTC): fields that count days are "
             f"as of then, and so are the lists. Give score.date, from which on events are set aside.",
+            flush=True,
+        )
+    if last < EARLY:
+        print(
+            f"  warning: the last event is of {last}. Is data.events.timestamp_format="
+            f"{config.data.events.timestamp_format if config.data.events else None} what the log has?",
             flush=True,
         )
     spec = FeatureSpec(

@@ -4,8 +4,8 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import unquote
 
@@ -18,6 +18,8 @@ from recsys_dist.errors import ConfigError, DataError
 
 HEAD_BYTES = 1 << 20
 HEAD_LINES = 100
+RARE_BYTES = 256 << 20
+"""Of all files of a source, decompressed, in which a key is looked for that no file begins with."""
 TEXT = "text"
 """Type of a column of a text file that says nothing about its types."""
 MIXED = "mixed"
@@ -118,6 +120,41 @@ def read_head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> H
     return Head(path, tuple(columns), types, has_rows, line, encoding, keys=keys)
 
 
+def with_rare_keys(
+    filesystem: pyarrow.fs.FileSystem, heads: Sequence[Head], wanted: Iterable[str]
+) -> list[Head]:
+    """The heads of jsonl files, with keys that are wanted and that their first lines leave out, as writers do
+    with what is null: a key that another file begins with, or that comes later.
+
+    Args:
+        filesystem: of the files.
+        heads: of all of them.
+        wanted: names of keys.
+    """
+    names = [name for name in dict.fromkeys(wanted) if any(not head.find(name) for head in heads)]
+    there = {name for name in names if any(head.find(name) for head in heads)}
+    left, room = set(names) - there, RARE_BYTES
+    for head in heads:
+        if not left or room <= 0:
+            break
+        with filesystem.open_input_stream(head.path) as stream:
+            reader, rest = codecs.getreader(head.encoding)(stream, "replace"), ""
+            while left and room > 0 and (text := reader.read(HEAD_BYTES)):
+                room -= len(text)
+                *lines, rest = (rest + text).split("\n")
+                # Most lines have none of them, and need not be parsed.
+                asked = [line for line in lines if any(f'"{name}"' in line for name in left)]
+                left -= set(_json_types(asked, len(asked)))
+            left -= set(_json_types([rest], 1))
+    there |= set(names) - left
+    found = []
+    for head in heads:
+        new = [name for name in names if name in there and not head.find(name)]
+        types = head.types | dict.fromkeys(new, "null")
+        found.append(replace(head, columns=(*head.columns, *new), types=types))
+    return found
+
+
 def delimiter(source: Source) -> str:
     """What stands between the values of a csv or tsv source."""
     return source.delimiter or {"csv": ",", "tsv": "\t"}[source.format]
@@ -197,10 +234,10 @@ def _parquet_head(filesystem: pyarrow.fs.FileSystem, path: str, keys: dict[str, 
     )
 
 
-def _json_types(lines: Iterable[str]) -> dict[str, str]:
+def _json_types(lines: Iterable[str], most: int = HEAD_LINES) -> dict[str, str]:
     """The keys of the first lines with their types."""
     types: dict[str, str] = {}
-    for line in list(lines)[:HEAD_LINES]:
+    for line in list(lines)[:most]:
         try:
             row: Any = json.loads(line)
         except ValueError:

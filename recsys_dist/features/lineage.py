@@ -19,19 +19,33 @@ SAME = ("kind", "side", "column", "delimiter", "list", "hash_buckets")
 
 
 def run_before(config: Config, run: OpenRun) -> Run | None:
-    """The pinned or latest features run, where it was made from a log of the same description."""
+    """The pinned features run, or the latest, that was made from a log of the same description: format and
+    columns of the events. Where the latest was not, that is told.
+    """
     pinned = run.workspace.pinned("features")
     runs = [found for found in run.workspace.runs("features") if pinned in (None, found.run_id)]
     if not runs:
         return None
-    events = runs[-1].manifest["config"]["data"]["events"]
     asked = config.section("data.events")
-    if any(events.get(key) != asked[key] for key in ("format", "columns")):
+
+    def changed(other: Run) -> list[str]:
+        events = other.manifest["config"]["data"]["events"]
+        return [f"data.events.{key}" for key in ("format", "columns") if events.get(key) != asked[key]]
+
+    found = next((other for other in reversed(runs) if not changed(other)), None)
+    if found is not runs[-1]:
+        how = "begin anew" if found is None else f"continue those of {found.run_id}"
+        print(
+            f"features: the vocabularies {how}: {runs[-1].run_id}, the latest run, was made from a log of "
+            f"other {' and '.join(changed(runs[-1]))}",
+            flush=True,
+        )
+    if found is None:
         return None
     try:
-        return runs[-1] if runs[-1].spec().vocabularies else None
+        return found if found.spec().vocabularies else None
     except DataError as error:
-        print(f"features: the vocabularies begin anew: {error}")
+        print(f"features: the vocabularies begin anew: {error}", flush=True)
         return None
 
 
@@ -74,4 +88,8 @@ def parents(config: Config, before: Run | None, events: DataFrame) -> dict[str, 
         own = events.select(F.col(key).alias("token"))
         if key in found and not found[key].rows.join(own, "token", "left_semi").isEmpty():
             return found
+    print(
+        f"features: the vocabularies begin anew: {before.run_id} knew no user and no item of this log",
+        flush=True,
+    )
     return {}

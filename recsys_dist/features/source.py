@@ -12,7 +12,7 @@ import pyarrow.fs
 
 from recsys_dist.config import Source, absolute
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.features.heads import TEXT, Head, kind, read_head
+from recsys_dist.features.heads import TEXT, Head, kind, read_head, with_rare_keys
 from recsys_dist.features.session import spark_uri
 from recsys_dist.workspace import raw_input
 
@@ -98,6 +98,8 @@ def open_source(
         raise DataError(
             f"data.{name}.path={source.path}: no rows, only header lines, first in {heads[0].path}"
         )
+    if source.format == "jsonl":
+        heads = with_rare_keys(filesystem, heads, columns.values())
     groups: dict[tuple[object, ...], list[Head]] = {}
     _require(name, source, heads, columns)
     for head in heads:

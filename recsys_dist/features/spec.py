@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recsys_dist.config import Aggregate, Categorical, Config, History, Numeric, Time
+from recsys_dist.errors import DataError
 from recsys_dist.features.item_days import MOST_AGE
 from recsys_dist.features.numeric import Fitted
 from recsys_dist.features.state import MOST_RECENCY
@@ -95,7 +96,13 @@ def _time(field: Time) -> Iterator[FieldSpec]:
 def share_width(field: Aggregate, sizes: Mapping[str, int]) -> int:
     """Number of values that a share field tells the shares of."""
     assert field.attribute
-    return min(field.top, sizes[field.attribute])
+    width = min(field.top, sizes[field.attribute])
+    if not width:
+        raise DataError(
+            f"fields {field.name}: {field.attribute} has no value in the log, or none that min_count lets "
+            f"through, so there are no shares of them. Lower min_count, or leave the field out."
+        )
+    return width
 
 
 def _aggregate(field: Aggregate, sizes: Mapping[str, int], fitted: Mapping[str, Fitted]) -> FieldSpec:

@@ -474,6 +474,34 @@ def test_a_last_event_after_today_is_warned_of(spark, tmp_path, capsys):
     assert "warning: the last event is of 2100-01-01, and today is 20" in capsys.readouterr().out
 
 
+def test_a_log_of_1970_is_warned_of(spark, tmp_path, capsys):
+    """Seconds that are read as milliseconds."""
+    data = log_config(tmp_path, []).data.model_dump(mode="json")
+    data["events"] |= {"timestamp_format": "milliseconds"}
+    featurized(
+        log_config(tmp_path, [f"u,{item},{1714566600 + n},5" for n, item in enumerate("abcdefgh")], data=data)
+    )
+    assert (
+        "warning: the last event is of 1970-01-20. Is data.events.timestamp_format=milliseconds what the log "
+        "has?" in capsys.readouterr().out
+    )
+
+
+def test_shares_of_nothing_are_refused(spark, tmp_path):
+    (tmp_path / "items.csv").write_text("item,kind\na,x\nb,y\n")
+    data = log_config(tmp_path, []).data.model_dump(mode="json")
+    data["items"] = {"path": str(tmp_path / "items.csv"), "columns": {"item": "item"}}
+    fields = [
+        {"name": "kind", "kind": "categorical", "side": "item", "column": "kind", "min_count": 9},
+        {"name": "taste", "kind": "aggregate", "measure": "share", "attribute": "kind"},
+    ]
+    lines = [f"u{n % 3},{'ab'[n % 2]},{n},5" for n in range(20)]
+    with pytest.raises(
+        DataError, match=r"fields taste: kind has no value in the log, or none that min_count"
+    ):
+        featurized(log_config(tmp_path, lines, data=data, fields=fields))
+
+
 def test_a_table_that_meets_no_event_is_refused(spark, tmp_path):
     (tmp_path / "users.csv").write_text("user\n001\n002\n")
     users = {"path": str(tmp_path / "users.csv"), "columns": {"user": "user"}}

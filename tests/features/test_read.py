@@ -13,7 +13,7 @@ from pyspark.errors import PySparkException
 
 from recsys_dist.config import Config, Source
 from recsys_dist.errors import ConfigError, DataError
-from recsys_dist.features import session
+from recsys_dist.features import heads, session
 from recsys_dist.features.check import quarantine
 from recsys_dist.features.drift import columns_of, require_same
 from recsys_dist.features.read import NOT_JSON, WRONG_COLUMNS, read, unpack, unreadable
@@ -223,6 +223,33 @@ def test_json_lines(tmp_path, found, aside, opened):
         "events", source.source, columns | {"raw:tags": "tags", "raw:ab": "a.b"}, {"raw:tags"}
     )
     assert columns_of(lists)["tags"] == "mixed"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_a_key_that_the_first_lines_leave_out(spark, tmp_path, monkeypatch, encoding):
+    """As writers do with what is null: another file begins with it, or it comes late in one, or nowhere."""
+    rows = [json.dumps({"user": f"u{n}", "item": "a", "time": n}) for n in range(250)]
+    late = json.dumps({"user": "u", "item": "a", "time": 250, "note": 'said "until"', "until": "2024"})
+    (tmp_path / "1.json").write_text("\n".join([*rows, late]), encoding=encoding)
+    (tmp_path / "2.json").write_text("\n".join(rows[:150]), encoding=encoding)
+    (tmp_path / "3.json").write_text('{"user": "v", "item": "b", "time": 1, "shop": "x"}', encoding=encoding)
+    asked = {"user": "user", "item": "item", "raw:until": "until", "raw:shop": "shop"}
+    source = Source(path=f"{tmp_path}/*.json", format="jsonl", columns=COLUMNS, encoding=encoding)
+    opened = open_source("events", source, asked)
+    assert {head.types["until"] for head in opened.heads} == {"null"}
+    assert [head.types["shop"] for head in opened.heads] == ["null", "null", "string"]
+    found = read(spark, opened, f"{tmp_path}/scratch").select("user", "raw:until", "raw:shop").collect()
+    assert len(found) == 402
+    assert {tuple(row) for row in found if row["raw:until"] or row["raw:shop"]} == {
+        ("u", "2024", None),
+        ("v", None, "x"),
+    }
+    with pytest.raises(DataError, match=r"1\.json has no column 'said' \(fields: gone\.column\)"):
+        open_source("events", source, asked | {"raw:gone": "said"})
+    monkeypatch.setattr(heads, "RARE_BYTES", 1)
+    monkeypatch.setattr(heads, "HEAD_BYTES", 1 << 12)
+    with pytest.raises(DataError, match=r"1\.json has no column 'until' \(fields: until\.column\)"):
+        open_source("events", source, asked)
 
 
 def test_lists(spark, tmp_path):
@@ -480,6 +507,11 @@ def test_the_night_before_in_text(tmp_path, opened):
     write(tmp_path, [json.dumps(rows[0] | {"user": "1"})])
     with pytest.raises(DataError, match="'user' is of type string, in the run before it was number"):
         require_same("events", opened(format="jsonl"), before)
+    # Beside what was there.
+    write(tmp_path, map(json.dumps, [*rows, rows[0] | {"user": "1"}]))
+    with pytest.raises(DataError, match="'user' is of type mixed, in the run before it was number"):
+        require_same("events", opened(format="jsonl"), before)
+    assert require_same("events", opened(format="jsonl"), before | {"user": "mixed"}) == []
 
 
 # --- hash and time ------------------------------------------------------------------------------------

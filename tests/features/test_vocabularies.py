@@ -77,11 +77,27 @@ def test_a_full_rebuild_compacts_and_forgets(spark, tmp_path):
         night(tmp_path, events, data=data | {"forget": str(tmp_path / "nowhere")})
 
 
-def test_another_log_begins_anew(spark, tmp_path):
-    night(tmp_path, FIRST)
+def test_another_log_begins_anew(spark, tmp_path, capsys):
+    first = night(tmp_path, FIRST)
     other = night(tmp_path, [("dan", "f", "x"), ("dan", "g", "x"), ("eve", "f", "x")])
     assert tokens(other, "user") == ["dan", "eve"]
     assert other.manifest["figures"]["parent"] is None
+    told = f"the vocabularies begin anew: {first.run_id} knew no user and no item of this log\n"
+    assert told in capsys.readouterr().out
+
+
+def test_logs_of_two_descriptions_under_one_root_each_go_on(spark, tmp_path, capsys):
+    one = night(tmp_path, FIRST)
+    lines = [f"{user},{item},{second},5" for second, (user, item, _) in enumerate(FIRST[::-1])]
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp"}
+    data = {"events": {"path": str(tmp_path / "events.csv"), "columns": columns}}
+    other = featurized(log_config(tmp_path, lines, data=data, label={"positive_when": "true"}))
+    assert other.manifest["figures"]["parent"] is None
+    latest = f"{one.run_id}, the latest run, was made from a log of other data.events.columns\n"
+    assert f"features: the vocabularies begin anew: {latest}" in capsys.readouterr().out
+    again = night(tmp_path, FIRST)
+    assert again.manifest["figures"]["parent"] == one.run_id
+    assert f"the vocabularies continue those of {one.run_id}: {other.run_id}" in capsys.readouterr().out
 
 
 def test_mixed_lineages_are_refused(spark, tmp_path):
