@@ -38,7 +38,15 @@ from recsys_dist.features.log import (
 )
 from recsys_dist.features.numeric import Fitted, moments
 from recsys_dist.features.read import unreadable
-from recsys_dist.features.session import AT_ONCE, SCRATCH, Steps, exit_code, remove_checksums, start
+from recsys_dist.features.session import (
+    AT_ONCE,
+    SCRATCH,
+    Steps,
+    exit_code,
+    remove_checksums,
+    spark_uri,
+    start,
+)
 from recsys_dist.features.source import Opened, open_source
 from recsys_dist.features.spec import field_specs
 from recsys_dist.features.split import assign, duplicates, gather, k_core, look_back
@@ -164,7 +172,9 @@ def _featurize(
         gathered = gather(inputs.events())
         if config.data.k_core != KCore():
             cached.append(gathered.cache())
-            gathered, dropped, rounds = k_core(gathered, config.data.k_core.user, config.data.k_core.item)
+            core = config.data.k_core
+            scratch = spark_uri(f"{run.uri}/{SCRATCH}")
+            gathered, dropped, rounds = k_core(gathered, core.user, core.item, scratch)
             figures["k_core"] = {"events_dropped": dropped, "rounds": rounds}
         placed = look_back(gathered, summed_whens(config.fields), counted_whens(config.fields)).cache()
         events = assign(placed, config.split).select("*", "_bad.*").drop("_bad")

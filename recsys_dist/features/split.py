@@ -144,17 +144,21 @@ def duplicates(events: DataFrame, again: DataFrame) -> DataFrame:
     return texts.join(times, TIEBREAK).select("_source", F.lit(DUPLICATE).alias("_reason"), "_raw", each)
 
 
-def k_core(events: DataFrame, user: int, item: int) -> tuple[DataFrame, int, int]:
+def k_core(events: DataFrame, user: int, item: int, scratch: str) -> tuple[DataFrame, int, int]:
     """Drop the events of users and items with fewer events than asked for, until there are none.
 
     Args:
         events: of `gather`, cached; rows that are set aside neither count nor are dropped.
         user: least number of events of a user.
         item: least number of events of an item.
+        scratch: URI of a folder that all executors see, for what a round leaves; it must stay there until the
+            rows are no longer used.
 
     Returns:
         the rows that stay, the number of events dropped, and the number of rounds until nothing changed.
     """
+    # On a disk that outlives an executor.
+    events.sparkSession.sparkContext.setCheckpointDir(scratch)
     usable = F.col("_reason").isNull()
     kept = events.where(usable).select("user", "item")
     whole = left = kept.count()
@@ -166,7 +170,7 @@ def k_core(events: DataFrame, user: int, item: int) -> tuple[DataFrame, int, int
                 many = kept.groupBy(key).count().where(F.col("count") >= least).select(key)
                 kept = kept.join(many, key, "left_semi").select("user", "item")
         # Each round reads the last one's result, or the plan would double with every round.
-        kept = kept.localCheckpoint(eager=False)
+        kept = kept.checkpoint()
         left = kept.count()
         rounds += 1
         if left in (0, before):

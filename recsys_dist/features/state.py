@@ -215,8 +215,9 @@ class State:
     def at_cuts(self, users: DataFrame, own: Sequence[str]) -> DataFrame:
         """A row a user and cut: the columns `own`, `as_of`, `seen`, `liked`, `latest` and the fields.
 
-        valid: what is known before the user's first event that is not of the train part; test: before the
-        first test event; date: before `end`. Times since an event count up to the start of that day (UTC).
+        valid: what the user's events of the train part tell; test: those of train and valid; date: those
+        before `end`. Where a split by order goes between events of one moment, those before it are told
+        (the event after it, in examples/, does not see them). Times since an event count up to the start of that day (UTC).
 
         Args:
             users: of `of_users`, with the columns of `counts_at_cuts`.

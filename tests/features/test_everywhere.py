@@ -49,6 +49,7 @@ def log(tmp_path_factory):
         (catalogue / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
     settings["data"]["items"]["path"] = str(catalogue)
     settings["data"]["max_bad_rows"] = 0.95
+    settings["data"]["k_core"] = {"user": 10, "item": 5}
     return root, settings
 
 
@@ -104,6 +105,9 @@ def reference(log):
 
 
 def test_unusable_rows(reference):
+    core = reference.manifest["figures"]["k_core"]
+    assert core["events_dropped"] > 0
+    assert core["rounds"] > 1
     assert reference.manifest["figures"]["quarantined"]["events"] == {
         "duplicate": 3,
         "missing item": 1,
