@@ -217,7 +217,8 @@ class State:
 
         valid: what the user's events of the train part tell; test: those of train and valid; date: those
         before `end`. Where a split by order goes between events of one moment, those before it are told
-        (the event after it, in examples/, does not see them). Times since an event count up to the start of that day (UTC).
+        (the event after it, in examples/, does not see them). Times since an event count up to the start of
+        that day (UTC).
 
         Args:
             users: of `of_users`, with the columns of `counts_at_cuts`.
