@@ -60,7 +60,6 @@ CHANGES: list[list[str]] = [
     ["negatives_from=batch"],
     ["negatives_outside_history=true"],
     ["negatives=256", "negatives_shared=true"],
-    ["negatives=10000", "negatives_shared=true"],
     ["model=fm", "negatives=10000", "negatives_shared=true"],
     ["sample_weight=value"],
     LABELS,
