@@ -72,8 +72,8 @@ def local_or_cluster(
         needed = least or workers
         if found < needed:
             raise ConfigError(
-                f"{key}={needed} needs as many CPUs, and the Ray cluster at {address} has {found}. Add "
-                f"nodes, or give --set {key}={max(found, 1)}."
+                f"{key} asks for {needed} workers{' or more' * (needed < workers)}, each with a CPU, and the "
+                f"Ray cluster at {address} has {found}. Add nodes, or give --set {key}={max(found, 1)}."
             )
         yield
     finally:

@@ -1292,13 +1292,14 @@ class Config(Section):
         return value
 
     def with_deepfm(self, settings: dict[str, Any]) -> "Config":
-        """The same with other values of these keys of deepfm.
+        """The same with other values of these keys of deepfm, whole ones where they are mappings.
 
         Raises:
             ConfigError: they do not go together.
         """
         try:
-            return Config.model_validate(merge(self.model_dump(), {"deepfm": settings}))
+            told = self.model_dump()
+            return Config.model_validate(told | {"deepfm": told["deepfm"] | settings})
         except ValidationError as error:
             raise ConfigError("; ".join(_described(error))) from None
 

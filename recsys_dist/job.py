@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import signal
@@ -105,6 +106,8 @@ def run_module(module: str, task: str) -> "subprocess.CompletedProcess[bytes]":
 
 NAMED = 5
 """Differences that a line names."""
+LOOKED_AT = 20
+"""Unfinished runs, the latest, of which one may be gone on with."""
 
 Make = Callable[[Config, OpenRun], dict[str, Any]]
 
@@ -181,7 +184,7 @@ def _run_stage(
     check(config, inputs)
     begun = None
     if left_behind and not arguments.force:
-        begun = _begun(workspace, stage, config, key, inputs, left_behind)
+        begun = _begun(workspace, stage, key, inputs, left_behind)
     with contextlib.ExitStack() as held:
         run = None
         if begun:
@@ -201,25 +204,26 @@ def _run_stage(
 def _begun(
     workspace: Workspace,
     stage: str,
-    config: Config,
     key: dict[str, Any],
     inputs: dict[str, Run],
     left_behind: Callable[[OpenRun], bool],
 ) -> OpenRun | None:
-    """The run to go on with, if any; of the latest that cannot be gone on with it is said why."""
-    key, other = json.loads(json.dumps(key)), None
-    for run in workspace.unfinished(stage, inputs, workspace.runtime(stage, config)):
-        if left_behind(run):
-            if run.key == key:
-                return run
-            other = other or run
-    if other and stage not in EXPERIMENTS:
-        changed = differences(other.key, key)
-        print(
-            f"{stage}: begins anew: {other.uri}, which is not finished, was begun with other "
-            f"{', '.join(changed[:NAMED])}{', ...' if len(changed) > NAMED else ''}",
-            flush=True,
-        )
+    """The run to go on with, if any, whatever it ended with; of the latest that cannot be gone on with it is
+    said why.
+    """
+    key, why = json.loads(json.dumps(key)), None
+    for run, later in itertools.islice(workspace.unfinished(stage, inputs), LOOKED_AT):
+        if not left_behind(run):
+            continue
+        if run.key == key and later is None:
+            return run
+        changed = differences(run.key, key)
+        what = f"was begun with other {', '.join(changed[:NAMED])}{', ...' if len(changed) > NAMED else ''}"
+        if not changed and later:
+            what = f"is older than {later.run_id}, which the next stage would read"
+        why = why or (f"{stage}: begins anew: {run.uri}, which is not finished, {what}")
+    if why and stage not in EXPERIMENTS:
+        print(why, flush=True)
     return None
 
 
@@ -233,10 +237,7 @@ def _commit(stage: str, config: Config, run: OpenRun, make: Make) -> None:
         kind = type(error).__name__
         text = str(error) if isinstance(error, RecsysError) else traceback.format_exc()
         try:
-            runtime = run.workspace.runtime(stage, config)
-            run.write_json(
-                "error.json", {"class": kind, "exit_code": code, "error": text, "runtime": runtime}
-            )
+            run.write_json("error.json", {"class": kind, "exit_code": code, "error": text})
         except OSError:
             print(f"{stage}: error.json could not be written to {run.uri}", file=sys.stderr)
         raise

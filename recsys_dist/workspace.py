@@ -406,37 +406,25 @@ class Workspace:
         key = json.loads(json.dumps(key))
         return next((run for run in reversed(self.runs(stage)) if run.manifest["key"] == key), None)
 
-    def runtime(self, stage: str, config: Config) -> dict[str, Any]:
-        """The settings on which a run of a stage depends beside its key."""
-        return {path: config.section(path) for path in (STAGES | EXPERIMENTS)[stage].runtime_only}
-
-    def unfinished(self, stage: str, inputs: dict[str, Run], runtime: dict[str, Any]) -> Iterator[OpenRun]:
-        """The runs that were begun and not committed, of any key, newest first.
-
-        Without those for which what they ended with would happen again, and without those that are older than
-        a committed run, which the next stage would read, unless these are experiments.
+    def unfinished(self, stage: str, inputs: dict[str, Run]) -> Iterator[tuple[OpenRun, Run | None]]:
+        """The runs that were begun and not committed, of any key, newest first; and of those that are older
+        than a committed one, which the next stage would read, the newest of these. Of experiments none is.
 
         Args:
             stage: whose runs they are.
             inputs: what a run of the right key would go on with.
-            runtime: of `runtime`: what was wrong with others may be right with these.
         """
         selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
         folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
+        newest = self.runs(stage)[-1:] if stage not in EXPERIMENTS else []
         for folder in reversed(folders):
-            if self._json(f"{folder}/{MANIFEST}") is not None:
-                if stage in EXPERIMENTS:
-                    continue
-                return
-            error = self._json(f"{folder}/error.json") or {}
-            again = error.get("exit_code") in (ConfigError.exit_code, DataError.exit_code)
-            again = again and error.get("runtime", runtime) == json.loads(json.dumps(runtime))
             key = self._json(f"{folder}/key.json")
-            if again or not key:
+            if not key or self._json(f"{folder}/{MANIFEST}") is not None:
                 continue
             run_id = folder.rpartition("/")[2]
             started = dt.datetime.strptime(run_id.rpartition("-")[0], RUN_ID).replace(tzinfo=dt.UTC)
-            yield OpenRun(self, stage, run_id, inputs, key, started)
+            later = next((run for run in newest if run.run_id > run_id), None)
+            yield OpenRun(self, stage, run_id, inputs, key, started), later
 
     def read_json(self, name: str) -> Any:
         """A JSON file in the root folder; None where there is none."""

@@ -91,22 +91,29 @@ def test_what_cannot_be_gone_on_with_is_told_and_why(workspace, capsys):
     assert len(workspace.runs("deepfm")) == 1
 
 
-def test_what_was_wrong_with_how_it_is_made_is_no_end_of_a_run(workspace, capsys):
-    """A number of workers that the cluster does not have is mended by another one."""
+def test_an_error_is_no_end_of_a_run(workspace, capsys):
+    """What was wrong may be mended outside of the settings: a node that is back, a file that is restored."""
     killed_at(OpenRun, "commit", workspace)
 
-    def too_many(config, run):
-        raise ConfigError("too many")
+    def wrong(config, run):
+        raise ConfigError("too few CPUs")
 
-    wrong = ["deepfm.num_workers=9"]
-    assert start(workspace, wrong, made=too_many) == 64
+    assert start(workspace, made=wrong) == 64
     (left,) = Path(workspace.uri, "deepfm").iterdir()
     assert (left / "error.json").exists()
-    assert start(workspace, wrong, made=too_many) == 64  # would happen again: another run
-    assert len(list(Path(workspace.uri, "deepfm").iterdir())) == 2
     capsys.readouterr()
     assert start(workspace, ["deepfm.num_workers=3"]) == 0
     assert f"deepfm: goes on with {left}\n" in capsys.readouterr().out
+    assert not (left / "error.json").exists()
+
+
+def test_a_run_that_is_older_than_a_finished_one_is_told_of(workspace, capsys):
+    killed_at(OpenRun, "commit", workspace)
+    (left,) = Path(workspace.uri, "deepfm").iterdir()
+    newer = workspace.new("deepfm", {}, {}).commit(load(), {})
+    assert start(workspace) == 0
+    told = f"deepfm: begins anew: {left}, which is not finished, is older than {newer.run_id}, which the next"
+    assert capsys.readouterr().out.startswith(told)
 
 
 def test_a_run_is_made_by_one_process_at_a_time(workspace, capsys):

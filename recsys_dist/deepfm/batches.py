@@ -250,7 +250,8 @@ def _indices(column: pa.Array, field: FieldSpec) -> tuple[np.ndarray, np.ndarray
     if len(values) and not 0 <= values.min() <= values.max() < field.cardinality:
         raise DataError(
             f"{field.name} has indices from {values.min()} to {values.max()}, and its table has "
-            f"{field.cardinality} rows. Use the features run that the model was trained on."
+            f"{field.cardinality} rows. Use the features run that the model was trained on; in a training, "
+            f"make it anew: jobs/featurize.py --force."
         )
     return values, lengths.astype(np.int32)
 

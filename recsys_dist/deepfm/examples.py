@@ -155,9 +155,10 @@ class Examples:
         if settings.negatives_outside_history:
             histories = [f for f in catalogue.spec.fields if f.kind == "history" and f.of == "item"]
             if not histories:
+                why = "model mf reads none" if settings.model == "mf" else "no field that it reads is one"
                 raise ConfigError(
-                    "deepfm.negatives_outside_history=true, and no field is a history of items. Add one, "
-                    "such as {name: recent, kind: history, of: item}."
+                    f"deepfm.negatives_outside_history=true is about a history of items, and {why}. Set it "
+                    f"to false, or give the model a field such as {{name: recent, kind: history, of: item}}."
                 )
             self.history = max(histories, key=lambda field: field.last or 0)
         daily = [field.name for field in catalogue.spec.daily]

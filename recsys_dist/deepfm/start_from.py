@@ -23,7 +23,7 @@ from recsys_dist.deepfm.model import PAIR_HEAD, TABLES
 from recsys_dist.deepfm.pairs import pair_specs
 from recsys_dist.deepfm.published import WEIGHTS, Weights, description
 from recsys_dist.deepfm.sharding import held_parts
-from recsys_dist.errors import ConfigError
+from recsys_dist.errors import ConfigError, DataError
 from recsys_dist.schema import FeatureSpec, FieldSpec
 from recsys_dist.workspace import Run, Workspace
 
@@ -79,6 +79,34 @@ def earlier_run(workspace: Workspace, settings: config.DeepFM, spec: FeatureSpec
     return runs[0]
 
 
+def require_unseen(before: Run, features: Run) -> None:
+    """Raise a ConfigError where the model of a run has learned events that are to measure another one.
+
+    Args:
+        before: of `earlier_run`.
+        features: of the model that is to start from it.
+    """
+    made = before.manifest["config"]
+    if made["deepfm"]["fit_on"] != "train":
+        raise ConfigError(
+            f"deepfm.start_from: {before.uri} was fitted on train and valid, and what it has learned of "
+            f"valid would make the figures look better than they are, by which training stops. Start from a "
+            f"model of deepfm.fit_on=train, or leave start_from out."
+        )
+    split, own = made["split"], features.manifest["config"]["split"]
+    earlier_dates = [dates or ["", ""] for dates in (split["dates"], own["dates"])]
+    if split | {"dates": None} != own | {"dates": None} or earlier_dates[0] > earlier_dates[1]:
+        raise ConfigError(
+            f"deepfm.start_from: {before.uri} was fitted where the log was split by {_told(split)}, and now "
+            f"it is by {_told(own)}: it may have learned what is valid or test now. Leave start_from out "
+            f"once."
+        )
+
+
+def _told(split: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={of}" for key, of in split.items() if of is not None)
+
+
 def earlier_head(run: Run) -> dict[str, torch.Tensor]:
     """What a run's model says that its pair fields are worth, by name in its state_dict."""
     weights = Weights(run)
@@ -131,11 +159,28 @@ def take_over(
             else:
                 continue
             taken.append(name)
+        _one_constant(state, taken, known, weights)
         wanted = {tables[name]: fused[name] for name in tables if fused and fused.get(name)}
         for name, tensors in _optimizer_state(f"{folder}/{CHECKPOINT}", wanted).items():
             for key, found_state in tensors.items():
                 _copy_rows(found_state, len(found_state), wanted[name][key])
     return taken
+
+
+def _one_constant(
+    state: dict[str, Any], taken: Sequence[str], known: Mapping[str, str], weights: Any
+) -> None:
+    """A model with a first order has its constant in `bias`, one without in its last layer's: what has been
+    taken over of one kind into the other must not count twice, or not at all.
+    """
+    layers = [name for name in taken if name.startswith("layers.") and name.endswith(".bias")]
+    if not layers or ("bias" in known) == ("bias" in state):
+        return
+    if "bias" in state:
+        state["bias"].zero_()
+    else:
+        last = max(layers, key=lambda name: int(name.split(".")[1]))
+        state[last].add_(weights.get_tensor("bias"))
 
 
 def summary(taken: Sequence[str], state: Mapping[str, Any], run: Run) -> str:
@@ -196,8 +241,12 @@ def _optimizer_state(
     state: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensors in wanted.items():
         for key in tensors:
-            found = known[f"fused.state.{name}.{key}"]
-            assert isinstance(found, TensorStorageMetadata)
+            found = known.get(f"fused.state.{name}.{key}")
+            if not isinstance(found, TensorStorageMetadata):
+                raise DataError(
+                    f"{checkpoint} has nothing of what the tables' optimizer has added up ({name}). Restore "
+                    f"it, or leave deepfm.start_from out."
+                )
             state.setdefault(name, {})[key] = torch.empty(found.size)
     read_into({"fused": {"state": state}}, checkpoint)
     return state

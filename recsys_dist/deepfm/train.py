@@ -112,23 +112,24 @@ def check(config: Config, inputs: Mapping[str, Run]) -> Run | None:
 def _factors(als: Run) -> dict[str, Any]:
     """What an als run's inner products are like."""
     figures = als.manifest["figures"]
-    return {
-        name: figures.get(name)
-        for name in ("implicit", "rank", "reg", "alpha", "iterations", "sample_weight")
-    }
+    names = ("implicit", "rank", "reg", "alpha", "iterations", "sample_weight")
+    return {name: figures[name] for name in names if figures.get(name) is not None}
 
 
 def earlier(config: Config, inputs: Mapping[str, Run]) -> Run | None:
     """The run that `deepfm.start_from` names, if any.
 
     Raises:
-        ConfigError: see `earlier_run`; or a setting names a field that is not there.
+        ConfigError: see `earlier_run` and `require_unseen`; or a setting names a field that is not there.
     """
     from recsys_dist.deepfm.model import used_fields
-    from recsys_dist.deepfm.start_from import earlier_run
+    from recsys_dist.deepfm.start_from import earlier_run, require_unseen
 
     spec = used_fields(inputs["features"].spec(), config.deepfm)
-    return earlier_run(Workspace(config), config.deepfm, spec)
+    found = earlier_run(Workspace(config), config.deepfm, spec)
+    if found:
+        require_unseen(found, inputs["features"])
+    return found
 
 
 def left_behind(run: OpenRun, sign: str = "**/step_*") -> bool:
@@ -207,12 +208,17 @@ def _fit(config: Config, run: OpenRun, before: Run | None, tracking: Tracking) -
     """
     from safetensors.torch import load_file
 
+    from recsys_dist.deepfm.late import Early, require_earlier
     from recsys_dist.deepfm.start_from import earlier_head
 
     folder, settings = run.training, config.deepfm
     features, recall = run.inputs["features"], run.inputs.get("recall")
     task = {"config": config.with_deepfm({"pair": ()}), "features": features, "start_from": before}
     early, learned, refit = (folder / name for name in ("early", "head", "refit"))
+    if settings.pair and not before and not learned.exists():
+        assert recall is not None, "checked with the configuration"
+        # Found out now, not when the model is fitted.
+        require_earlier(run.inputs, None if settings.fit_on == "train_valid" else Early(features, recall))
     if not any(
         later.exists() for later in (early, learned, refit)
     ):  # or a driver that died was there already
@@ -298,8 +304,8 @@ def _train(config: Config, folder: Path, task: dict[str, Any], tracking: Trackin
     workers = on_gpus(config.deepfm.num_workers, gpus) if gpus else config.deepfm.num_workers
     if workers != config.deepfm.num_workers:
         print(
-            f"  {workers} of the {config.deepfm.workers[0]} workers of deepfm.num_workers: each has a GPU, "
-            f"and the cluster no more",
+            f"  {workers} workers in place of deepfm.num_workers={config.deepfm.num_workers}: each has a "
+            f"GPU, and the cluster has {gpus}",
             flush=True,
         )
     stop = threading.Event()

@@ -34,7 +34,7 @@ from recsys_dist.config import Config, merge
 from recsys_dist.deepfm import train
 from recsys_dist.deepfm.reports import HISTORY, best, forget_refused, lines, refused, refusing, write_json
 from recsys_dist.errors import ConfigError, RecsysError, RetryableError, named
-from recsys_dist.workspace import OpenRun, Workspace
+from recsys_dist.workspace import OpenRun
 
 # Read by Tune in this process. It prints nothing, and writes no files beside its own; a trial may end without
 # a result, when its settings are refused; Ctrl-C ends this job as it does any other.
@@ -200,8 +200,6 @@ class _Search:
 def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder: Path) -> _Search:
     """The search as it stands: what is to be done, and what was ended by a driver before this one."""
     from recsys_dist.deepfm.loop import Task
-    from recsys_dist.deepfm.model import used_fields
-    from recsys_dist.deepfm.start_from import earlier_run
 
     features = run.inputs["features"]
     tasks, wrong = {}, {}
@@ -211,7 +209,9 @@ def _prepare(config: Config, run: OpenRun, points: list[dict[str, Any]], folder:
             own = config.with_deepfm(point | {"pair": ()})
             # What YAML takes for a text, such as 1e-4, is a number from here on.
             points[number - 1] = own.deepfm.model_dump(mode="json", include=set(point))
-            before = earlier_run(Workspace(config), own.deepfm, used_fields(features.spec(), own.deepfm))
+            before = train.earlier(own, run.inputs)
+            if before:
+                before.require_intact("model", "checkpoint")
             tasks[number] = Task(own, features, folder / f"trial_{number}", start_from=before)
         except ConfigError as error:
             wrong[number] = error

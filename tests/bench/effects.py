@@ -53,7 +53,7 @@ CHANGES: list[list[str]] = [
     ["clip_norm=0.1"],
     ["table_optimizer=adagrad"],
     ["table_optimizer=sgd", "embedding_learning_rate=1"],
-    ["dense_optimizer=adam"],
+    ["dense_optimizer=adam", "weight_decay=0.01"],
     ["dense_optimizer=adagrad", "learning_rate=0.01"],
     ["precision=bfloat16"],
     ["negatives_power=0.5"],

@@ -12,7 +12,13 @@ from recsys_dist.deepfm import train
 from recsys_dist.deepfm.checkpoint import complete, load_weights, read_into
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, initial_rows, used_fields
 from recsys_dist.deepfm.published import publish
-from recsys_dist.deepfm.start_from import earlier_head, earlier_run, summary, take_over
+from recsys_dist.deepfm.start_from import (
+    earlier_head,
+    earlier_run,
+    require_unseen,
+    summary,
+    take_over,
+)
 from recsys_dist.errors import ConfigError
 from recsys_dist.workspace import Workspace
 from tests.deepfm.workers import fused, run_workers, started_from, train_in
@@ -206,6 +212,47 @@ def test_each_worker_takes_over_its_rows(config, features, trained_fm, tmp_path,
         assert not found[len(expected) :].any()
         new += len(found) - len(expected)
     assert (new > NEW) == grows
+
+
+@pytest.mark.parametrize(("before", "now"), [("dnn", "deepfm"), ("deepfm", "dnn"), ("deepfm", "deepfm")])
+def test_the_constant_counts_once(config, features, before, now):
+    """A dnn has it in its last layer, the others beside it: what is predicted at first is the mean still."""
+    theirs = with_settings(config, model=before)
+    workspace = Workspace(config)
+    run = workspace.new("deepfm", {"of": before}, {"features": features})
+    model = DeepFM(features.spec(), theirs.deepfm, seed=99)
+    model.start_at(4.0)
+    publish(run, features.spec(), theirs.deepfm, model.state_dict())
+    run = run.commit(theirs, {})
+    own = DeepFM(features.spec(), with_settings(config, model=now).deepfm, seed=1)
+    own.start_at(4.0)
+    state = own.state_dict()
+    take_over(state, features.spec(), run)
+    constants = [state[name] for name in ("bias", "layers.5.bias") if name in state]
+    assert sum(float(of) for of in constants) == pytest.approx(4.0)
+
+
+def test_a_model_that_has_learned_what_it_would_be_measured_with_is_no_beginning(config, features):
+    run, _ = published(config, features)
+    require_unseen(run, features)
+    both, _ = published(with_settings(config, fit_on="train_valid"), features)
+    with pytest.raises(ConfigError, match=rf"{both.uri} was fitted on train and valid, .*fit_on=train"):
+        require_unseen(both, features)
+
+    def made(**split):
+        manifest = json.loads(json.dumps(run.manifest))
+        manifest["config"]["split"] |= split
+        return dataclasses.replace(run, manifest=manifest)
+
+    with pytest.raises(ConfigError, match=r"split by .*0\.9, 0\.05, 0\.05.*Leave start_from out once"):
+        require_unseen(made(fractions=[0.9, 0.05, 0.05]), features)
+    earlier, later = (
+        made(kind="global_time", dates=dates)
+        for dates in (["2024-01-01", "2024-01-02"], ["2024-01-02", "2024-01-03"])
+    )
+    require_unseen(earlier, later)
+    with pytest.raises(ConfigError, match="may have learned what is valid or test now"):
+        require_unseen(later, earlier)
 
 
 def test_latest(config, features, tmp_path):

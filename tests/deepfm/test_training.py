@@ -231,19 +231,19 @@ BY_COLUMNS = {
 
 
 @pytest.mark.parametrize(
-    ("kind", "sharding"),
+    ("kind", "sharding", "workers"),
     [
-        *((kind, OTHER_WAY) for kind in OPTIMIZERS),
-        ("adagrad, adam", BY_COLUMNS),
-        ("sgd, adagrad", BY_COLUMNS),
+        *((kind, OTHER_WAY, 2) for kind in OPTIMIZERS),
+        *(("adagrad, adam", BY_COLUMNS, workers) for workers in (1, 2, 3)),
+        ("sgd, adagrad", BY_COLUMNS, 2),
     ],
 )
-def test_a_step_of_the_other_optimizers(kind, sharding, unsharded, plain, features, tmp_path):
-    """Written out, on two workers, with the tables split the other way round, or by columns."""
+def test_a_step_of_the_other_optimizers(kind, sharding, workers, unsharded, plain, features, tmp_path):
+    """Written out, with the tables split the other way round, or by columns."""
     settings = plain.deepfm.model_copy(update={**OPTIMIZERS[kind], "sharding": sharding})
     config = plain.model_copy(update={"deepfm": settings})
     epoch = int("second epoch" in kind)
-    answers = run_workers(2, one_step, tmp_path, config, features, epoch)
+    answers = run_workers(workers, one_step, tmp_path, config, features, epoch)
     l1, weight_decay = in_epoch(settings.l1, epoch), in_epoch(settings.weight_decay, epoch)
     found = {row["table"].removeprefix("table_"): row["sharding"] for row in answers[0]["plan"]}
     assert sharding.items() <= found.items()
@@ -727,7 +727,7 @@ def test_without_a_history_there_is_nothing_to_leave_out(plain, features):
     spec = features.spec()
     spec = spec.model_copy(update={"fields": tuple(f for f in spec.fields if f.kind != "history")})
     settings = plain.deepfm.model_copy(update={"negatives_outside_history": True})
-    with pytest.raises(ConfigError, match="negatives_outside_history=true, and no field is a history of"):
+    with pytest.raises(ConfigError, match="is about a history of items, and no field that it reads is one"):
         Examples(features, Items(features, spec), plain.model_copy(update={"deepfm": settings}))
 
 

@@ -233,18 +233,28 @@ def test_plain_python_starts_a_ray_of_its_own(tmp_path):
     history = [json.loads(line) for line in Path(run.path, "history.jsonl").read_text().splitlines()]
     assert ndcg == [line["ndcg@10"] for line in history]
 
-    # The next night: this one's model is where it starts.
-    synthetic_features(config)
-    second = subprocess.run(
-        [*words, "--set", "mlflow.tracking_uri=null", "--set", "deepfm.fit_on=train", *ONE_EPOCH],
-        env=environment(), capture_output=True, text=True, check=False, timeout=240,
-    )  # fmt: skip
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert f"  starts from {run.uri}" in second.stdout.splitlines()
-    later = json.loads(
-        Path(Workspace(config).runs("deepfm")[-1].path, "history.jsonl").read_text().split("\n")[0]
-    )
-    assert later["loss"] < history[0]["loss"]
+    def night(*settings):
+        synthetic_features(config)
+        more = ["--set", "mlflow.tracking_uri=null", "--set", "deepfm.fit_on=train", *ONE_EPOCH, *settings]
+        return subprocess.run(
+            [*words, *more], env=environment(), capture_output=True, text=True, check=False, timeout=240
+        )
+
+    # The next nights: not from a model that knows valid, but from one that knows train alone.
+    refused = night()
+    assert refused.returncode == 64, refused.stdout + refused.stderr
+    assert f"deepfm.start_from: {run.uri} was fitted on train and valid, and what it has" in refused.stderr
+    assert night("--set", "deepfm.start_from=null").returncode == 0
+    before = Workspace(config).runs("deepfm")[-1]
+    last = night()
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert f"  starts from {before.uri}" in last.stdout.splitlines()
+    assert "  takes over " in last.stdout
+    losses = [
+        json.loads(Path(of.path, "history.jsonl").read_text().split("\n")[0])["loss"]
+        for of in (before, Workspace(config).runs("deepfm")[-1])
+    ]
+    assert losses[1] < losses[0]
 
 
 def test_what_a_worker_finds_wrong_is_told_once_and_not_tried_again(head, tmp_path):
@@ -327,7 +337,7 @@ def test_a_cluster_with_too_few_cpus_is_named(head, tmp_path):
     synthetic_features(config)
     done = head.train(tmp_path, "--set", "deepfm.num_workers=64", "--set", "deepfm.streams=64")
     assert done.returncode == 64, done.stdout + done.stderr
-    assert "deepfm.num_workers=64 needs as many CPUs" in done.stderr
+    assert "deepfm.num_workers asks for 64 workers, each with a CPU, and the Ray cluster at " in done.stderr
     (folder,) = (tmp_path / "deepfm").iterdir()
     assert json.loads((folder / "error.json").read_text())["class"] == "ConfigError"
     assert not (folder / "manifest.json").exists()
