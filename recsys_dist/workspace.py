@@ -416,10 +416,11 @@ class Workspace:
         """
         selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
         folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
-        newest = self.runs(stage)[-1:] if stage not in EXPERIMENTS else []
+        committed = {run.path: run for run in self.runs(stage)}
+        newest = list(committed.values())[-1:] if stage not in EXPERIMENTS else []
         for folder in reversed(folders):
-            key = self._json(f"{folder}/key.json")
-            if not key or self._json(f"{folder}/{MANIFEST}") is not None:
+            key = None if folder in committed else self._json(f"{folder}/key.json")
+            if not key:
                 continue
             run_id = folder.rpartition("/")[2]
             started = dt.datetime.strptime(run_id.rpartition("-")[0], RUN_ID).replace(tzinfo=dt.UTC)
