@@ -266,7 +266,8 @@ def test_too_many_duplicates_are_shown_by_their_text(spark, tmp_path, capsys):
         featurized(log_config(tmp_path, lines))
     assert re.search(r"5 x duplicate, for example in /.*/events\.csv: 'u0,i0,0,5'\n", str(error.value))
     run = featurized(log_config(tmp_path, lines, data={"max_bad_rows": 0.5}))
-    assert capsys.readouterr().out.splitlines() == [
+    told = [line for line in capsys.readouterr().out.splitlines() if "of 1970-01-01" not in line]
+    assert told == [
         "  6 of 18 events are set aside: 5 duplicate, 1 unparseable timestamp",
         f"  what is set aside: {run.uri}/quarantine",
     ]
