@@ -53,13 +53,12 @@ def bench(folder: Path) -> tuple[list[Measure], dict[str, Any]]:
     tried = {str(choice): fuxictr(config, folder / "movielens", **choice, epochs=2) for choice in LOADERS}
     loader = min(LOADERS, key=lambda choice: tried[str(choice)]["seconds"][-1])
     print(f"FuxiCTR's fastest loader: {loader}", flush=True)
-    found["MovieLens 1M"] = _in_turns(config, run, folder / "movielens", loader, REPEATS)
+    found["MovieLens 1M"] = _in_turns(config, run, folder / "movielens", loader)
     for rows in SIZES:
         config = load(None, GENERATED)
         run = clicks.generated(folder / str(rows), rows)
         clicks.for_fuxictr(run, folder / f"{rows}-fuxictr")
-        repeats = REPEATS if rows == SMALL else 1
-        found[f"{rows:,} rows"] = _in_turns(config, run, folder / f"{rows}-fuxictr", loader, repeats)
+        found[f"{rows:,} rows"] = _in_turns(config, run, folder / f"{rows}-fuxictr", loader)
         if rows == SMALL:
             plain = _ours(load(None, [*GENERATED, "deepfm.precision=float32"]), run)["seconds"][-1]
     measures = []
@@ -90,7 +89,7 @@ def _ours(config: Config, run: Run) -> dict[str, Any]:
     return {"seconds": seconds, "peak_gib": peak}
 
 
-def _in_turns(config: Config, run: Run, folder: Path, loader: dict[str, Any], repeats: int) -> dict[str, Any]:
+def _in_turns(config: Config, run: Run, folder: Path, loader: dict[str, Any]) -> dict[str, Any]:
     """Examples a second (median) and peak memory of both sides, and the seconds of every epoch.
 
     Args:
@@ -98,14 +97,12 @@ def _in_turns(config: Config, run: Run, folder: Path, loader: dict[str, Any], re
         run: what is trained on.
         folder: the same for FuxiCTR.
         loader: of FuxiCTR.
-        repeats: of FuxiCTR's turns, which may be long; ours are always as many as can be.
     """
     os.environ.update(MALLOC)
     sides: dict[str, list[dict[str, Any]]] = {"ours": [], "theirs": []}
-    for repeat in range(REPEATS):
+    for _ in range(REPEATS):
         sides["ours"].append(_ours(config, run))
-        if repeat < repeats:
-            sides["theirs"].append(fuxictr(config, folder, **loader, epochs=EPOCHS))
+        sides["theirs"].append(fuxictr(config, folder, **loader, epochs=EPOCHS))
     print(json.dumps({folder.name: sides}), flush=True)
     rows = run.spec().rows["train"]
     return {name: _summary(rows, answers) for name, answers in sides.items()}
