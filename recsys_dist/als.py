@@ -14,7 +14,7 @@ from pyspark.ml.recommendation import ALS, ALSModel
 from pyspark.sql import DataFrame, SparkSession
 from pyspark.sql import functions as F
 
-from recsys_dist.config import FIT_ON, Als, Config
+from recsys_dist.config import FIT_ON, OF_FACTORS, Als, Config
 from recsys_dist.errors import DataError, RetryableError
 from recsys_dist.features.session import MEBIBYTE, Steps, remove_checksums, spark_uri, start, write
 from recsys_dist.job import run_module
@@ -77,7 +77,7 @@ def train_als(config: Config, run: OpenRun) -> dict[str, Any]:
             remove_checksums(run.filesystem, run.path)
     finally:
         session.__exit__(None, None, None)
-    chosen = settings.model_dump(include={"implicit", "rank", "reg", "alpha", "iterations", "sample_weight"})
+    chosen = settings.model_dump(include=set(OF_FACTORS))
     told = {"ratings": ratings, **written, **chosen, "tried": tried}
     return {**told, "spark": pyspark.__version__, "seconds": steps.seconds}
 

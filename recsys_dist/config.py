@@ -373,6 +373,10 @@ class Aggregate(Section):
 AnyField = Annotated[Categorical | Numeric | Time | History | Aggregate, Field(discriminator="kind")]
 
 
+OF_FACTORS = ("implicit", "rank", "reg", "alpha", "iterations", "sample_weight")
+"""Settings of ALS that decide what its inner products are like."""
+
+
 class Als(Section):
     """Spark MLlib's ALS. Its names are MLlib's (spelled with underscores)."""
 

@@ -217,13 +217,13 @@ def _begun(
             continue
         if run.key == key and later is None:
             return run
-        changed = differences(run.key, key)
-        what = f"was begun with other {', '.join(changed[:NAMED])}{', ...' if len(changed) > NAMED else ''}"
-        if not changed and later:
-            what = f"is older than {later.run_id}, which the next stage would read"
-        why = why or (f"{stage}: begins anew: {run.uri}, which is not finished, {what}")
+        if why is None:
+            changed = differences(run.key, key)
+            names = ", ".join(changed[:NAMED]) + (", ..." if len(changed) > NAMED else "")
+            older = f"is older than {later}, which the next stage would read"
+            why = f"{run.uri}, which is not finished, {f'was begun with other {names}' if changed else older}"
     if why and stage not in EXPERIMENTS:
-        print(why, flush=True)
+        print(f"{stage}: begins anew: {why}", flush=True)
     return None
 
 

@@ -325,17 +325,21 @@ class Workspace:
 
     def runs(self, stage: str) -> list[Run]:
         """The committed runs of a stage, oldest first."""
-        selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
-        folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
-        manifests = self.filesystem.get_file_info([f"{folder}/{MANIFEST}" for folder in folders])
         runs = []
-        for folder, info in zip(folders, manifests, strict=True):
-            if info.is_file:
-                with self.filesystem.open_input_stream(info.path) as stream:
+        for folder, is_committed in self._folders(stage).items():
+            if is_committed:
+                with self.filesystem.open_input_stream(f"{folder}/{MANIFEST}") as stream:
                     manifest = json.loads(stream.read())
                 uri = f"{self.uri}/{stage}/{manifest['run_id']}"
                 runs.append(Run(self.filesystem, folder, uri, manifest))
         return runs
+
+    def _folders(self, stage: str) -> dict[str, bool]:
+        """The folders of a stage's runs, oldest first: is each committed?"""
+        selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
+        folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
+        manifests = self.filesystem.get_file_info([f"{folder}/{MANIFEST}" for folder in folders])
+        return {folder: info.is_file for folder, info in zip(folders, manifests, strict=True)}
 
     def inputs(self, stage: str) -> dict[str, Run]:
         """The runs that a new run of `stage` reads: pinned or latest, all made from the same runs upstream.
@@ -406,26 +410,22 @@ class Workspace:
         key = json.loads(json.dumps(key))
         return next((run for run in reversed(self.runs(stage)) if run.manifest["key"] == key), None)
 
-    def unfinished(self, stage: str, inputs: dict[str, Run]) -> Iterator[tuple[OpenRun, Run | None]]:
+    def unfinished(self, stage: str, inputs: dict[str, Run]) -> Iterator[tuple[OpenRun, str | None]]:
         """The runs that were begun and not committed, of any key, newest first; and of those that are older
-        than a committed one, which the next stage would read, the newest of these. Of experiments none is.
+        than a committed one, which the next stage would read, its run id. Of experiments none is.
 
         Args:
             stage: whose runs they are.
             inputs: what a run of the right key would go on with.
         """
-        selector = pyarrow.fs.FileSelector(f"{self.path}/{stage}", allow_not_found=True)
-        folders = sorted(info.path for info in self.filesystem.get_file_info(selector) if not info.is_file)
-        committed = {run.path: run for run in self.runs(stage)}
-        newest = list(committed.values())[-1:] if stage not in EXPERIMENTS else []
-        for folder in reversed(folders):
-            key = None if folder in committed else self._json(f"{folder}/key.json")
-            if not key:
-                continue
+        later = None
+        for folder, is_committed in reversed(self._folders(stage).items()):
             run_id = folder.rpartition("/")[2]
-            started = dt.datetime.strptime(run_id.rpartition("-")[0], RUN_ID).replace(tzinfo=dt.UTC)
-            later = next((run for run in newest if run.run_id > run_id), None)
-            yield OpenRun(self, stage, run_id, inputs, key, started), later
+            if is_committed:
+                later = later or (None if stage in EXPERIMENTS else run_id)
+            elif key := self._json(f"{folder}/key.json"):
+                started = dt.datetime.strptime(run_id.rpartition("-")[0], RUN_ID).replace(tzinfo=dt.UTC)
+                yield OpenRun(self, stage, run_id, inputs, key, started), later
 
     def read_json(self, name: str) -> Any:
         """A JSON file in the root folder; None where there is none."""

@@ -45,7 +45,7 @@ def untrained_night(config: Config, **sizes: int) -> dict[str, Run]:
     deepfm = workspace.new("deepfm", key, {"features": features})
     settings = config.deepfm.model_copy(update={"init_scale": 0.5})
     spec = used_fields(spec, settings)
-    publish(deepfm, spec, config.deepfm, DeepFM(spec, settings, seed=3).state_dict())
+    publish(deepfm, spec, config.deepfm, DeepFM(spec, settings, seed=3).state_dict().__getitem__)
     line: dict[str, Any] = {"epoch": 1, "step": 10, "loss": 0.5, "metric": "ndcg@10", "ndcg@10": 0.1}
     deepfm.filesystem.open_output_stream(f"{deepfm.path}/history.jsonl").write(json.dumps(line).encode())
     return {

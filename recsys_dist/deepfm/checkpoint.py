@@ -15,7 +15,6 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -193,39 +192,6 @@ def _sha256(file: Path) -> str:
 def load_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Read a checkpoint's model into the tensors of an unsharded state_dict, in one process."""
     read_into({"model": state}, str(path))
-
-
-class CheckpointWeights(Mapping[str, torch.Tensor]):
-    """A checkpoint's model, of which a tensor is read when it is asked for.
-
-    Args:
-        path: the checkpoint.
-        like: the unsharded state_dict, of whose tensors the shapes matter.
-        instead: what takes the place of some.
-    """
-
-    def __init__(
-        self, path: Path, like: Mapping[str, torch.Tensor], instead: Mapping[str, torch.Tensor]
-    ) -> None:
-        self.path, self.instead = path, instead
-        self.shapes = {name: tensor.shape for name, tensor in like.items()}
-        self.not_finite: list[str] = []
-        """Names of those that were read and have such numbers."""
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.instead.get(name)
-        if tensor is None:
-            tensor = torch.empty(self.shapes[name])
-            load_weights(self.path, {name: tensor})
-        if not tensor.isfinite().all():
-            self.not_finite.append(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.shapes)
-
-    def __len__(self) -> int:
-        return len(self.shapes)
 
 
 def read_into(state: dict[str, Any], path: str) -> None:

@@ -9,25 +9,27 @@ later event among all items.
 Legend: U users, I items (index 0 is unknown), C entries of a list, P pair fields.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from recsys_dist.config import SINCE, Config
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.held_out import HeldOut
 from recsys_dist.deepfm.items import Items
-from recsys_dist.deepfm.late import Early, late_users, require_earlier
+from recsys_dist.deepfm.late import Early, late_users
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
 from recsys_dist.deepfm.not_finite import diverged
 from recsys_dist.deepfm.pairs import Pairs
-from recsys_dist.deepfm.validation import CHUNK, Ranking, alone, users_of_part
+from recsys_dist.deepfm.validation import CHUNK, Ranking, users_of_part
 from recsys_dist.errors import DataError
 from recsys_dist.workspace import STAGES, Run
 
@@ -236,7 +238,7 @@ def learn(
 
     Args:
         config: with the pair fields.
-        inputs: by stage: features, and the runs with the tables.
+        inputs: by stage: features, and the runs with the tables, of `require_earlier`.
         early: the checkpoint of a model without pair fields, fitted on the early events of train; None: the
             lists are of valid.
         whole: of one that is fitted on all of train.
@@ -246,13 +248,11 @@ def learn(
         The head's part of a model's state_dict; and what is told of it.
 
     Raises:
-        DataError: the tables know the later events, there are none of these, or a number of a table is not
-            finite.
+        DataError: there are no later events, or a number of a table is not finite.
         ConfigError: a logit is not finite.
     """
     features, recall = inputs["features"], inputs["recall"]
     before_late = Early(features, recall) if early else None
-    require_earlier(inputs, before_late)
     settings = config.deepfm
     spec = used_fields(features.spec(), settings)
     fields = spec.side("pair")
@@ -289,7 +289,7 @@ def learn(
     state = model.state_dict()
     load_weights(whole, {name: tensor for name, tensor in state.items() if not name.startswith(PAIR_HEAD)})
     valid = Ranking(features, items, config, paired=known, only=only)
-    with alone(device):
+    with _alone(device):
         without = valid.ndcg(model.to(device), device)  # at first the head adds nothing
         found = fit(made, model.pair_head.to("cpu"), config.seed)
         measured = valid.ndcg(model.to(device), device)
@@ -304,3 +304,14 @@ def learn(
         "loss_without": found.before,
     }
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(PAIR_HEAD)}, told
+
+
+@contextmanager
+def _alone(device: torch.device) -> Iterator[None]:
+    """A process group of this process."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

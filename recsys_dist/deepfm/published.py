@@ -7,7 +7,7 @@ JSON object with type, shape and place of each tensor; the numbers.
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ GAP = 1 << 16
 
 
 def publish(
-    run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, state: Mapping[str, Tensor]
+    run: OpenRun, spec: FeatureSpec, settings: config.DeepFM, read: Callable[[str], Tensor]
 ) -> dict[str, list[int]]:
     """Write model/ of a deepfm run: the weights as safetensors and a description, nothing pickled. One tensor
     is asked for at a time, so that a driver need not have memory for the whole model.
@@ -36,7 +36,7 @@ def publish(
         run: the open run.
         spec: the fields that the model was made for, of `used_fields`.
         settings: its sizes.
-        state: what the unsharded DeepFM's state_dict has, float32.
+        read: a tensor of the unsharded DeepFM's state_dict, float32, by its name.
 
     Returns:
         the shape of each tensor by name.
@@ -56,7 +56,7 @@ def publish(
     with run.filesystem.open_output_stream(f"{run.path}/{WEIGHTS}") as stream:
         stream.write(len(header).to_bytes(8, "little") + header)
         for name, shape in shapes.items():
-            tensor = state[name].detach().cpu().contiguous()
+            tensor = read(name).detach().cpu().contiguous()
             if list(tensor.shape) != shape or tensor.dtype != torch.float32:
                 raise ValueError(
                     f"{name} is {tensor.dtype} of {list(tensor.shape)}, expected float32, {shape}"

@@ -25,7 +25,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
-from recsys_dist.config import FIT_ON, Config
+from recsys_dist.config import FIT_ON, OF_FACTORS, Config
 from recsys_dist.deepfm.reports import (
     DATA,
     HISTORY,
@@ -112,8 +112,7 @@ def check(config: Config, inputs: Mapping[str, Run]) -> Run | None:
 def _factors(als: Run) -> dict[str, Any]:
     """What an als run's inner products are like."""
     figures = als.manifest["figures"]
-    names = ("implicit", "rank", "reg", "alpha", "iterations", "sample_weight")
-    return {name: figures[name] for name in names if figures.get(name) is not None}
+    return {name: figures[name] for name in OF_FACTORS if figures.get(name) is not None}
 
 
 def earlier(config: Config, inputs: Mapping[str, Run]) -> Run | None:
@@ -394,7 +393,9 @@ def _worker(task: dict[str, Any]) -> None:
 
 def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     """Move the chosen checkpoint to its place and write model/ from it."""
-    from recsys_dist.deepfm.checkpoint import CheckpointWeights
+    import torch
+
+    from recsys_dist.deepfm.checkpoint import load_weights
     from recsys_dist.deepfm.model import DeepFM, used_fields
     from recsys_dist.deepfm.not_finite import diverged
     from recsys_dist.deepfm.published import publish
@@ -403,12 +404,21 @@ def _publish(config: Config, run: OpenRun, fitted: _Fitted) -> dict[str, Any]:
     path = _best_checkpoint(folder)
     spec = used_fields(run.inputs["features"].spec(), config.deepfm)
     model = DeepFM(spec, config.deepfm, tables="meta")
-    weights = CheckpointWeights(path, model.state_dict(), fitted.head)
-    shapes = publish(run, spec, config.deepfm, weights)
-    # Nothing has looked at the last step of a refit, which has no part to measure with.
-    if weights.not_finite:
-        names = ", ".join(weights.not_finite[:3])
-        raise diverged(f"{path.name} has numbers that are not finite in {names}", model)
+    like, wrong = model.state_dict(), []
+
+    def read(name: str) -> Any:
+        tensor = fitted.head.get(name)
+        if tensor is None:
+            tensor = torch.empty(like[name].shape)
+            load_weights(path, {name: tensor})
+        # Nothing has looked at the last step of a refit, which has no part to measure with.
+        if not tensor.isfinite().all():
+            wrong.append(name)
+        return tensor
+
+    shapes = publish(run, spec, config.deepfm, read)
+    if wrong:
+        raise diverged(f"{path.name} has numbers that are not finite in {', '.join(wrong[:3])}", model)
     run.remove("checkpoint")  # of a driver that was killed before the commit
     run.filesystem.create_dir(f"{run.path}/checkpoint")
     pyarrow.fs.copy_files(str(path), f"{run.path}/checkpoint", destination_filesystem=run.filesystem)

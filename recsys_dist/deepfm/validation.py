@@ -4,8 +4,6 @@ or, where the model learns labels or values, how well it predicts those.
 Legend: U users of a chunk, I items, H numbers of a pair, N examples.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Protocol
 
 import numpy as np
@@ -248,17 +246,6 @@ def predicted(
         "calibration": calibration(targets_N, logits_N),
     }
     return {name: of for name, of in figures.items() if not np.isnan(of)}
-
-
-@contextmanager
-def alone(device: torch.device) -> Iterator[None]:
-    """A process group of this process, for what is measured without other workers."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def _share(number: int) -> Tensor:

@@ -27,7 +27,7 @@ from recsys_dist.evaluation.segments import known_events, told, user_segments
 from recsys_dist.evaluation.significance import bootstrap, fallen, randomisation
 from recsys_dist.schema import LISTS, RELEVANT, UNKNOWN, SeenFilter, without_seen
 from recsys_dist.scoring.models import load_models
-from recsys_dist.scoring.scorers import Popularity, Scorer, TwoStage, scored_by
+from recsys_dist.scoring.scorers import Popularity, Scorer, TwoStage, no_score, scored_by
 from recsys_dist.scoring.users import with_context
 from recsys_dist.workspace import OpenRun, Run
 
@@ -212,10 +212,7 @@ def rank(
                 lists = scorer.top_k(batch, k)
             proposed_BKS = torch.empty(*lists.items.shape, 0)
         if lists.scores.isposinf().any():
-            raise DataError(
-                f"{name}: a score is infinite. What it was fitted from has no such numbers, so its run is "
-                f"damaged or diverged: make it anew, with --force and smaller learning rates."
-            )
+            raise no_score(f"{name}: a score is infinite")
         items.append(lists.items.numpy())
         scores.append(lists.scores.numpy())
         sources.append(~torch.isneginf(proposed_BKS).numpy())

@@ -51,11 +51,7 @@ def headline(
             f"95% interval {figure(metric, low)} to {figure(metric, high)}",
         ),
         since,
-        (
-            f"Against {LABELS[beside]}",
-            f"{value / theirs:.2f} ×" if theirs > 0 else "–",
-            f"the {metric_label(metric)} there is {figure(metric, theirs)}",
-        ),
+        _against(LABELS[beside], metric, value, theirs),
         (
             "Catalogue in the lists",
             f"{tonight.figures[f'coverage@{k}']['value']:.1%}",
@@ -80,23 +76,17 @@ def best_of(config: Config, metrics: dict[str, Any]) -> tuple[str, Headline]:
         metrics: as in metrics.json.
     """
     metric, k = metrics["compared"]["metric"], config.evaluation.k[0]
-    ahead, order = metrics["ahead"], ranked(metrics["models"], metric)
-    best, second = order[0], order[1] if ahead else None
+    ahead = metrics["ahead"]
+    best = ahead["model"] if ahead else ranked(metrics["models"], metric)[0]
+    value, low, high = interval(metrics["models"][best][metric])
     beyond, better = False, "it is the only one."
+    beside = ("Against others", "–", "there is none")
     if ahead:
-        best, second = ahead["model"], ahead["second"]
+        second = ahead["second"]
         beyond = not may_be_chance(ahead["p"])
         worse = f"{model_label(second)} is worse"
         better = f"{worse}, beyond chance." if beyond else f"that {worse} may be chance."
-    value, low, high = interval(metrics["models"][best][metric])
-    beside = ("Against others", "–", "there is none")
-    if second:
-        theirs = metrics["models"][second][metric]["value"]
-        beside = (
-            f"Against {model_label(second)}",
-            f"{value / theirs:.2f} ×" if theirs > 0 else "–",
-            f"the {metric_label(metric)} there is {figure(metric, theirs)}",
-        )
+        beside = _against(model_label(second), metric, value, metrics["models"][second][metric]["value"])
     numbers = (
         (
             f"{metric_label(metric)} of {model_label(best)}",
@@ -118,6 +108,12 @@ def signed(difference: float) -> str:
     """A difference with its sign; without one where it is 0 as printed."""
     text = f"{difference:+.4f}"
     return text[1:] if float(text) == 0 else text.replace("-", "−")
+
+
+def _against(other: str, metric: str, value: float, theirs: float) -> tuple[str, str, str]:
+    """How many times another model's figure it is."""
+    times = f"{value / theirs:.2f} ×" if theirs > 0 else "–"
+    return f"Against {other}", times, f"the {metric_label(metric)} there is {figure(metric, theirs)}"
 
 
 def _since(last: Night | None, tonight: Night, metric: str) -> tuple[str, tuple[str, str, str]]:

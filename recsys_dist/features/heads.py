@@ -107,7 +107,7 @@ def read_head(filesystem: pyarrow.fs.FileSystem, path: str, source: Source) -> H
     lines = re.split(ends, text)
     full = [stripped for line in lines if (stripped := line.strip("\r")).strip()]
     if source.format == "jsonl":
-        types = _json_types(full)
+        types = _json_types(full[:HEAD_LINES])
         return Head(path, tuple(types), types, bool(full), encoding=encoding, keys=keys)
     if source.header is True:
         line = full[0] if full else None
@@ -144,8 +144,8 @@ def with_rare_keys(
                 *lines, rest = (rest + text).split("\n")
                 # Most lines have none of them, and need not be parsed.
                 asked = [line for line in lines if any(f'"{name}"' in line for name in left)]
-                left -= set(_json_types(asked, len(asked)))
-            left -= set(_json_types([rest], 1))
+                left -= set(_json_types(asked))
+            left -= set(_json_types([rest]))
     there |= set(names) - left
     found = []
     for head in heads:
@@ -234,10 +234,10 @@ def _parquet_head(filesystem: pyarrow.fs.FileSystem, path: str, keys: dict[str, 
     )
 
 
-def _json_types(lines: Iterable[str], most: int = HEAD_LINES) -> dict[str, str]:
-    """The keys of the first lines with their types."""
+def _json_types(lines: Iterable[str]) -> dict[str, str]:
+    """The keys of some lines with their types."""
     types: dict[str, str] = {}
-    for line in list(lines)[:most]:
+    for line in lines:
         try:
             row: Any = json.loads(line)
         except ValueError:

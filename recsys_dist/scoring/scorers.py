@@ -59,11 +59,16 @@ def scored_by(name: str, users: Users) -> Iterator[None]:
         yield
     except NotANumber:
         ids = users.table["user_id"]
-        raise DataError(
-            f"{name}: a score is NaN, for one of the {len(ids)} users from {ids[0].as_py()!r} to "
-            f"{ids[-1].as_py()!r}. What it was fitted from has no such numbers, so its run is damaged or "
-            f"diverged: make it anew, with --force and smaller learning rates."
-        ) from None
+        who = f"for one of the {len(ids)} users from {ids[0].as_py()!r} to {ids[-1].as_py()!r}"
+        raise no_score(f"{name}: a score is NaN, {who}") from None
+
+
+def no_score(what: str) -> DataError:
+    """What to say of a model with a score that is no number."""
+    return DataError(
+        f"{what}. What it was fitted from has no such numbers, so its run is damaged or diverged: make it "
+        f"anew, with --force and smaller learning rates."
+    )
 
 
 class Popularity:

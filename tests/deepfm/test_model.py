@@ -236,7 +236,7 @@ def test_a_field_may_be_named_like_a_method_of_a_module(config, features):
 def published(config, features, model):
     workspace, inputs = Workspace(config), {"features": features}
     run = workspace.new("deepfm", workspace.key("deepfm", config, inputs), inputs)
-    publish(run, features.spec(), config.deepfm, model.state_dict())
+    publish(run, features.spec(), config.deepfm, model.state_dict().__getitem__)
     return run.commit(config, {})
 
 

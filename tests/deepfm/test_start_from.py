@@ -48,7 +48,7 @@ def published(config, features, spec=None):
     run = workspace.new("deepfm", {"seed": config.seed}, {"features": features})
     model = DeepFM(spec, config.deepfm, seed=99)
     model.start_at(-2.0)
-    publish(run, spec, config.deepfm, model.state_dict())
+    publish(run, spec, config.deepfm, model.state_dict().__getitem__)
     return run.commit(config, {}), model.state_dict()
 
 
@@ -61,7 +61,7 @@ def trained_fm(config, features, tmp_path_factory):
     state = DeepFM(features.spec(), config.deepfm).state_dict()
     load_weights(checkpoint, state)
     run = Workspace(config).new("deepfm", {"fm": 1}, {"features": features})
-    publish(run, features.spec(), config.deepfm, state)
+    publish(run, features.spec(), config.deepfm, state.__getitem__)
     shutil.copytree(checkpoint, f"{run.path}/checkpoint")
     return run.commit(config, {}), state
 
@@ -222,7 +222,7 @@ def test_the_constant_counts_once(config, features, before, now):
     run = workspace.new("deepfm", {"of": before}, {"features": features})
     model = DeepFM(features.spec(), theirs.deepfm, seed=99)
     model.start_at(4.0)
-    publish(run, features.spec(), theirs.deepfm, model.state_dict())
+    publish(run, features.spec(), theirs.deepfm, model.state_dict().__getitem__)
     run = run.commit(theirs, {})
     own = DeepFM(features.spec(), with_settings(config, model=now).deepfm, seed=1)
     own.start_at(4.0)
