@@ -24,7 +24,8 @@ demo: java setup
 # An hour or so. Of MovieLens 1M ratings of 4 and 5 count, all others are left out.
 compare: java setup
 	@$(if $(CONF),,$(BIN)/python -m recsys_dist.datasets movielens_1m data)
-	@$(BIN)/python jobs/compare.py $(if $(CONF),--conf $(CONF),--conf conf/movielens_1m.yaml --set label.others=drop)
+	@$(BIN)/python jobs/compare.py --conf $(if $(CONF),$(CONF),conf/movielens_1m.yaml \
+		--set split.events=positive --set score.filter_seen=positives)
 
 # All tests, those too that take as long again: whole jobs, killed ones, long logs. CI does.
 LONG =

@@ -171,6 +171,10 @@ class Trained:
             more.append(PAIR)
         return [*self.overrides, *more, *MODELS[name].overrides, *own]
 
+    def own(self, name: str) -> Config:
+        """The configuration with a model's settings."""
+        return load(self.conf, self.settings(name))
+
     def cost(self, name: str) -> Cost | None:
         """Of the run that a model is read from; None where that is not known, or where nothing is fitted."""
         if MODELS[name].stage == "features":
@@ -224,6 +228,7 @@ def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str
     """
     features = trained.runs["features"]
     items = Items(features, features.spec())
+    filters = {name: trained.own(name).score.filter_seen for name in names}
     metrics, lists, users, truth = hold_out(
         config,
         run,
@@ -232,10 +237,11 @@ def measured(config: Config, run: OpenRun, trained: Trained, names: Sequence[str
         lambda name: scorer(name, trained, items),
         "two_stage" if "two_stage" in names else names[-1],
         dict.fromkeys(("als", "recall", "deepfm"), PARTS),
+        {name: own for name, own in filters.items() if own != config.score.filter_seen},
     )
     metrics["costs"] = {name: vars(cost) for name in names if (cost := trained.cost(name))}
     run.write_json("metrics.json", metrics)
-    models = _two_stage(trained, config) if "two_stage" in names else None
+    models = _two_stage(trained) if "two_stage" in names else None
     write_comparison(config, run, items, models, metrics, lists, users, truth)
     return {key: metrics[key] for key in ("users", "models", "compared", "ahead", "costs")}
 
@@ -248,7 +254,7 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
         "popularity": lambda: Popularity(items, positives(runs["features"], items, FIT_ON[PARTS])),
         "next_items": lambda: NextItems(spec, recall),
         **dict.fromkeys(LINEAR, lambda: Linear(spec, recall, name)),
-        "two_stage": lambda: _two_stage(trained, config).two_stage,
+        "two_stage": lambda: _two_stage(trained).two_stage,
         **dict.fromkeys(("als", "als_explicit"), lambda: _factors(runs[name], items)),
     }
     if name in MEASURES:
@@ -259,8 +265,8 @@ def scorer(name: str, trained: Trained, items: Items) -> Scorer:
     return Exhaustive(load_ranker(_inputs(runs, name), items))
 
 
-def _two_stage(trained: Trained, config: Config) -> Models:
-    return load_models(_inputs(trained.runs, "two_stage"), config.score)
+def _two_stage(trained: Trained) -> Models:
+    return load_models(_inputs(trained.runs, "two_stage"), trained.own("two_stage").score)
 
 
 def _inputs(runs: dict[str, Run], name: str) -> dict[str, Run]:

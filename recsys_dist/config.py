@@ -223,6 +223,10 @@ class Split(Section):
     last: int = Field(1, ge=1)
     """leave_last: number of a user's events in test and in valid."""
 
+    events: Literal["any", "positive"] = "any"
+    """Which events fractions and `last` count. positive: the parts are those of a log of positive events
+    alone, and every other event is in the part of the positive one that comes next, or in test."""
+
     @property
     def in_time(self) -> bool:
         """The parts follow one another in each user's time: only train events come before a train event."""
@@ -232,6 +236,9 @@ class Split(Section):
     def _fractions(self) -> "Split":
         if min(self.fractions) <= 0 or abs(sum(self.fractions) - 1) > 1e-9:
             raise ValueError(f"fractions must be positive and add up to 1, found {list(self.fractions)}")
+        if self.events == "positive" and (self.kind == "column" or self.dates):
+            by = "dates" if self.dates else "a column"
+            raise ValueError(f"events=positive belongs to fractions and last; this split goes by {by}")
         if self.dates and self.kind != "global_time":
             raise ValueError(f"dates belong to kind global_time, found {self.kind}")
         if self.dates and self.dates[0] >= self.dates[1]:

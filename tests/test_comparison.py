@@ -30,13 +30,20 @@ def compared(tmp_path_factory):
             update={"measures": ("pearson", "cosine", "jaccard"), "linear": ("ease", "transitions")}
         ),
         "evaluation": config.evaluation.model_copy(update={"bootstrap": 100}),
+        "score": config.score.model_copy(update={"filter_seen": "positives"}),
     }
     config = config.model_copy(update=sections)
     night = untrained_night(config)
     deepfm, als = night.pop("deepfm"), night["als"]
     runs = night | {"als_explicit": als} | dict.fromkeys(("mf", "fm", "dnn", "deepfm", "two_stage"), deepfm)
+    unseen = config.model_copy(
+        update={"score": config.score.model_copy(update={"filter_seen": "all"})},
+    )
     trained = SimpleNamespace(
-        runs=runs, config=config, cost=lambda name: Cost(12.6, 0.5) if name == "fm" else None
+        runs=runs,
+        config=config,
+        cost=lambda name: Cost(12.6, 0.5) if name == "fm" else None,
+        own=lambda name: unseen if name == "two_stage" else config,
     )
     run = Workspace(config).new("comparison", {}, runs)
     figures = measured(config, run, trained, list(MODELS))
@@ -59,6 +66,26 @@ def test_every_model_is_measured_and_held_against_the_two_stage_one(compared):
     assert ahead["low"] <= ahead["value"] <= ahead["high"]
     assert metrics["models"] == figures["models"]
     assert metrics["costs"] == {"fm": {"seconds": 12.6, "peak_gib": 0.5}}
+
+
+def test_a_model_may_leave_out_more_than_is_asked_of_all(compared):
+    users = compared.features.table("users/as_of=test").to_pylist()
+    seen, liked = ({row["user"]: set(row[column]) for row in users} for column in ("seen", "liked"))
+    listed = dict.fromkeys(MODELS, 0)
+    for row in pq.read_table(f"{compared.run.path}/lists").to_pylist():
+        assert row["item"] not in liked[row["user"]]
+        listed[row["model"]] += row["item"] in seen[row["user"]]
+    assert listed["two_stage"] == 0
+    assert listed["popularity"] > 0
+    with open(f"{compared.run.path}/metrics.json") as file:  # noqa: PTH123
+        protocol = json.load(file)["protocol"]
+    assert "filter_seen: positives" in protocol["candidates"]
+    assert protocol["own_filter"] == {"two_stage": "all"}
+    page = Path(f"{compared.run.path}/report.html").read_text()
+    assert "Two-stage lists nothing that the user had had before." in page
+    # Relevant are the same items for all: with those seen but not liked.
+    relevant = pq.read_table(f"{compared.run.path}/relevant").to_pylist()
+    assert not any(row["item"] in liked[row["user"]] for row in relevant)
 
 
 def test_popularity_counts_train_and_valid(compared):
@@ -107,7 +134,7 @@ def test_the_page_says_which_model_is_best(compared, width):
 def test_the_page_of_models_without_a_two_stage_one(compared, tmp_path):
     config = synthetic_config(tmp_path)
     runs = untrained_night(config)
-    trained = SimpleNamespace(runs=runs, config=config, cost=lambda name: None)
+    trained = SimpleNamespace(runs=runs, config=config, cost=lambda name: None, own=lambda name: config)
     run = Workspace(config).new("comparison", {}, runs)
     measured(config, run, trained, ["popularity", "next_items"])
     with chromium() as browser, opener(browser) as open_page:

@@ -209,10 +209,16 @@ class Block(nn.Module):
         )
         self.dropout = Dropout(dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[S, M, D] of S sequences."""
-        places = torch.arange(x.shape[1], device=x.device)
-        apart = places.unsqueeze(1) - places
+    def forward(self, x: Tensor, follows: Tensor) -> Tensor:
+        """[W, M, D] of sequences cut into windows of M places, which is the reach: what a window's places
+        attend to lies in it and in the one before.
+
+        Args:
+            x: [W, M, D].
+            follows: [W] bool: does the window go on where the one before ends?
+        """
+        places = torch.arange(2 * x.shape[1], device=x.device)
+        apart = places[x.shape[1] :].unsqueeze(1) - places
         reach = self.distance.shape[1]
         bias = self.distance[:, apart.clamp(0, reach - 1)]
         bias = bias.masked_fill((apart < 0) | (apart >= reach), -torch.inf)
@@ -220,7 +226,11 @@ class Block(nn.Module):
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for part in self.attention(self.attention_norm(x)).chunk(3, -1)
         )
-        found = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
+        key, value = (torch.cat([part.roll(1, 0), part], 2) for part in (key, value))
+        scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
+        elsewhere = ~follows.unsqueeze(1) & (places < x.shape[1])
+        scores = scores.masked_fill(elsewhere[:, None, None], -torch.inf)
+        found = scores.softmax(-1).to(value.dtype) @ value
         x = x + self.dropout(self.attended(found.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.feed_forward(self.forward_norm(x)))
 
@@ -251,9 +261,9 @@ class Encoder(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        reach = 1 + (last - 1) // blocks
+        self.reach = 1 + (last - 1) // blocks
         self.dropout = Dropout(dropout)
-        self.blocks = nn.Sequential(*(Block(reach, dim, heads, dropout, device) for _ in range(blocks)))
+        self.blocks = nn.ModuleList(Block(self.reach, dim, heads, dropout, device) for _ in range(blocks))
         self.norm = nn.LayerNorm(dim, device=device)
         self.output = nn.Linear(dim, dim, device=device)
 
@@ -275,14 +285,23 @@ class Encoder(nn.Module):
         begins = (until - new)[starts]
         sequence = starts.cumsum(0) - 1
         length = torch.diff(begins, append=until[-1:])
+        # Each sequence in windows of its own.
+        windows = (length + self.reach - 1) // self.reach
+        first = windows.cumsum(0) - windows
         own = torch.arange(len(begins), device=new.device).repeat_interleave(length)
         items = history[there]
-        place = torch.arange(len(items), device=new.device) - begins[own]
-        x = items.new_zeros(len(begins), max(1, int(length.max())), items.shape[1])
-        x = x.index_put((own, place), items)
-        x = self.output(self.norm(self.blocks(self.dropout(x)))).float()
+        place = torch.arange(len(items), device=new.device) + (first * self.reach - begins)[own]
+        number = max(1, int(windows.sum()))
+        x = items.new_zeros(number * self.reach, items.shape[1]).index_put((place,), items)
+        follows = torch.ones(number, dtype=torch.bool, device=new.device)
+        follows[first[windows > 0]] = False
+        x = self.dropout(x).unflatten(0, (number, self.reach))
+        for block in self.blocks:
+            x = block(x, follows)
+        x = self.output(self.norm(x)).flatten(0, 1).float()
         seen = until - begins[sequence]
-        return x[sequence, (seen - 1).clamp(min=0)] * (seen > 0).unsqueeze(1)
+        at = (first[sequence] * self.reach + seen - 1).clamp(0, len(x) - 1)
+        return x[at] * (seen > 0).unsqueeze(1)
 
     def shares(self, history: Tensor, there: Tensor) -> Tensor:
         """[N, L, D]: what the result would lose if the history had gone without the item.

@@ -6,7 +6,7 @@ the test part, from what was known before that user's test part, as of the day o
 Legend: U users, K list length, I items.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -88,6 +88,7 @@ def hold_out(
     scorer_of: Callable[[str], Scorer],
     reference: str,
     fitted_on: dict[str, str],
+    own_filter: Mapping[str, SeenFilter] | None = None,
 ) -> tuple[dict[str, Any], pa.Table, pa.Table, np.ndarray]:
     """Measure models on the test part, write lists/ and relevant/, and return what metrics.json has, the
     lists, and the users and truth of `held_out`.
@@ -100,6 +101,8 @@ def hold_out(
         scorer_of: makes or gives one of them; none is needed for longer than it ranks.
         reference: which of them the others are held against.
         fitted_on: stage to the parts of the log that its models know, a key of FIT_ON.
+        own_filter: which seen items those models leave out that are asked for more than others: what counts
+            as relevant is the same for all.
 
     Raises:
         DataError: no user has a positive event in the test part.
@@ -110,9 +113,11 @@ def hold_out(
     by_segment = BySegment(user_segments(known_events(features, users)), truth, catalogue)
     large = len(names) * len(users) * max(settings.k) >= settings.spark_rows
     measured, tables = {}, []
+    own_filter = own_filter or {}
     for name in names:
         scorer = scorer_of(name)
-        items_UK, scores_UK, sources_UKS = rank(config, items, name, scorer, users)
+        found = rank(config, items, name, scorer, users, own_filter.get(name))
+        items_UK, scores_UK, sources_UKS = found
         sources = list(scorer.sources) if isinstance(scorer, TwoStage) else []
         tables.append(_lists(name, users, items_UK, scores_UK, sources, sources_UKS))
         if not large:
@@ -135,6 +140,7 @@ def hold_out(
             "relevant": "items of the user's positive events of the test part, but those left out as seen",
             "candidates": f"all items active on the day of the user's first relevant event, but the user's "
             f"own before the test part (filter_seen: {config.score.filter_seen})",
+            "own_filter": dict(own_filter),
             "fitted_on": {stage: " and ".join(FIT_ON[parts]) for stage, parts in fitted_on.items()},
             "intervals": f"95%, over users, {settings.bootstrap} resamplings",
             "segments": told(settings.head_share),
@@ -193,18 +199,24 @@ def positives(features: Run, items: Items, parts: Sequence[str]) -> np.ndarray:
 
 @torch.inference_mode()
 def rank(
-    config: Config, catalogue: Items, name: str, scorer: Scorer, users: pa.Table
+    config: Config,
+    catalogue: Items,
+    name: str,
+    scorer: Scorer,
+    users: pa.Table,
+    filter_seen: SeenFilter | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[U, K] items and scores at the greatest K asked for, and [U, K, S] which sources proposed the item: no
-    S where the model has none.
+    S where the model has none. `filter_seen` is by default that of the configuration.
 
     Raises:
         DataError: a score of the model, which has this name, is NaN or infinite.
     """
     k = max(config.evaluation.k)
+    filter_seen = filter_seen or config.score.filter_seen
     items, scores, sources = [], [], []
     for rows in _batches(users, max(1, min(USERS_AT_ONCE, SCORES_AT_ONCE // (len(catalogue) + 1)))):
-        batch = with_context(catalogue, rows, rows["day"].to_numpy(), config.score.filter_seen)
+        batch = with_context(catalogue, rows, rows["day"].to_numpy(), filter_seen)
         if isinstance(scorer, TwoStage):
             lists, proposed_BKS = scorer.rank(batch, k)
         else:

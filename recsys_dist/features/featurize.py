@@ -176,7 +176,9 @@ def _featurize(
             scratch = spark_uri(f"{run.uri}/{SCRATCH}")
             gathered, dropped, rounds = k_core(gathered, core.user, core.item, scratch)
             figures["k_core"] = {"events_dropped": dropped, "rounds": rounds}
-        placed = look_back(gathered, summed_whens(config.fields), counted_whens(config.fields)).cache()
+        placed = look_back(
+            gathered, summed_whens(config.fields), counted_whens(config.fields), config.split
+        ).cache()
         events = assign(placed, config.split).select("*", "_bad.*").drop("_bad")
         looking = beside.submit(look_over, events, config.fields)
         # What comes next is planned while Spark reads.

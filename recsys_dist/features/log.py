@@ -110,11 +110,15 @@ class Look:
     """Least and greatest value of the train part's events, by `when`: any and positive."""
     numbers: dict[str, Numbers]
     """Of each numeric field of side context, by name."""
+    types: dict[str, int]
+    """Train events of each event type that a field is about."""
 
 
 def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
     """Count the events of `split.assign`."""
     flags = ids.number_flags(fields, "context")
+    whens = {getattr(field, "when", "any") for field in fields} - {"any", "positive"}
+    types = {f"type:{when}": F.col("event") == when for when in sorted(whens)}
     hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
     counted = (
         events.groupBy("_reason", "split", "positive", hour.alias("hour"))
@@ -124,7 +128,7 @@ def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
             F.max("micros").alias("last"),
             F.min("value").alias("low"),
             F.max("value").alias("high"),
-            *_true(flags),
+            *_true(flags | types),
         )
         .collect()
     )
@@ -146,11 +150,13 @@ def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
     first = min((row["first"] for row in usable), default=0)
     last = max((row["last"] for row in usable), default=0)
     bounds = {when: (min(found), max(found)) for when, found in values.items() if found}
-    return Look(reasons, rows, positives, most, first, last, bounds, _numbers(usable, flags))
+    train = [row for row in usable if row["split"] == "train"]
+    of_types = {name.removeprefix("type:"): sum(row[name] for row in train) for name in types}
+    return Look(reasons, rows, positives, most, first, last, bounds, _numbers(usable, flags), of_types)
 
 
 def require_usable(config: Config, look: Look) -> None:
-    """Raise a DataError where there is nothing to learn from."""
+    """Raise a DataError where there is nothing to learn from, and warn of fields of which that is true."""
     assert config.data.events
     path = config.data.events.path
     if not sum(look.rows.values()):
@@ -163,6 +169,13 @@ def require_usable(config: Config, look: Look) -> None:
         raise DataError(
             f"data.events.path={path}: none of the {look.rows['train']} train events is positive, so there "
             f"is nothing to learn. Check label.positive_when={config.label.positive_when!r} and split."
+        )
+    for when in (when for when, events in look.types.items() if not events):
+        named = ", ".join(field.name for field in config.fields if getattr(field, "when", None) == when)
+        print(
+            f"  warning: no train event has the type {when!r}, so there is nothing in {named}. Is it what "
+            f"the log calls it?",
+            flush=True,
         )
 
 

@@ -64,7 +64,7 @@ def order_of(events: DataFrame) -> list[str]:
     return ["micros", "item", "value", *(["event"] if "event" in events.columns else []), "positive"]
 
 
-def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> DataFrame:
+def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str], split: Split) -> DataFrame:
     """Say of each usable event where it stands among its user's, and what is strictly earlier.
 
     Events of the same moment do not see each other.
@@ -73,9 +73,11 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
         events: of `gather`.
         sums: `when`s of which the values are added up and the last moment is kept.
         counts: `when`s of which the events are counted.
+        split: which events it counts.
 
     Returns:
-        the rows with `_events` (of the user), and of events with smaller micros `_n:<when>`, `_sum:<when>`
+        the rows with `_counted`, the user's number of events that the split counts, and `_place`, how many of
+        them come before in order; and of events with smaller micros `_n:<when>`, `_sum:<when>`
         (of their values) and `_last:<when>` (micros), each by the name that `named` gives. `_n:any` and
         `_last:any` are always there. `_bad` holds `_source`, `_raw` and `_hash` of rows set aside.
     """
@@ -86,7 +88,14 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str]) -> 
     # One column for all that few rows have: what is kept of every row takes room.
     told = ("_source", "_raw", TIEBREAK)
     placed = events.withColumn("_bad", F.when(~usable, F.struct(*told))).drop(*told)
-    earlier = {"_events": F.max(F.when(usable, F.col("position"))).over(all_events) + 1}
+    if split.events == "positive":
+        counted = F.count(F.when(usable & matches("positive"), 1))
+        in_order = Window.partitionBy("user").orderBy(*order_of(events))
+        place = counted.over(in_order.rowsBetween(Window.unboundedPreceding, -1)).cast("int")
+        earlier = {"_counted": counted.over(all_events), "_place": place}
+    else:
+        last = F.max(F.when(usable, F.col("position"))).over(all_events)
+        earlier = {"_counted": last + 1, "_place": F.col("position")}
     for when in dict.fromkeys(["any", *counts, *sums]):
         earlier[f"_n:{named(when)}"] = F.count(F.when(usable & matches(when), 1)).over(before).cast("int")
     for when in dict.fromkeys(["any", *sums]):
@@ -104,11 +113,12 @@ def assign(events: DataFrame, split: Split) -> DataFrame:
     if split.kind == "column":
         return events
     if split.kind == "leave_last":
-        left = F.col("_events") - F.col("position")
-        enough = F.col("_events") > 2 * split.last
+        left = F.col("_counted") - F.col("_place")
+        enough = F.col("_counted") > 2 * split.last
         part = F.when(enough & (left <= split.last), "test").when(enough & (left <= 2 * split.last), "valid")
     elif split.kind == "per_user_time":
-        share = (F.col("position") + 0.5) / F.col("_events")
+        # One without any has no shares: all of his events are train.
+        share = F.when(F.col("_counted") > 0, (F.col("_place") + 0.5) / F.col("_counted"))
         begin = (split.fractions[0], split.fractions[0] + split.fractions[1])
         part = F.when(share >= begin[1], "test").when(share >= begin[0], "valid")
     else:
@@ -119,7 +129,7 @@ def assign(events: DataFrame, split: Split) -> DataFrame:
 
 def _moments(events: DataFrame, split: Split) -> list[int]:
     """Begin of valid and test: as many events are earlier as the fractions say, or fewer in case of ties."""
-    usable = events.where(F.col("_reason").isNull())
+    usable = events.where(F.col("_reason").isNull() & matches(split.events))
     begin = (split.fractions[0], split.fractions[0] + split.fractions[1])
     found = quantiles(usable.select(F.lit("micros").alias("name"), F.col("micros").alias("x")), begin)
     return [int(moment) for moment in found.get("micros", (0, 0))]

@@ -469,6 +469,23 @@ def test_numeric_fields_without_a_number_are_refused(spark, tmp_path):
     assert lines[1].endswith("is a number below 1e+12, such as '1,50'")
 
 
+def test_an_event_type_that_the_log_does_not_have_is_warned_of(spark, tmp_path, capsys):
+    lines = [f"u{n % 3},i{n % 4},{n * 86400},{('view', 'cart')[n % 2]}" for n in range(30)]
+    columns = {"user": "user", "item": "item", "timestamp": "timestamp", "event": "type"}
+    fields = [
+        {"name": "recent", "kind": "history", "last": 3},
+        {"name": "carts", "kind": "history", "when": "cart", "last": 3},
+        {"name": "bought", "kind": "aggregate", "when": "purchse", "measure": "count"},
+        {"name": "last_bought", "kind": "history", "when": "purchse", "last": 2},
+    ]
+    events = {"path": str(tmp_path / "events.csv"), "columns": columns}
+    settings = {"data": {"events": events}, "label": {"positive_when": "event = 'cart'"}, "fields": fields}
+    featurized(log_config(tmp_path, lines, header="user,item,timestamp,type", **settings))
+    warned = [line for line in capsys.readouterr().out.splitlines() if "warning: no train event" in line]
+    (line,) = warned
+    assert "no train event has the type 'purchse', so there is nothing in bought, last_bought" in line
+
+
 def test_a_last_event_after_today_is_warned_of(spark, tmp_path, capsys):
     lines = [f"u,{item},{n},5" for n, item in enumerate("abcdefgh")] + ["u,i,4102444800,5"]
     featurized(log_config(tmp_path, lines))

@@ -53,6 +53,41 @@ def test_leave_last(spark, tmp_path):
     assert [part for (name, _, _), part in found.items() if name == "short"] == ["train"] * 4
 
 
+BELOW = 3
+"""A value that is not liked."""
+
+
+@pytest.mark.parametrize("kind", ["per_user_time", "leave_last", "global_time"])
+def test_positive_events_alone_are_counted(spark, tmp_path, kind):
+    """The positives are split as if there were no others, and the others stand where they happened."""
+    values = [(5, BELOW, BELOW, 4, BELOW)[n % 5] for n in range(120)]
+    # Every second event is at the moment of the one before.
+    log = [f"u{n % 4},i{n},{n // 8 * DAY},{value}" for n, value in enumerate(values)]
+    only_low = [f"low,i{n},{n},{BELOW}" for n in range(4)]
+    label = {"kind": "implicit", "positive_when": "value >= 4"}
+    split = {"kind": kind, "events": "positive"}
+    _, found = parts(tmp_path, [*log, *only_low], label=label, split=split)
+    _, alone = parts(tmp_path, log, label=label | {"others": "drop"}, split={"kind": kind})
+    positive = {key for line in log for key in [_key(line)] if not line.endswith(f",{BELOW}")}
+    assert {key: part for key, part in found.items() if key in positive} == alone
+    assert set(alone.values()) == {"train", "valid", "test"}
+    ranks = {"train": 0, "valid": 1, "test": 2}
+    for user in range(4):
+        own = sorted((key for key in found if key[0] == f"u{user}"), key=lambda key: (key[2], key[1]))
+        in_order = [ranks[found[key]] for key in own]
+        assert in_order == sorted(in_order)
+        following = "test"  # the part of the next positive one; there is none after the last
+        for key in reversed(own):
+            following = found[key] if key in positive else following
+            assert found[key] == following or kind == "global_time"
+    assert {part for key, part in found.items() if key[0] == "low"} == {"train"}
+
+
+def _key(line):
+    user, item, second, _ = line.split(",")
+    return user, item, int(second)
+
+
 def test_column(spark, tmp_path):
     names = ["train", "valid", "test"]
     lines = [*(f"{line},{names[n % 3]}" for n, line in enumerate(LINES)), "u1,i1,9,5,dev"]
@@ -96,6 +131,11 @@ def test_k_core_with_a_duplicate_whose_original_it_drops(spark, tmp_path):
     ("section", "message"),
     [
         ({"fractions": [0.8, 0.1, 0.2]}, "add up to 1"),
+        ({"kind": "column", "events": "positive"}, "goes by a column"),
+        (
+            {"kind": "global_time", "dates": ["2024-01-01", "2024-01-02"], "events": "positive"},
+            "this split goes by dates",
+        ),
         ({"kind": "leave_last", "dates": ["2024-01-01", "2024-01-02"]}, "dates belong to kind global_time"),
         ({"kind": "global_time", "dates": ["2024-01-02", "2024-01-02"]}, "valid must begin before test"),
     ],
