@@ -1,6 +1,6 @@
 """All models on one log under one protocol: quality on test, time and memory, as a table.
 
-    python jobs/compare.py --conf conf/movielens_1m.yaml --set label.others=drop
+    python jobs/compare.py --conf conf/movielens_1m.yaml --set split.events=positive
 
 Everything is trained that is not there yet, under compare.root, which no night reads.
 """

@@ -543,7 +543,7 @@ class Pair(Section):
     """next_items, neighbors: log(1 + the source's score / the mean weight of its table). ease, transitions
     (where recall.linear has them): the source's score / the mean size of a weight. als (with als.earlier):
     the inner product of the user's and the item's factors, 0 where one has none. content: the source's
-    score, by the items' fields that the model has. since: how recent the last item is that next_items has
+    score, by the items' fields of recall.content. since: how recent the last item is that next_items has
     the item after, 1 / (1 + number of later ones), 0 where there is none; days_since: the same in time,
     1 / (1 + days from it to the start of the list's day). share: the share of the history's items that have
     the item's value of `attribute`, of several values the mean."""
@@ -1286,11 +1286,10 @@ class Config(Section):
         ]
         if pairs and not self.recall.late:
             wrong.append("deepfm.pair needs events that the tables do not know, for example recall.late=0.2")
-        kept = [field for field in self.fields if field.name not in self.deepfm.leave_out]
-        liked = [f for f in kept if isinstance(f, History) and f.of == "item" and f.when == "positive"]
+        liked = [f for f in self.fields if isinstance(f, History) and f.of == "item" and f.when == "positive"]
         if pairs and not liked:
             wrong.append(
-                "deepfm.pair needs a history of liked items, which deepfm.leave_out does not name: add "
+                "deepfm.pair needs a history of liked items: add "
                 "{name: recent, kind: history, of: item, when: positive, last: 20} to fields"
             )
         return wrong

@@ -261,12 +261,14 @@ def learn(
     load_weights(early or whole, model.state_dict())
     model = model.to(device).eval()
     items = Items(features, spec)
+    # Pair fields read what they read also where the model leaves it out, as when lists are scored.
+    every = Items(features, features.spec())
     most = most_users(len(fields), len(items))
     held = config.score.users_megabytes << 20
-    known = Pairs(fields, items, inputs, "train", most=held)
+    known = Pairs(fields, every, inputs, "train", most=held)
     if before_late:
         users = late_users(items, features, recall, before_late, config, most)
-        made = lists(model, Pairs(fields, items, inputs, "early", most=held), users, SOON, config.seed)
+        made = lists(model, Pairs(fields, every, inputs, "early", most=held), users, SOON, config.seed)
     else:
         users = users_of_part(features, items, config, "valid", most)
         made = lists(model, known, users, np.inf, config.seed)

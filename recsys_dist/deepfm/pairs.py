@@ -59,7 +59,7 @@ class Pairs:
 
     Args:
         fields: of side pair.
-        items: of the features run.
+        items: of the features run, with all of its fields.
         inputs: the runs with the tables, by stage: recall, and als where a field is of it.
         knows: which of their tables: those that know all that was fitted on, the train part alone, or
             nothing of its late events.

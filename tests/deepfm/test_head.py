@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recsys_dist.cluster import local_or_cluster
+from recsys_dist.config import DeepFM as Settings
 from recsys_dist.deepfm import checkpoint, head, train
 from recsys_dist.deepfm.checkpoint import load_weights
 from recsys_dist.deepfm.examples import Examples
@@ -17,7 +18,7 @@ from recsys_dist.deepfm.items import Items
 from recsys_dist.deepfm.late import Early, late_users, require_earlier, require_tables
 from recsys_dist.deepfm.layers import PairHead
 from recsys_dist.deepfm.model import PAIR_HEAD, DeepFM, used_fields
-from recsys_dist.deepfm.pairs import Pairs
+from recsys_dist.deepfm.pairs import Pairs, pair_specs
 from recsys_dist.deepfm.published import load
 from recsys_dist.deepfm.reports import best, lines
 from recsys_dist.deepfm.validation import users_of_part
@@ -354,6 +355,42 @@ def test_the_head_is_published_with_embeddings_that_know_all(night, tmp_path, mo
     monkeypatch.setattr(checkpoint, "load_weights", spoilt)
     with pytest.raises(ConfigError, match=r"numbers that are not finite in .* The training diverged\."):
         train._publish(config, run, fitted)
+
+
+def test_pair_fields_are_learned_by_what_lists_are_scored_with(night, plain, tmp_path, monkeypatch):
+    """Also where the model itself leaves it out: the longest history, and the items' fields."""
+    _, features, recall = night
+    recent = features.spec().liked_history
+    left_out = {"leave_out": (recent.name, "genres"), "sharding": {}}
+    plain = plain.with_deepfm(left_out)
+    run_workers(1, train_in, tmp_path, plain, features, tmp_path)
+    path, made = train._best_checkpoint(tmp_path), []
+
+    def kept(*arguments, **more):
+        made.append(Pairs(*arguments, **more))
+        return made[-1]
+
+    monkeypatch.setattr(head, "Pairs", kept)
+    fields = (
+        {"name": "like", "measure": "content"},
+        {"name": "alike", "measure": "share", "attribute": "genres"},
+        {"name": "near", "measure": "neighbors"},
+    )
+    # The synthetic log's fields are not in its configuration, by which pair fields are checked.
+    pair = Settings(pair=fields).pair
+    config = plain.model_copy(update={"deepfm": plain.deepfm.model_copy(update={"pair": pair})})
+    inputs = {"features": features, "recall": recall}
+    _, told = head.learn(config, inputs, path, path, torch.device("cpu"))
+    assert told["lists"] > 20
+    scored = Pairs(pair_specs(config.deepfm), Items(features, features.spec()), inputs)
+    assert len(made) == 2
+    users = features.table("users/as_of=test").slice(0, 20)
+    for pairs in made:
+        assert pairs.history == recent.name
+        content_and_share = slice(0, 2)
+        expected = scored.of_all(users)[..., content_and_share]
+        assert torch.equal(pairs.of_all(users)[..., content_and_share], expected)
+        assert expected.any(0).any(0).all()
 
 
 def test_what_is_not_finite_is_named(night, plain, tmp_path, monkeypatch):
