@@ -468,7 +468,7 @@ def test_the_readmes_commands_recompute_the_page(opened, night):
     """They read lists/ and the features run, and know nothing of this package."""
     lines = (REPOSITORY / "README.md").read_text().splitlines()
     commands = [line.strip() for line in lines if "duckdb.sql" in line and "sys.argv" in line]
-    first, second, sources = [printed(command, night.run.path) for command in commands]
+    first, second, sources, segments = [printed(command, night.run.path) for command in commands]
     models = [row | other for row, other in zip(first, second, strict=True)]
     assert {(row["model"], int(row["k"])) for row in models} == {
         (model, k) for model in night.metrics["models"] for k in (10, 20)
@@ -484,3 +484,12 @@ def test_the_readmes_commands_recompute_the_page(opened, night):
     assert set(shares) == set(page)
     for name, share in page.items():
         same(share.removesuffix("%"), 100 * float(shares[name]))
+    found = {(row.pop("segment"), row.pop("model"), int(row.pop("k"))): row for row in segments}
+    for part in night.metrics["segments"]:
+        for model, wanted in part["models"].items():
+            for k in (10, 20):
+                row = found.pop((part["segment"], model, k))
+                assert int(row.pop("users")) == part["users"]
+                for name, value in row.items():
+                    same(value, wanted[f"{name}@{k}"]["value"])
+    assert not found
