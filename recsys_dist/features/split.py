@@ -76,10 +76,11 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str], spl
         split: which events it counts.
 
     Returns:
-        the rows with `_counted`, the user's number of events that the split counts, and `_place`, how many of
-        them come before in order; and of events with smaller micros `_n:<when>`, `_sum:<when>`
-        (of their values) and `_last:<when>` (micros), each by the name that `named` gives. `_n:any` and
-        `_last:any` are always there. `_bad` holds `_source`, `_raw` and `_hash` of rows set aside.
+        the rows with `_counted`, the user's number of events that the split counts, and, where it does not
+        count all, `_place`, how many of them come before in order; and of events with smaller micros
+        `_n:<when>`, `_sum:<when>` (of their values) and `_last:<when>` (micros), each by the name that
+        `named` gives. `_n:any` and `_last:any` are always there. `_bad` holds `_source`, `_raw` and `_hash`
+        of rows set aside.
     """
     usable = F.col("_reason").isNull()
     by_time = Window.partitionBy("user").orderBy("micros")
@@ -94,8 +95,7 @@ def look_back(events: DataFrame, sums: Sequence[str], counts: Sequence[str], spl
         place = counted.over(in_order.rowsBetween(Window.unboundedPreceding, -1)).cast("int")
         earlier = {"_counted": counted.over(all_events), "_place": place}
     else:
-        last = F.max(F.when(usable, F.col("position"))).over(all_events)
-        earlier = {"_counted": last + 1, "_place": F.col("position")}
+        earlier = {"_counted": F.max(F.when(usable, F.col("position"))).over(all_events) + 1}
     for when in dict.fromkeys(["any", *counts, *sums]):
         earlier[f"_n:{named(when)}"] = F.count(F.when(usable & matches(when), 1)).over(before).cast("int")
     for when in dict.fromkeys(["any", *sums]):
@@ -112,13 +112,14 @@ def assign(events: DataFrame, split: Split) -> DataFrame:
     """Add `split` (train, valid, test) to the usable events of `look_back`; null for the others."""
     if split.kind == "column":
         return events
+    place = F.col("_place" if split.events == "positive" else "position")
     if split.kind == "leave_last":
-        left = F.col("_counted") - F.col("_place")
+        left = F.col("_counted") - place
         enough = F.col("_counted") > 2 * split.last
         part = F.when(enough & (left <= split.last), "test").when(enough & (left <= 2 * split.last), "valid")
     elif split.kind == "per_user_time":
         # One without any has no shares: all of his events are train.
-        share = F.when(F.col("_counted") > 0, (F.col("_place") + 0.5) / F.col("_counted"))
+        share = F.when(F.col("_counted") > 0, (place + 0.5) / F.col("_counted"))
         begin = (split.fractions[0], split.fractions[0] + split.fractions[1])
         part = F.when(share >= begin[1], "test").when(share >= begin[0], "valid")
     else:
