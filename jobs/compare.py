@@ -1,6 +1,7 @@
 """All models on one log under one protocol: quality on test, time and memory, as a table.
 
-    python jobs/compare.py --conf conf/movielens_1m.yaml --set split.events=positive
+    python jobs/compare.py --conf conf/movielens_1m.yaml --set split.events=positive \
+        --set score.filter_seen=positives
 
 Everything is trained that is not there yet, under compare.root, which no night reads.
 """

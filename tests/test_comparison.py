@@ -23,7 +23,7 @@ from tests.synthetic import synthetic_config
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """All models, of untrained runs: the figures, the comparison's run and the features run."""
+    """All models, of untrained runs: the figures, metrics.json, the comparison's run and the features run."""
     config = synthetic_config(tmp_path_factory.mktemp("root"))
     sections = {
         "recall": config.recall.model_copy(
@@ -47,7 +47,8 @@ def compared(tmp_path_factory):
     )
     run = Workspace(config).new("comparison", {}, runs)
     figures = measured(config, run, trained, list(MODELS))
-    return SimpleNamespace(figures=figures, run=run, features=night["features"])
+    metrics = json.loads(Path(run.path, "metrics.json").read_text())
+    return SimpleNamespace(figures=figures, metrics=metrics, run=run, features=night["features"])
 
 
 def test_every_model_is_measured_and_held_against_the_two_stage_one(compared):
@@ -55,8 +56,7 @@ def test_every_model_is_measured_and_held_against_the_two_stage_one(compared):
     assert list(figures["models"]) == list(MODELS)
     assert figures["compared"]["with"] == "two_stage"
     assert set(figures["compared"]["models"]) == set(MODELS) - {"two_stage"}
-    with open(f"{compared.run.path}/metrics.json") as file:  # noqa: PTH123
-        metrics = json.load(file)
+    metrics = compared.metrics
     assert metrics["protocol"]["fitted_on"] == dict.fromkeys(("als", "recall", "deepfm"), "train and valid")
     values = {name: of["ndcg@10"]["value"] for name, of in metrics["models"].items()}
     best, second = sorted(values, key=lambda name: -values[name])[:2]
@@ -77,8 +77,7 @@ def test_a_model_may_leave_out_more_than_is_asked_of_all(compared):
         listed[row["model"]] += row["item"] in seen[row["user"]]
     assert listed["two_stage"] == 0
     assert listed["popularity"] > 0
-    with open(f"{compared.run.path}/metrics.json") as file:  # noqa: PTH123
-        protocol = json.load(file)["protocol"]
+    protocol = compared.metrics["protocol"]
     assert "filter_seen: positives" in protocol["candidates"]
     assert protocol["own_filter"] == {"two_stage": "all"}
     page = Path(f"{compared.run.path}/report.html").read_text()
@@ -112,7 +111,7 @@ def test_the_table_tells_quality_difference_and_cost(compared):
 
 @pytest.mark.parametrize("width", [390, 1400])
 def test_the_page_says_which_model_is_best(compared, width):
-    metrics = json.loads(Path(compared.run.path, "metrics.json").read_text())
+    metrics = compared.metrics
     ranked = sorted(MODELS, key=lambda name: -metrics["models"][name]["ndcg@10"]["value"])
     with chromium() as browser, opener(browser) as open_page:
         page = open_page(compared.run, width)

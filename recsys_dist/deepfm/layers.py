@@ -217,9 +217,9 @@ class Block(nn.Module):
             x: [W, M, D].
             follows: [W] bool: does the window go on where the one before ends?
         """
-        places = torch.arange(2 * x.shape[1], device=x.device)
-        apart = places[x.shape[1] :].unsqueeze(1) - places
-        reach = self.distance.shape[1]
+        reach = x.shape[1]
+        places = torch.arange(2 * reach, device=x.device)
+        apart = places[reach:].unsqueeze(1) - places
         bias = self.distance[:, apart.clamp(0, reach - 1)]
         bias = bias.masked_fill((apart < 0) | (apart >= reach), -torch.inf)
         query, key, value = (
@@ -228,7 +228,7 @@ class Block(nn.Module):
         )
         key, value = (torch.cat([part.roll(1, 0), part], 2) for part in (key, value))
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + bias
-        elsewhere = ~follows.unsqueeze(1) & (places < x.shape[1])
+        elsewhere = ~follows.unsqueeze(1) & (places < reach)
         scores = scores.masked_fill(elsewhere[:, None, None], -torch.inf)
         found = scores.softmax(-1).to(value.dtype) @ value
         x = x + self.dropout(self.attended(found.transpose(1, 2).flatten(2)))

@@ -116,8 +116,8 @@ def hold_out(
     own_filter = own_filter or {}
     for name in names:
         scorer = scorer_of(name)
-        found = rank(config, items, name, scorer, users, own_filter.get(name))
-        items_UK, scores_UK, sources_UKS = found
+        filter_seen = own_filter.get(name)
+        items_UK, scores_UK, sources_UKS = rank(config, items, name, scorer, users, filter_seen)
         sources = list(scorer.sources) if isinstance(scorer, TwoStage) else []
         tables.append(_lists(name, users, items_UK, scores_UK, sources, sources_UKS))
         if not large:

@@ -75,7 +75,7 @@ def measured_alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
     def of(metrics: dict[str, Any]) -> dict[str, Any]:
         protocol = metrics.get("protocol", {})
-        split = {"events": "any"} | protocol.get("split", {})
+        split = {"events": "any"} | protocol.get("split", {})  # runs of older versions do not name it
         if dates := split.get("dates"):  # each night's are later; the days between them are the same
             first, second = map(dt.date.fromisoformat, dates)
             split["dates"] = (second - first).days

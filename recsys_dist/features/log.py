@@ -117,8 +117,10 @@ class Look:
 def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
     """Count the events of `split.assign`."""
     flags = ids.number_flags(fields, "context")
-    whens = {getattr(field, "when", "any") for field in fields} - {"any", "positive"}
-    types = {f"type:{when}": F.col("event") == when for when in sorted(whens)}
+    types = dict.fromkeys(
+        sorted({getattr(field, "when", "any") for field in fields} - {"any", "positive"}), 0
+    )
+    of_types = {f"type:{name}": F.col("event") == name for name in types}
     hour = F.when(F.col("_reason").isNull(), F.hour(F.timestamp_micros("micros")))
     counted = (
         events.groupBy("_reason", "split", "positive", hour.alias("hour"))
@@ -128,7 +130,7 @@ def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
             F.max("micros").alias("last"),
             F.min("value").alias("low"),
             F.max("value").alias("high"),
-            *_true(flags | types),
+            *_true(flags | of_types),
         )
         .collect()
     )
@@ -146,13 +148,13 @@ def look_over(events: DataFrame, fields: Sequence[AnyField]) -> Look:
             hours[row["hour"]] += row["rows"]
             for when in values if row["positive"] else ("any",):
                 values[when] += [row["low"], row["high"]]
+            for name in types:
+                types[name] += row[f"type:{name}"]
     most = min(hours, key=lambda hour: (-hours[hour], hour), default=0)
     first = min((row["first"] for row in usable), default=0)
     last = max((row["last"] for row in usable), default=0)
     bounds = {when: (min(found), max(found)) for when, found in values.items() if found}
-    train = [row for row in usable if row["split"] == "train"]
-    of_types = {name.removeprefix("type:"): sum(row[name] for row in train) for name in types}
-    return Look(reasons, rows, positives, most, first, last, bounds, _numbers(usable, flags), of_types)
+    return Look(reasons, rows, positives, most, first, last, bounds, _numbers(usable, flags), types)
 
 
 def require_usable(config: Config, look: Look) -> None:

@@ -68,7 +68,7 @@ def test_positive_events_alone_are_counted(spark, tmp_path, kind):
     split = {"kind": kind, "events": "positive"}
     _, found = parts(tmp_path, [*log, *only_low], label=label, split=split)
     _, alone = parts(tmp_path, log, label=label | {"others": "drop"}, split={"kind": kind})
-    positive = {key for line in log for key in [_key(line)] if not line.endswith(f",{BELOW}")}
+    positive = {_key(line) for line in log if not line.endswith(f",{BELOW}")}
     assert {key: part for key, part in found.items() if key in positive} == alone
     assert set(alone.values()) == {"train", "valid", "test"}
     ranks = {"train": 0, "valid": 1, "test": 2}
